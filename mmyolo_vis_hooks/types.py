@@ -1,0 +1,86 @@
+"""Frozen records that travel between the steps of the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .data.geometry import FrameTransform
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One feature map of one image.
+
+    Attributes:
+        layer: Path of the layer as the user wrote it.
+        call_index: Which call of the layer during the forward made this map.
+        output_index: Which of the layer's outputs it is; None for the only one.
+        feature_map: ``(C, h, w)``, on the device and in the dtype of the layer.
+    """
+
+    layer: str
+    call_index: int
+    output_index: int | None
+    feature_map: torch.Tensor
+
+    @property
+    def title(self) -> str:
+        """Name for captions: ``neck[1]``, and ``conv (call 2)`` for a later call."""
+        output = "" if self.output_index is None else f"[{self.output_index}]"
+        call = "" if self.call_index == 0 else f" (call {self.call_index + 1})"
+        return f"{self.layer}{output}{call}"
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Final detections of one image.
+
+    Attributes:
+        boxes_xyxy: ``(N, 4)`` float32, pixels of the frame they are drawn in.
+        scores: ``(N,)`` float32 in [0, 1].
+        labels: ``(N,)`` int64, indices into the classes.
+    """
+
+    boxes_xyxy: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, 4), dtype=np.float32)
+    )
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class VisSample:
+    """Everything that is needed to draw one image.
+
+    Attributes:
+        image_id: Unique name of the image, safe in file names.
+        image_rgb: ``(H, W, 3)`` uint8, RGB; the frame that is drawn on.
+        frame: How a pixel of ``image_rgb`` lies in the network's input.
+        activations: Maps of the image, in the order of the layers and calls.
+        detections: In pixels of ``image_rgb``.
+    """
+
+    image_id: str
+    image_rgb: np.ndarray
+    frame: FrameTransform
+    activations: tuple[Activation, ...]
+    detections: Detections
+
+
+@dataclass(frozen=True)
+class VisImage:
+    """One finished picture.
+
+    Attributes:
+        image_id: Unique name of the image, safe in file names.
+        image_rgb: ``(H, W, 3)`` uint8, RGB.
+    """
+
+    image_id: str
+    image_rgb: np.ndarray
