@@ -1,0 +1,171 @@
+"""Colours maps and lays them over an image, as MMEngine's ``draw_featmap`` does."""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ..errors import VisConfigError
+
+_OPENCV_PREFIX = "COLORMAP_"
+
+
+def opencv_colormaps() -> dict[str, int]:
+    """OpenCV's colour maps: lower-case name without prefix -> constant."""
+    return {
+        name[len(_OPENCV_PREFIX) :].lower(): getattr(cv2, name)
+        for name in dir(cv2)
+        if name.startswith(_OPENCV_PREFIX)
+    }
+
+
+def colormap_lut(colormap: str | int = "jet") -> np.ndarray:
+    """Look up a colour map by name.
+
+    A name that both libraries know means OpenCV's map.
+
+    Args:
+        colormap (str | int): An OpenCV name (``'jet'``, ``'COLORMAP_VIRIDIS'``)
+            or constant (``cv2.COLORMAP_JET``), or a matplotlib name
+            (``'magma_r'``, ``'Blues'``). Defaults to ``'jet'``.
+
+    Returns:
+        np.ndarray: ``(256, 1, 3)`` uint8, RGB, read-only.
+
+    Raises:
+        VisConfigError: If nobody knows the colour map.
+    """
+    if isinstance(colormap, bool) or not isinstance(colormap, (str, Integral)):
+        raise VisConfigError(
+            f"colormap={colormap!r} is neither a name nor an OpenCV constant; set a "
+            "name such as 'jet' or 'viridis'"
+        )
+    return _colormap_lut(colormap if isinstance(colormap, str) else int(colormap))
+
+
+@lru_cache(maxsize=32)
+def _colormap_lut(colormap: str | int) -> np.ndarray:
+    known = opencv_colormaps()
+    if isinstance(colormap, int):
+        if colormap not in known.values():
+            raise VisConfigError(
+                f"colormap={colormap} is no OpenCV constant; they are 0 to "
+                f"{max(known.values())}, or set a name such as 'jet'"
+            )
+        return _opencv_lut(colormap)
+    plain = colormap.lower()
+    if plain.startswith(_OPENCV_PREFIX.lower()):
+        plain = plain[len(_OPENCV_PREFIX) :]
+    if plain in known:
+        return _opencv_lut(known[plain])
+    # Only its own names cost the import.
+    import matplotlib
+
+    names = {name.lower(): name for name in matplotlib.colormaps}
+    name = colormap if colormap in matplotlib.colormaps else names.get(plain)
+    if name is None:
+        near = difflib.get_close_matches(plain, [*known, *names], n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise VisConfigError(
+            f"colormap={colormap!r} is unknown; {hint}Set a name of OpenCV, such as "
+            "'jet', or of matplotlib, such as 'magma_r'"
+        )
+    colors = matplotlib.colormaps[name](np.linspace(0.0, 1.0, 256), bytes=True)
+    return _frozen(colors[:, None, :3])
+
+
+def _opencv_lut(constant: int) -> np.ndarray:
+    levels = np.arange(256, dtype=np.uint8).reshape(256, 1)
+    return _frozen(cv2.applyColorMap(levels, constant)[..., ::-1])
+
+
+def _frozen(lut: np.ndarray) -> np.ndarray:
+    lut = np.ascontiguousarray(lut)
+    lut.flags.writeable = False
+    return lut
+
+
+def validate_overlay_options(alpha: Any, colormap: Any) -> None:
+    """Check the options of an overlay.
+
+    Args:
+        alpha (float): Share of the heat map in the blend, 0 to 1.
+        colormap (str | int): See :func:`colormap_lut`.
+
+    Raises:
+        VisConfigError: If a value can never work.
+    """
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, Real)
+        or not 0.0 <= float(alpha) <= 1.0
+    ):
+        raise VisConfigError(
+            f"alpha={alpha!r} is no share; set a number from 0 (only the image) to 1 "
+            "(only the heat map)"
+        )
+    colormap_lut(colormap)
+
+
+def normalize_to_uint8(values: np.ndarray) -> np.ndarray:
+    """Stretch values to 0..255 and cut the fraction off.
+
+    A constant map becomes 0 everywhere.
+
+    Args:
+        values (np.ndarray): ``(H, W)`` or ``(H, W, 3)``, floating point, finite.
+
+    Returns:
+        np.ndarray: Same shape, uint8.
+    """
+    # Not dtype=cv2.CV_8U: that rounds, and MMEngine cuts.
+    return cv2.normalize(values, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+
+
+def color_heatmap(values: np.ndarray, colormap: str | int = "jet") -> np.ndarray:
+    """Turn a map into colours, its minimum to the first and maximum to the last.
+
+    Args:
+        values (np.ndarray): ``(H, W)`` or ``(3, H, W)``, floating point, finite.
+            Three channels are stretched together and become the grey of a BGR
+            picture, as in MMEngine.
+        colormap (str | int): See :func:`colormap_lut`. Defaults to ``'jet'``.
+
+    Returns:
+        np.ndarray: ``(H, W, 3)`` uint8, RGB.
+    """
+    if values.ndim == 3:
+        values = np.ascontiguousarray(values.transpose(1, 2, 0))
+    return cv2.applyColorMap(normalize_to_uint8(values), colormap_lut(colormap))
+
+
+def overlay_heatmap(
+    values: np.ndarray,
+    image_rgb: np.ndarray,
+    *,
+    alpha: float = 0.5,
+    colormap: str | int = "jet",
+) -> np.ndarray:
+    """Blend a map in colours with an image of the same size.
+
+    Args:
+        values (np.ndarray): ``(H, W)`` or ``(3, H, W)``, floating point, finite.
+        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
+        alpha (float): Share of the heat map, 0 to 1. Defaults to 0.5.
+        colormap (str | int): See :func:`colormap_lut`. Defaults to ``'jet'``.
+
+    Returns:
+        np.ndarray: ``(H, W, 3)`` uint8, RGB.
+
+    Examples:
+        >>> values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+        >>> overlay_heatmap(values, np.zeros((3, 4, 3), np.uint8)).shape
+        (3, 4, 3)
+    """
+    heat_rgb = color_heatmap(values, colormap)
+    return cv2.addWeighted(image_rgb, 1 - alpha, heat_rgb, alpha, 0)
