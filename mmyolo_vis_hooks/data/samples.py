@@ -1,0 +1,84 @@
+"""Reads images and detections out of what MMDetection's pipeline and heads give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.fileio import get
+
+from ..errors import VisError
+from ..types import Detections
+
+
+def load_image_rgb(img_path: str, backend_args: dict | None = None) -> np.ndarray:
+    """Load an image as the test pipelines do.
+
+    Args:
+        img_path (str): Path or URL that MMEngine's file backends understand.
+        backend_args (dict, optional): Arguments of the file backend.
+
+    Returns:
+        np.ndarray: ``(H, W, 3)`` uint8, RGB.
+
+    Raises:
+        VisError: If the file holds no image.
+    """
+    try:
+        image = mmcv.imfrombytes(
+            get(img_path, backend_args=backend_args), channel_order="rgb"
+        )
+    except OSError as error:
+        raise VisError(f"cannot read the image {img_path!r}: {error}") from error
+    if image is None:
+        raise VisError(f"{img_path!r} is no image that OpenCV can decode")
+    return image
+
+
+def network_image_rgb(inputs: torch.Tensor, preprocessor: Any) -> np.ndarray:
+    """Turn one normalised network input back into a picture.
+
+    Args:
+        inputs (Tensor): ``(3, H, W)``, as the data preprocessor gave it.
+        preprocessor (ImgDataPreprocessor): What normalised it.
+
+    Returns:
+        np.ndarray: ``(H, W, 3)`` uint8, RGB.
+    """
+    image = inputs.detach().float()
+    if getattr(preprocessor, "_enable_normalize", False):
+        mean, std = preprocessor.mean.to(image), preprocessor.std.to(image)
+        image = image * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    pixels = image.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    if pixels.shape[2] == 1:
+        pixels = pixels.repeat(3, axis=2)
+    # Images are loaded as BGR; without a conversion the network sees them so.
+    if not getattr(preprocessor, "_channel_conversion", False):
+        pixels = pixels[..., ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def detections_of(data_sample: Any) -> Detections:
+    """Read the final detections of a data sample, in the original image's frame.
+
+    Args:
+        data_sample (DetDataSample): With ``pred_instances``; without them there
+            are no detections.
+    """
+    instances = getattr(data_sample, "pred_instances", None)
+    if instances is None or "bboxes" not in instances:
+        return Detections()
+    boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
+    return Detections(
+        boxes.detach().float().cpu().numpy().reshape(-1, boxes.shape[-1])[:, :4],
+        instances.scores.detach().float().cpu().numpy(),
+        instances.labels.detach().cpu().numpy(),
+    )
+
+
+def class_names_of(metainfo: Mapping[str, Any]) -> tuple[str, ...]:
+    """Class names of a dataset; empty if it has none."""
+    return tuple(metainfo.get("classes") or metainfo.get("CLASSES") or ())
