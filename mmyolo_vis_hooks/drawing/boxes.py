@@ -109,8 +109,8 @@ def draw_detections(
     image = np.array(image_rgb, order="C")
     height, width = image.shape[:2]
     long_side = max(height, width)
-    thickness = line_width or max(1, round(long_side / 450))
-    size = font_size or int(np.clip(round(8 + long_side / 100), 9, 44))
+    thickness = line_width or max(1, round(long_side / 320))
+    size = font_size or int(np.clip(round(7 + long_side / 110), 10, 40))
 
     order = np.argsort(-detections.scores, kind="stable")
     corners = [_pixels(detections.boxes_xyxy[i], width, height) for i in order]

@@ -124,7 +124,9 @@ def normalize_to_uint8(values: np.ndarray) -> np.ndarray:
         np.ndarray: Same shape, uint8.
     """
     # Not dtype=cv2.CV_8U: that rounds, and MMEngine cuts.
-    return cv2.normalize(values, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    stretched = np.empty_like(values)
+    cv2.normalize(values, stretched, 0, 255, cv2.NORM_MINMAX)
+    return stretched.astype(np.uint8)
 
 
 def color_heatmap(values: np.ndarray, colormap: str | int = "jet") -> np.ndarray:

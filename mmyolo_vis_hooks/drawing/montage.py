@@ -165,7 +165,7 @@ def grid_arrangement(count: int, cell_hw: tuple[int, int] = (1, 1)) -> tuple[int
         rows = math.ceil(count / columns)
         aspect = columns * cell_hw[1] / (rows * cell_hw[0])
         empty = (rows * columns - count) / count
-        return abs(math.log(aspect / _GOOD_ASPECT)) + 0.3 * empty
+        return abs(math.log(aspect / _GOOD_ASPECT)) + empty
 
     columns = min(range(1, count + 1), key=cost)
     return math.ceil(count / columns), columns
@@ -210,10 +210,6 @@ def montage(
     # Left-over columns of a short only row would be white.
     columns = min(columns, len(cells)) if rows == 1 else columns
 
-    unit = max(largest_hw)
-    gutter = int(np.clip(round(unit / 40), 8, 28))
-    size = int(np.clip(round(unit / 44), 12, 24))
-
     widths = [
         max(
             [_MIN_COLUMN_WIDTH]
@@ -221,9 +217,20 @@ def montage(
         )
         for column in range(columns)
     ]
+    gutter = int(np.clip(round(max(largest_hw) / 40), 8, 28))
+    # Tall, narrow pictures leave little room for a line.
+    size = int(np.clip(round(min(max(largest_hw), 2 * max(widths)) / 44), 12, 24))
+    in_column = [(cell, widths[i % columns]) for i, cell in enumerate(cells)]
+    title_size = _common_size([(c.title, w) for c, w in in_column], size, True)
+    note_size = _common_size(
+        [(c.note, w) for c, w in in_column], round(size * 0.82), False
+    )
     grid = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     captions = [
-        [_caption(cell, width, size) for cell, width in zip(row, widths)]
+        [
+            _caption(cell, width, title_size, note_size)
+            for cell, width in zip(row, widths)
+        ]
         for row in grid
     ]
     caption_heights = [max(c.shape[0] for c in row) for row in captions]
@@ -248,34 +255,32 @@ def montage(
     return panel
 
 
-def _caption(cell: Cell, width: int, size: int) -> np.ndarray:
+def _caption(cell: Cell, width: int, title_size: int, note_size: int) -> np.ndarray:
     """``(h, width, 3)`` picture of a caption; ``h`` is 0 without text."""
-    note_size = max(MIN_FONT_SIZE, round(size * 0.82))
     lines = [
-        (line, fitted, bold, color)
-        for text, wanted, bold, color in (
-            (cell.title, size, True, _TITLE_COLOR),
+        (line, size, bold, color)
+        for text, size, bold, color in (
+            (cell.title, title_size, True, _TITLE_COLOR),
             (cell.note, note_size, False, _NOTE_COLOR),
         )
-        for line, fitted in _fitted_lines(text, width, wanted, bold)
+        for line in wrap_text(text, width, size, bold)
     ]
     if not lines:
         return np.full((0, width, 3), 255, dtype=np.uint8)
     heights = [text_mask(line, s, bold).shape[0] for line, s, bold, _ in lines]
-    below = max(3, size // 3)
+    below = max(3, title_size // 3)
     caption = np.full((sum(heights) + below, width, 3), _BACKGROUND, dtype=np.uint8)
     y = 0
-    for (line, line_size, bold, color), height in zip(lines, heights):
-        draw_text(caption, line, (0, y), size=line_size, color=color, bold=bold)
+    for (line, size, bold, color), height in zip(lines, heights):
+        draw_text(caption, line, (0, y), size=size, color=color, bold=bold)
         y += height
     return caption
 
 
-def _fitted_lines(
-    text: str, width: int, size: int, bold: bool
-) -> list[tuple[str, int]]:
-    """Lines and their font size: a little smaller on one line, or wrapped."""
+def _common_size(texts: Sequence[tuple[str, int]], size: int, bold: bool) -> int:
+    """One font size for texts with their widths: a little smaller if that puts
+    each on one line, otherwise the wanted size, to be wrapped."""
     for smaller in range(size, max(MIN_FONT_SIZE, round(size * 0.8)) - 1, -1):
-        if text_width(text, smaller, bold) <= width:
-            return [(text, smaller)] if text else []
-    return [(line, size) for line in wrap_text(text, width, size, bold)]
+        if all(text_width(text, smaller, bold) <= width for text, width in texts):
+            return smaller
+    return size

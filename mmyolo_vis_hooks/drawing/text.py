@@ -179,15 +179,22 @@ def wrap_text(text: str, max_width: int, size: int, bold: bool = False) -> list[
             lines.append(rest)
             break
         fits = _longest_prefix(rest, max_width, size, bold)
-        cut = max(
-            (i + 1 for i in range(fits) if rest[i] in _BREAK_AFTER and i + 1 < fits),
-            default=fits,
-        )
+        cut = max((i + 1 for i in range(fits) if _breaks_after(rest, i)), default=fits)
         # A break far to the left leaves more of a gap than a split word does.
         cut = cut if cut > fits // 3 else fits
         lines.append(rest[:cut].rstrip())
         rest = rest[cut:].lstrip()
     return lines
+
+
+def _breaks_after(text: str, index: int) -> bool:
+    """Whether a line may end after a character: not within a number."""
+    if text[index] not in _BREAK_AFTER:
+        return False
+    before, after = text[max(0, index - 1) : index], text[index + 1 : index + 2]
+    if text[index] == "-":
+        return before not in ("", " ")
+    return not (text[index] in ".," and before.isdigit() and after.isdigit())
 
 
 def shorten_text(text: str, max_width: int, size: int, bold: bool = False) -> str:

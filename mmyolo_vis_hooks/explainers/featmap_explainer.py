@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,19 +78,7 @@ class FeatMapExplainer:
     ) -> None:
         validate_reduction_options(channel_reduction, topk, arrangement)
         validate_overlay_options(alpha, colormap)
-        if isinstance(score_thr, bool) or not isinstance(score_thr, Real):
-            raise VisConfigError(
-                f"score_thr={score_thr!r} is no number; set 0 to 1; 1 draws no box"
-            )
-        if (
-            isinstance(max_cell_size, bool)
-            or not isinstance(max_cell_size, Integral)
-            or max_cell_size < 64
-        ):
-            raise VisConfigError(
-                f"max_cell_size={max_cell_size!r} is no number of pixels of 64 or "
-                "more; set for example 1024"
-            )
+        validate_panel_options(score_thr, max_cell_size)
         self.channel_reduction = channel_reduction
         self.topk = topk
         self.arrangement = (int(arrangement[0]), int(arrangement[1]))
@@ -212,6 +201,31 @@ class FeatMapExplainer:
         else:
             shown = "as a picture"
         return f"{reduced.shape} · {shown} · {reduced.value_range}"
+
+
+def validate_panel_options(score_thr: Any, max_cell_size: Any) -> None:
+    """Check the options of a panel.
+
+    Args:
+        score_thr (float): Boxes with a higher score are drawn.
+        max_cell_size (int): Longest side of a picture in the panel, pixels.
+
+    Raises:
+        VisConfigError: If a value can never work.
+    """
+    if isinstance(score_thr, bool) or not isinstance(score_thr, Real):
+        raise VisConfigError(
+            f"score_thr={score_thr!r} is no number; set 0 to 1; 1 draws no box"
+        )
+    if (
+        isinstance(max_cell_size, bool)
+        or not isinstance(max_cell_size, Integral)
+        or int(max_cell_size) < 64
+    ):
+        raise VisConfigError(
+            f"max_cell_size={max_cell_size!r} is no number of pixels of 64 or more; "
+            "set for example 1024"
+        )
 
 
 def overlay_feature_map(

@@ -46,7 +46,7 @@ class ValueRange:
         if self.low == self.high:
             text = f"constant {self.low:.3g}"
         else:
-            text = f"{self.low:.3g} to {self.high:.3g}"
+            text = f"values {self.low:.3g} to {self.high:.3g}"
         if self.num_non_finite:
             text += f" ({self.num_non_finite} NaN or inf)"
         return text
@@ -145,7 +145,7 @@ def validate_reduction_options(
         or not isinstance(arrangement, Sequence)
         or len(arrangement) != 2
         or not all(
-            isinstance(n, Integral) and not isinstance(n, bool) and n > 0
+            isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0
             for n in arrangement
         )
     ):
