@@ -41,6 +41,13 @@ class ToyNeck(nn.Module):
         return self.shared(maps[0]), self.shared(maps[1])
 
 
+class Brightness(nn.Module):
+    """Mean of the channels on the grid of stride 8: a map that is known by hand."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(inputs.mean(dim=1, keepdim=True), 8)
+
+
 @MODELS.register_module()
 class ToyDetector(BaseModel):
     """Finds the brightest place.
@@ -62,6 +69,7 @@ class ToyDetector(BaseModel):
         )
         self.neck = ToyNeck()
         self.head = nn.Conv2d(8, 1, 1)
+        self.brightness = Brightness()
         self.fail_at = fail_at
         self.num_forwards = 0
         self.fail_with: BaseException = RuntimeError("a layer failed")
@@ -73,9 +81,7 @@ class ToyDetector(BaseModel):
         maps = self.neck(self.backbone(inputs))
         if self.fail_at == self.num_forwards:
             raise self.fail_with
-        brightness = nn.functional.interpolate(
-            inputs.mean(dim=1, keepdim=True), maps[0].shape[-2:], mode="area"
-        )
+        brightness = self.brightness(inputs)
         # So bright places win from the start, and the metrics say something.
         heat = self.head(maps[0]) + 3 * nn.functional.avg_pool2d(brightness, 3, 1, 1)
         if mode == "loss":

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmdet.datasets.transforms import Resize
@@ -185,8 +186,10 @@ def moves_pixels(step: Callable) -> bool:
         bool: True also if the step cannot be tried.
     """
     rng = np.random.RandomState(0)
-    coarse = rng.randint(40, 216, size=(12, 16, 3)).astype(np.uint8)
-    image = np.kron(coarse, np.ones((8, 8, 1), dtype=np.uint8))
+    # Blobs of a few pixels at irregular places, so that even a mirrored picture
+    # has its edges elsewhere.
+    noise = cv2.GaussianBlur(rng.rand(96, 128, 3), (0, 0), sigmaX=1.5)
+    image = cv2.normalize(noise, None, 40, 215, cv2.NORM_MINMAX).astype(np.uint8)
     results = dict(
         img=image.copy(),
         img_shape=image.shape[:2],

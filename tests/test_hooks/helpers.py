@@ -1,0 +1,57 @@
+"""Runs of the toy detector with hooks, and what they left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mmyolo_vis_hooks import FeatMapVisHook
+
+
+@HOOKS.register_module()
+class SpyHook(FeatMapVisHook):
+    """A FeatMapVisHook that keeps the samples it drew."""
+
+    samples: list
+
+    def build_explainer(self, class_names, palette):
+        explain = super().build_explainer(class_names, palette)
+        self.samples = []
+
+        def explain_and_keep(sample):
+            self.samples.append(sample)
+            return explain(sample)
+
+        return explain_and_keep
+
+
+def spy(**options: Any) -> dict:
+    """Config of a hook that raises and keeps its samples."""
+    return dict(
+        dict(
+            type="SpyHook",
+            target_layers=["backbone", "neck"],
+            on_error="raise",
+            score_thr=0.0,
+        ),
+        **options,
+    )
+
+
+def vis_hooks(runner: Runner) -> list[FeatMapVisHook]:
+    return [hook for hook in runner.hooks if isinstance(hook, FeatMapVisHook)]
+
+
+def pictures(work_dir: Path) -> dict[str, Any]:
+    """All pictures of a work dir by file name, decoded."""
+    found = {}
+    for path in sorted(Path(work_dir).rglob("vis_image/*.png")):
+        image = cv2.imread(str(path))
+        assert image is not None, f"{path} does not decode"
+        assert image.std() > 1, f"{path} is blank"
+        found[path.name] = image
+    return found

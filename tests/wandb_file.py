@@ -1,0 +1,59 @@
+"""Reads the ``.wandb`` file of an offline run: LevelDB's log format, protobufs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+_HEADER = 7
+_BLOCK = 32768
+_RECORD_HEADER = 7
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def history_rows(work_dir: Path) -> list[dict[str, Any]]:
+    """Rows of history of the only run below a folder."""
+    (path,) = work_dir.rglob("*.wandb")
+    rows = []
+    for payload in _payloads(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(payload)
+        if record.WhichOneof("record_type") == "history":
+            row = {}
+            for item in record.history.item:
+                key = item.key or ".".join(item.nested_key)
+                row[key] = json.loads(item.value_json)
+            rows.append(row)
+    return rows
+
+
+def images(row: dict[str, Any]) -> set[str]:
+    """Names of the images of a row, whose properties are stored one by one."""
+    mark = "._type"
+    return {
+        key[: -len(mark)]
+        for key, value in row.items()
+        if key.endswith(mark) and value == "image-file"
+    }
+
+
+def _payloads(data: bytes):
+    position, parts = _HEADER, []
+    while position + _RECORD_HEADER <= len(data):
+        left = _BLOCK - position % _BLOCK
+        if left < _RECORD_HEADER:
+            position += left
+            continue
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]
+        if kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
+            return
+        start = position + _RECORD_HEADER
+        parts.append(data[start : start + length])
+        position = start + length
+        if kind in (_FULL, _LAST):
+            yield b"".join(parts)
+            parts = []
