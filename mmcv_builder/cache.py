@@ -69,6 +69,25 @@ def replace_file(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
+@contextlib.contextmanager
+def file_lock(path: Path, busy: str) -> Iterator[bool]:
+    """Hold a lock for a block; say ``busy`` and wait if another process has it.
+
+    The lock goes with the process, also with one that is killed. Yields whether
+    it had to wait. Without effect on Windows.
+    """
+    waited = False
+    with path.open("a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                say(f"{busy}: waiting for it.")
+                waited = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield waited
+
+
 class CacheEntry:
     """One folder of the cache: a wheel, its record, the log and the lock."""
 
@@ -116,15 +135,8 @@ class CacheEntry:
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
         """Let one process at a time work on this entry; yields whether it waited."""
-        waited = False
-        with (self.folder / "lock").open("a") as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    say("Another process builds the same wheel: waiting for it.")
-                    waited = True
-                    fcntl.flock(file, fcntl.LOCK_EX)
+        busy = "Another process builds the same wheel"
+        with file_lock(self.folder / "lock", busy) as waited:
             # Whoever held the lock before is gone: what it left is garbage.
             for stale in self.folder.glob("tmp-*"):
                 shutil.rmtree(stale, ignore_errors=True)

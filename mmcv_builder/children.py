@@ -76,14 +76,31 @@ def run_logged(
     return lines
 
 
-def pip(*arguments: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check"),
-        *arguments,
-    ]
+def call(command: Sequence[str]) -> int:
+    """Run a command that the user watches; return its exit code.
+
+    Ctrl-C on a terminal reaches the command as well: it gets the time to clean up.
+    """
+    process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL)
+    try:
+        return process.wait()
+    except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, Interrupted):
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        process.kill()
+        raise
 
 
-def run_json(code: str, *arguments: str) -> dict[str, Any]:
+def pip(*arguments: str, python: str | Path = sys.executable) -> list[str]:
+    options = ["--no-input", "--disable-pip-version-check"]
+    return [str(python), "-m", "pip", *options, *arguments]
+
+
+def run_json(
+    code: str, *arguments: str, python: str | Path = sys.executable
+) -> dict[str, Any]:
     """Run Python code in a child that prints one JSON object as its last line.
 
     The current folder is not on the child's path: it may hold a folder `mmcv`.
@@ -94,7 +111,7 @@ def run_json(code: str, *arguments: str) -> dict[str, Any]:
     code = f"import sys\nsys.path = [path for path in sys.path if path]\n{code}"
     try:
         child = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
+            [str(python), "-c", code, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -103,6 +120,8 @@ def run_json(code: str, *arguments: str) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {"error": "no answer within 600 s"}
+    except OSError as error:
+        return {"error": str(error)}
     if child.returncode < 0:
         return {"error": f"crashed with signal {-child.returncode}"}
     lines = child.stdout.strip().splitlines()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PLAIN_PROGRESS_SECONDS = 10.0
 
@@ -32,6 +34,31 @@ class Interrupted(KeyboardInterrupt):
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def exit_code(action: Callable[[], None]) -> int:
+    """Run a program's work; turn its errors and signals into words and a code."""
+    for name in ("SIGTERM", "SIGHUP"):
+        signum = getattr(signal, name, None)
+        if signum is not None and signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _interrupt)
+    try:
+        action()
+    except (BuildError, OSError) as error:  # OSError: a full disk, mostly
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt as error:
+        print(
+            "Interrupted. Nothing is left half-done: run the same command again.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 128 + getattr(error, "signum", signal.SIGINT)
+    return 0
+
+
+def _interrupt(signum: int, _frame: object) -> NoReturn:
+    raise Interrupted(signum)
 
 
 class Progress:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from .build import build_wheel, check_wheel
 from .cache import CacheEntry, cache_key, cache_root, replace_file
 from .environment import Torch, choose_device, mmyolo_is_installed, proof_device, prove
 from .install import install_requirements, install_wheel
-from .messages import BuildError, Interrupted, say
+from .messages import BuildError, exit_code, say
 
 MMCV_VERSION = "2.0.1"
 # MMYOLO 0.6 accepts mmcv >= 2.0.0rc4, < 2.1.0.
@@ -150,26 +148,6 @@ def run(args: argparse.Namespace) -> None:
     say(f"mmcv {version} is installed; NMS and RoIAlign give the right numbers.")
 
 
-def interrupt(signum: int, _frame: object) -> NoReturn:
-    raise Interrupted(signum)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    for name in ("SIGTERM", "SIGHUP"):
-        signum = getattr(signal, name, None)
-        if signum is not None and signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, interrupt)
-    try:
-        run(args)
-    except (BuildError, OSError) as error:  # OSError: a full disk, mostly
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt as error:
-        print(
-            "Interrupted. Nothing is left half-done: run the same command again.",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 128 + getattr(error, "signum", signal.SIGINT)
-    return 0
+    return exit_code(lambda: run(args))
