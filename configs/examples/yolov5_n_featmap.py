@@ -1,0 +1,15 @@
+"""YOLOv5-n with ``FeatMapVisHook``."""
+
+_base_ = [
+    "mmyolo::yolov5/yolov5_n-v61_syncbn_fast_8xb16-300e_coco.py",
+    "../featmap_vis.py",
+]
+
+custom_hooks = [
+    *_base_.custom_hooks,
+    {**_base_.featmap_vis_hook, "target_layers": ["backbone", "neck"]},
+]
+
+# Written anew: MMEngine marks what comes from 'mmyolo::' with a scope, and would
+# pass the mark on to this function, which does not know it.
+train_dataloader = dict(collate_fn=dict(_delete_=True, type="yolov5_collate"))

@@ -1,0 +1,183 @@
+"""What ``train.py`` and ``test.py`` share: options, config, Runner, errors."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import NoReturn
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS, RUNNERS, DefaultScope
+from mmengine.runner import Runner, autocast
+
+# Registers the hooks and the checkpoint loaders, whatever the config imports.
+from mmyolo_vis_hooks.errors import VisError
+
+DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+_REMOTE = ("http://", "https://", "s3://", "petrel://", "open-mmlab://", "openmmlab://")
+
+
+class ToolError(Exception):
+    """A mistake of the caller; the message says how to mend it."""
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run a tool; a mistake of the caller ends it with one line, not a traceback."""
+    try:
+        main()
+    except FileNotFoundError as error:
+        # Data sets are read late, when the loops are built.
+        exit_with(f"{error}; --cfg-options sets the paths of a config")
+    except (ToolError, VisError) as error:
+        exit_with(str(error))
+
+
+def exit_with(message: str) -> NoReturn:
+    """End the process with status 2 and a message."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Make a parser with the options that all of OpenMMLab's tools have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", help="path of the config file")
+    parser.add_argument(
+        "--work-dir",
+        help="folder of logs, checkpoints and pictures; "
+        "work_dirs/NAME_OF_THE_CONFIG if neither this nor the config says it",
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="settings that replace those of the config: a.b=1 c=x,y d='[(1,2),(3,4)]'",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="what started the processes of a distributed run",
+    )
+    # torch.distributed.launch wrote it with '_', torch >= 2.0 with '-'.
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS
+    )
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config with the settings of the command line in it.
+
+    Args:
+        args: What :func:`make_parser` parsed.
+
+    Raises:
+        ToolError: If there is no such config, or it cannot be read.
+    """
+    if not os.path.isfile(args.config):
+        raise ToolError(f"there is no config file {args.config}")
+    try:
+        config = Config.fromfile(args.config)
+    except (OSError, SyntaxError, KeyError, ModuleNotFoundError) as error:
+        raise ToolError(f"{args.config} cannot be read: {error}") from error
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    config.launcher = args.launcher
+    if args.cfg_options:
+        config.merge_from_dict(args.cfg_options)
+    if args.work_dir:
+        config.work_dir = args.work_dir
+    elif config.get("work_dir") is None:
+        name = os.path.splitext(os.path.basename(args.config))[0]
+        config.work_dir = os.path.join("work_dirs", name)
+    _check_metainfo(config)
+    drop_collate_scope(config)
+    _limit_compilations()
+    return config
+
+
+def check_checkpoint(path: str, option: str) -> None:
+    """Make sure that a local checkpoint exists.
+
+    Raises:
+        ToolError: If it does not.
+    """
+    if "://" in path or path.startswith(_REMOTE):
+        return
+    if not os.path.isfile(os.path.expanduser(path)):
+        raise ToolError(f"{option}: there is no checkpoint {path}")
+
+
+def innermost_dataset(loader: ConfigDict) -> ConfigDict:
+    """The dataset of a loader's config, out of its wrappers."""
+    dataset = loader
+    while "dataset" in dataset:
+        dataset = dataset["dataset"]
+    return dataset
+
+
+def drop_collate_scope(config: Config) -> None:
+    """Take the mark of ``_base_ = 'mmyolo::...'`` off the collate functions.
+
+    MMEngine marks each inherited dict that has a ``type`` with ``_scope_`` and
+    then passes the mark on to the function, which does not know it. The loaders
+    keep the function: MMEngine looks it up in all scopes.
+    """
+    for name in DATALOADERS:
+        collate = (config.get(name) or {}).get("collate_fn")
+        if isinstance(collate, dict):
+            collate.pop("_scope_", None)
+
+
+def build_runner(config: Config) -> Runner:
+    """Build the Runner, or the one that the config's ``runner_type`` names."""
+    if "runner_type" not in config:
+        return Runner.from_cfg(config)
+    scope = config.get("default_scope", "mmengine")
+    with DefaultScope.overwrite_default_scope(scope):
+        return RUNNERS.build(config)
+
+
+def _check_metainfo(config: Config) -> None:
+    for name in DATALOADERS:
+        metainfo = innermost_dataset(config.get(name) or ConfigDict()).get("metainfo")
+        wrong = [key for key in metainfo or () if key != str(key).lower()]
+        if wrong:
+            raise ToolError(
+                f"{name}: metainfo has the key(s) {', '.join(wrong)}; MMDetection "
+                "looks for lower-case keys (classes, palette)"
+            )
+
+
+def _limit_compilations() -> None:
+    try:
+        from mmdet.utils import setup_cache_size_limit_of_dynamo
+    except ImportError as error:
+        raise ToolError(
+            f"MMDetection does not import: {error}. 'python tools/build_mmcv.py' "
+            "builds the mmcv that it needs"
+        ) from error
+    setup_cache_size_limit_of_dynamo()
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Mixed precision on the CPU: autocast to bfloat16.
+
+    ``AmpOptimWrapper`` needs a GPU. bfloat16 has the exponents of float32, so
+    losses are not scaled, and a checkpoint has what ``OptimWrapper`` saves.
+    """
+
+    @contextlib.contextmanager
+    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+        """Autocast the forward of a training step."""
+        parent: AbstractContextManager = super().optim_context(model)
+        with parent, autocast(device_type="cpu", dtype=torch.bfloat16):
+            yield
