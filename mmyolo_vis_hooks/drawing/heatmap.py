@@ -13,6 +13,9 @@ import numpy as np
 from ..errors import VisConfigError
 
 _OPENCV_PREFIX = "COLORMAP_"
+# Rounding errors of a mean over channels stay below this share of a level.
+_UNDECIDED = 0.01
+_SMALL_STEP = 4
 
 
 def opencv_colormaps() -> dict[str, int]:
@@ -123,13 +126,19 @@ def normalize_to_uint8(values: np.ndarray) -> np.ndarray:
     Returns:
         np.ndarray: Same shape, uint8.
     """
+    return _stretched(values).astype(np.uint8)
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
     # Not dtype=cv2.CV_8U: that rounds, and MMEngine cuts.
     stretched = np.empty_like(values)
     cv2.normalize(values, stretched, 0, 255, cv2.NORM_MINMAX)
-    return stretched.astype(np.uint8)
+    return stretched
 
 
-def color_heatmap(values: np.ndarray, colormap: str | int = "jet") -> np.ndarray:
+def color_heatmap(
+    values: np.ndarray, colormap: str | int = "jet", *, soft_steps: bool = False
+) -> np.ndarray:
     """Turn a map into colours, its minimum to the first and maximum to the last.
 
     Args:
@@ -137,13 +146,32 @@ def color_heatmap(values: np.ndarray, colormap: str | int = "jet") -> np.ndarray
             Three channels are stretched together and become the grey of a BGR
             picture, as in MMEngine.
         colormap (str | int): See :func:`colormap_lut`. Defaults to ``'jet'``.
+        soft_steps (bool): Where rounding errors decide between two levels whose
+            colours lie far apart, take the colour between them. OpenCV's JET has
+            one such step. Only for ``(H, W)``. Defaults to False.
 
     Returns:
         np.ndarray: ``(H, W, 3)`` uint8, RGB.
     """
     if values.ndim == 3:
         values = np.ascontiguousarray(values.transpose(1, 2, 0))
-    return cv2.applyColorMap(normalize_to_uint8(values), colormap_lut(colormap))
+        soft_steps = False
+    lut = colormap_lut(colormap)
+    stretched = _stretched(values)
+    heat_rgb = cv2.applyColorMap(stretched.astype(np.uint8), lut)
+    if soft_steps:
+        for level in _wide_steps(lut):
+            undecided = np.abs(stretched - level) < _UNDECIDED
+            between = lut[level - 1 : level + 1, 0].mean(axis=0)
+            heat_rgb[undecided] = between.astype(np.uint8)
+    return heat_rgb
+
+
+def _wide_steps(lut: np.ndarray) -> list[int]:
+    """Levels whose colour is far from the one before, if these are exceptions."""
+    steps = np.abs(np.diff(lut[:, 0].astype(int), axis=0)).max(axis=1)
+    levels = (np.flatnonzero(steps > _SMALL_STEP) + 1).tolist()
+    return levels if len(levels) < 8 else []
 
 
 def overlay_heatmap(
@@ -152,6 +180,7 @@ def overlay_heatmap(
     *,
     alpha: float = 0.5,
     colormap: str | int = "jet",
+    soft_steps: bool = False,
 ) -> np.ndarray:
     """Blend a map in colours with an image of the same size.
 
@@ -160,6 +189,7 @@ def overlay_heatmap(
         image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
         alpha (float): Share of the heat map, 0 to 1. Defaults to 0.5.
         colormap (str | int): See :func:`colormap_lut`. Defaults to ``'jet'``.
+        soft_steps (bool): See :func:`color_heatmap`. Defaults to False.
 
     Returns:
         np.ndarray: ``(H, W, 3)`` uint8, RGB.
@@ -169,5 +199,5 @@ def overlay_heatmap(
         >>> overlay_heatmap(values, np.zeros((3, 4, 3), np.uint8)).shape
         (3, 4, 3)
     """
-    heat_rgb = color_heatmap(values, colormap)
+    heat_rgb = color_heatmap(values, colormap, soft_steps=soft_steps)
     return cv2.addWeighted(image_rgb, 1 - alpha, heat_rgb, alpha, 0)

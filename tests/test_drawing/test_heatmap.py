@@ -115,6 +115,17 @@ class TestOverlay:
         expected = cv2.applyColorMap(normalize_to_uint8(heat), cv2.COLORMAP_VIRIDIS)
         assert np.array_equal(color_heatmap(heat, "viridis"), expected[..., ::-1])
 
+    def test_soft_steps_only_touch_what_rounding_decides(self):
+        heat = np.array([[0, 158.5, 158.995, 159.005, 159.5, 254, 255]], np.float32)
+        lut = colormap_lut("jet")[:, 0]
+        assert lut[158].tolist() == [250, 255, 6]
+        assert lut[159].tolist() == [254, 255, 1]
+        hard, soft = color_heatmap(heat), color_heatmap(heat, soft_steps=True)
+        assert hard[0, 2].tolist() == [250, 255, 6]
+        assert soft[0, 2].tolist() == soft[0, 3].tolist() == [252, 255, 3]
+        others = [0, 1, 4, 5, 6]
+        assert np.array_equal(hard[0, others], soft[0, others])
+
     def test_inputs_are_left_alone(self):
         heat, photo = values(5, 6), image(5, 6)
         overlay_heatmap(heat, photo)

@@ -76,6 +76,23 @@ class TestOverlayEqualsMMEngine:
         assert difference.max() <= 2
         assert (difference > 0).mean() < 0.01
 
+    def test_squeeze_mean_at_the_widest_step_of_jet(self):
+        # Levels 158 and 159 lie 5 apart. With 0, 255 and 159 +- rounding errors, a
+        # third of the pixels may fall on either side.
+        feature_map = torch.zeros(8, 1, 3000)
+        feature_map[:, :, 1000:2000] = 255.0
+        around = torch.linspace(158.9999, 159.0001, 1000)
+        feature_map[:, :, 2000:] = around + random_map(8, 1, 1000) * 0.5
+        feature_map[:, :, 2000:] += around - feature_map[:, :, 2000:].mean(0)
+        image_rgb = photo(2, 4501)
+        difference = differences(
+            overlay_feature_map(
+                feature_map, image_rgb, channel_reduction="squeeze_mean"
+            ),
+            mmengine_overlay(feature_map, image_rgb, channel_reduction="squeeze_mean"),
+        )
+        assert difference.max() <= 2
+
     @pytest.mark.parametrize(("shape", "image_hw"), CASES)
     def test_each_topk_tile_is_identical(self, shape, image_hw, monkeypatch):
         # Their figure passes every tile through matplotlib; the tiles themselves
