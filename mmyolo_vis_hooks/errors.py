@@ -4,6 +4,7 @@ ending a training."""
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from logging import Logger
@@ -53,7 +54,8 @@ class ErrorPolicy:
     def __init__(self, on_error: str, logger: Logger) -> None:
         self.on_error = on_error
         self._logger = logger
-        self._failures: Counter[str] = Counter()
+        self._failures: Counter[tuple[str, str, int]] = Counter()
+        self._first_messages: dict[tuple[str, str, int], str] = {}
 
     @property
     def num_failures(self) -> int:
@@ -76,9 +78,10 @@ class ErrorPolicy:
 
     def record(self, action: str, error: Exception) -> None:
         """Count a failure; log the first of its kind with the traceback."""
-        kind = f"{type(error).__name__}: {error}"
+        kind = _kind(error)
         self._failures[kind] += 1
         if self._failures[kind] == 1:
+            self._first_messages[kind] = f"{type(error).__name__}: {error}"
             self._logger.error(
                 "Could not %s; the run goes on. Set on_error='raise' to stop here.",
                 action,
@@ -89,5 +92,15 @@ class ErrorPolicy:
         """One line on everything that failed, or None if nothing did."""
         if not self._failures:
             return None
-        kinds = "; ".join(f"{n} x {kind}" for kind, n in self._failures.most_common(3))
+        kinds = "; ".join(
+            f"{n} x {self._first_messages[kind]}"
+            for kind, n in self._failures.most_common(3)
+        )
         return f"{self.num_failures} visualization step(s) failed: {kinds}"
+
+
+def _kind(error: Exception) -> tuple[str, str, int]:
+    """Where an error comes from. Its message may name a different image each time."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = (frames[-1].filename, frames[-1].lineno or 0) if frames else ("", 0)
+    return (type(error).__name__, *place)

@@ -28,14 +28,12 @@ def load_image_rgb(img_path: str, backend_args: dict | None = None) -> np.ndarra
         VisError: If the file holds no image.
     """
     try:
-        image = mmcv.imfrombytes(
-            get(img_path, backend_args=backend_args), channel_order="rgb"
-        )
+        image = mmcv.imfrombytes(get(img_path, backend_args=backend_args))
     except OSError as error:
         raise VisError(f"cannot read the image {img_path!r}: {error}") from error
     if image is None:
         raise VisError(f"{img_path!r} is no image that OpenCV can decode")
-    return image
+    return mmcv.bgr2rgb(image)
 
 
 def network_image_rgb(inputs: torch.Tensor, preprocessor: Any) -> np.ndarray:

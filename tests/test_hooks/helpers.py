@@ -55,3 +55,8 @@ def pictures(work_dir: Path) -> dict[str, Any]:
         assert image.std() > 1, f"{path} is blank"
         found[path.name] = image
     return found
+
+
+def log_of(work_dir: Path) -> str:
+    """Everything that the runs below a folder logged."""
+    return "\n".join(path.read_text() for path in Path(work_dir).rglob("*.log"))

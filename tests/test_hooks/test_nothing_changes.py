@@ -1,0 +1,242 @@
+"""A run with the hook is bit by bit the run without it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.runner import Runner
+from torch import nn
+
+from tests.test_hooks.helpers import pictures, spy, vis_hooks
+from tests.toy import toy_config
+
+ALIGNMENTS = ("resize", "letterbox", "network")
+
+VARIANTS = dict(
+    plain={},
+    ema=dict(custom=[dict(type="EMAHook", ema_type="ExponentialMovingAverage",
+                          momentum=0.1, priority=49)]),
+    workers=dict(num_workers=1),
+    amp=dict(
+        optim_wrapper=dict(
+            type="CpuAmpOptimWrapper",
+            optimizer=dict(type="SGD", lr=0.01, momentum=0.9),
+        ),
+        val_cfg=dict(fp16=True),
+    ),
+)  # fmt: skip
+
+
+@OPTIM_WRAPPERS.register_module()
+class CpuAmpOptimWrapper(OptimWrapper):
+    """Mixed precision on the CPU; MMEngine's own wrapper demands a GPU."""
+
+    @contextlib.contextmanager
+    def optim_context(self, model):
+        with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
+            yield
+
+
+@HOOKS.register_module()
+class WatchHook(Hook):
+    """Notes the state of the model around every validation, after all hooks."""
+
+    priority = "LOWEST"
+
+    def __init__(self):
+        self.notes = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self._note(runner)
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self._note(runner)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.notes.append(outputs["loss"].item())
+
+    def _note(self, runner):
+        model = runner.model
+        self.notes.append(
+            (
+                [m.training for m in model.modules()],
+                [p.requires_grad for p in model.parameters()],
+                [None if p.grad is None else p.grad.sum().item()
+                 for p in model.parameters()],
+                [buffer.double().sum().item() for buffer in model.buffers()],
+                torch.get_rng_state().sum().item(),
+                np.random.get_state()[1].sum(),
+                hash(random.getstate()),
+            )
+        )  # fmt: skip
+
+
+def hooks_left(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or "val_step" in vars(module)
+        or "test_step" in vars(module)
+    ]
+
+
+def train(work_dir, toy_data, hook, *, custom=(), **options):
+    hooks = [dict(type="WatchHook"), *custom, *([hook] if hook else [])]
+    cfg = toy_config(work_dir, hooks, data_root=toy_data, **options)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    (watch,) = [h for h in runner.hooks if isinstance(h, WatchHook)]
+    checkpoint = torch.load(work_dir / "epoch_2.pth", weights_only=False)
+    metrics = [
+        {k: v for k, v in json.loads(line).items() if "time" not in k}
+        for path in work_dir.rglob("vis_data/scalars.json")
+        for line in path.read_text().splitlines()
+    ]
+    return runner, watch.notes, checkpoint, metrics
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(np.all(a == b))
+
+
+@pytest.fixture(scope="module")
+def plain_runs(tmp_path_factory, toy_data):
+    """Each variant without the hook, run once."""
+    found = {}
+
+    def get(variant):
+        if variant not in found:
+            work_dir = tmp_path_factory.mktemp(f"plain_{variant}")
+            found[variant] = train(work_dir, toy_data, None, **VARIANTS[variant])
+        return found[variant]
+
+    return get
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_training_is_bit_identical(tmp_path, toy_data, plain_runs, variant, alignment):
+    hook = spy(alignment=alignment, num_images=3)
+    runner, notes, checkpoint, metrics = train(
+        tmp_path, toy_data, hook, **VARIANTS[variant]
+    )
+    _, plain_notes, plain_checkpoint, plain_metrics = plain_runs(variant)
+    assert len(pictures(tmp_path)) == 6  # the hook did draw
+    assert hooks_left(runner.model) == []
+
+    assert len(notes) == len(plain_notes)
+    assert same(notes, plain_notes)
+    assert checkpoint["state_dict"].keys() == plain_checkpoint["state_dict"].keys()
+    for key in ("state_dict", "optimizer", "ema_state_dict"):
+        assert same(checkpoint.get(key, {}), plain_checkpoint.get(key, {})), key
+    assert "coco/bbox_mAP" in metrics[-1]
+    assert metrics[-1]["coco/bbox_mAP"] > 0.05
+    assert metrics == plain_metrics
+
+
+def test_the_comparison_notices_a_change(tmp_path, toy_data, plain_runs):
+    """One random number drawn in one iteration must be seen."""
+
+    @HOOKS.register_module(force=True)
+    class Disturb(Hook):
+        def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            torch.rand(1)
+
+    _, notes, checkpoint, _ = train(tmp_path, toy_data, dict(type="Disturb"))
+    _, plain_notes, plain_checkpoint, _ = plain_runs("plain")
+    assert not same(notes, plain_notes)
+    assert not same(checkpoint["state_dict"], plain_checkpoint["state_dict"])
+
+
+def test_persistent_workers_keep_the_loops_own_pipeline(tmp_path, toy_data):
+    hook = spy(num_images=-1, target_layers=["brightness"])
+    cfg = toy_config(
+        tmp_path, [hook, dict(type="ShapeHook")], data_root=toy_data, num_workers=2
+    )
+    assert cfg.val_dataloader.persistent_workers
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    (shapes,) = [h for h in runner.hooks if isinstance(h, ShapeHook)]
+    assert shapes.seen == {(128, 128)}  # letterboxed, in both validations
+    assert len(pictures(tmp_path)) == 12
+
+
+@HOOKS.register_module()
+class ShapeHook(Hook):
+    """Notes the shapes of the images that the loop's pipeline gives."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.seen |= {tuple(image.shape[1:]) for image in data_batch["inputs"]}
+
+
+def test_ema_weights_are_drawn(tmp_path, toy_data):
+    """The picture shows the weights that the validation measures."""
+    hook = spy(num_images=1)
+    cfg = toy_config(
+        tmp_path,
+        [dict(type="EMAHook", momentum=0.5, priority=49), hook],
+        data_root=toy_data,
+    )
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    sample = vis_hooks(runner)[0].samples[-1]
+    drawn = sample.activations[0].feature_map
+    checkpoint = torch.load(tmp_path / "epoch_2.pth", weights_only=False)
+
+    def maps_with(state_dict):
+        runner.model.load_state_dict(state_dict)
+        again = vis_hooks(runner)[0]
+        again.samples.clear()
+        runner.val()
+        return again.samples[0].activations[0].feature_map
+
+    # The checkpoint of EMAHook holds the averaged weights as its state_dict.
+    ema_hook = next(h for h in runner.hooks if type(h).__name__ == "EMAHook")
+    averaged, trained = checkpoint["state_dict"], {
+        key.replace("module.", ""): value
+        for key, value in checkpoint["ema_state_dict"].items()
+        if key != "steps"
+    }  # fmt: skip
+    ema_hook.enabled = False
+    for name in ("before_val_epoch", "after_val_epoch"):
+        setattr(ema_hook, name, lambda *args, **kwargs: None)
+    assert torch.equal(maps_with(averaged), drawn)
+    assert not torch.equal(maps_with(trained), drawn)
+
+
+def test_the_forward_runs_under_the_loops_autocast(tmp_path, toy_data):
+    dtypes = {}
+    for fp16 in (False, True):
+        cfg = toy_config(
+            tmp_path / str(fp16),
+            [spy(num_images=1)],
+            data_root=toy_data,
+            test_cfg=dict(fp16=fp16),
+        )
+        runner = Runner.from_cfg(cfg)
+        runner.test()
+        sample = vis_hooks(runner)[0].samples[0]
+        dtypes[fp16] = sample.activations[0].feature_map.dtype
+        assert len(pictures(tmp_path / str(fp16))) == 1
+    assert dtypes[False] == torch.float32
+    assert dtypes[True] in (torch.bfloat16, torch.float16)
