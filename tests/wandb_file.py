@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,8 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 def history_rows(work_dir: Path) -> list[dict[str, Any]]:
     """Rows of history of the only run below a folder."""
-    (path,) = work_dir.rglob("*.wandb")
     rows = []
-    for payload in _payloads(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(payload)
+    for record in _finished_records(work_dir):
         if record.WhichOneof("record_type") == "history":
             row = {}
             for item in record.history.item:
@@ -28,6 +26,22 @@ def history_rows(work_dir: Path) -> list[dict[str, Any]]:
                 row[key] = json.loads(item.value_json)
             rows.append(row)
     return rows
+
+
+def _finished_records(work_dir: Path) -> list[Any]:
+    """All records, once W&B's own process has written the last one."""
+    deadline = time.monotonic() + 30
+    while True:
+        (path,) = work_dir.rglob("*.wandb")
+        records = []
+        for payload in _payloads(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(payload)
+            records.append(record)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline, f"{path} was never finished"
+        time.sleep(0.1)
 
 
 def images(row: dict[str, Any]) -> set[str]:

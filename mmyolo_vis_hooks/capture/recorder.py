@@ -131,13 +131,10 @@ class _ForwardTap:
             return
         with self._contained():
             inputs = args[0] if args else kwargs["inputs"]
-            data_samples = args[1] if len(args) > 1 else kwargs.get("data_samples")
+            data_samples: Any = args[1] if len(args) > 1 else kwargs["data_samples"]
             keep = list(self._record.keep)
             self._batch_size = len(inputs)
-            metainfos = [
-                dict(data_samples[i].metainfo)
-                for i in keep  # type: ignore[index]
-            ]
+            metainfos = [dict(data_samples[i].metainfo) for i in keep]
             if any(metainfo.get("flip") for metainfo in metainfos):
                 return
             self._record.metainfos = metainfos

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 import cv2
-import numpy as np
+import mmcv
 from mmengine.dist import (
     all_gather_object,
     broadcast_object_list,
@@ -56,8 +56,7 @@ class RankSpool:
                 broadcast_object_list(payload, src=source)
                 if get_rank() == 0 and payload[0] is not None:
                     image_id, png = payload[0]
-                    bgr = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
-                    yield VisImage(image_id, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
+                    yield VisImage(image_id, mmcv.imfrombytes(png, channel_order="rgb"))
         self.clear()
 
     def clear(self) -> None:
