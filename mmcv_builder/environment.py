@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +100,6 @@ def prove(where: Path | None, device: str) -> dict[str, Any]:
 def proof_device(torch: Torch, device: str) -> str:
     """Where ops built for a device can be run: CUDA ops without a GPU only load."""
     return "cuda" if device == "cuda" and torch.gpu else "cpu"
-
-
-def mmyolo_is_installed() -> bool:
-
-    try:
-        metadata.version("mmyolo")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def find_nvcc() -> Path | None:

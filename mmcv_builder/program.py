@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .build import build_wheel, check_wheel
 from .cache import CacheEntry, cache_key, cache_root, replace_file
-from .environment import Torch, choose_device, mmyolo_is_installed, proof_device, prove
+from .environment import Torch, choose_device, proof_device, prove
 from .install import install_requirements, install_wheel
 from .messages import BuildError, exit_code, say
-
-MMCV_VERSION = "2.0.1"
-# MMYOLO 0.6 accepts mmcv >= 2.0.0rc4, < 2.1.0.
-COMPATIBLE = re.compile(r"2\.0\.(0(rc[4-9])?|[1-9]\d*)$")
+from .versions import MMCV_VERSION, mismatch
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,8 +74,8 @@ def mmcv_works(args: argparse.Namespace, torch: Torch, device: str) -> bool:
     if args.version not in (None, version):
         say(f"mmcv {version} works, but {args.version} is asked for.")
         return False
-    if not COMPATIBLE.match(version) and args.version is None and mmyolo_is_installed():
-        say(f"mmcv {version} works, but MMYOLO needs mmcv >= 2.0.0rc4, < 2.1.0.")
+    if args.version is None and mismatch(version):
+        say(f"mmcv {version} works, but {mismatch(version)}.")
         return False
     folder = Path(proof["file"]).parent
     say(f"mmcv {version} works with torch {torch.version}: nothing to do ({folder})")

@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 from mmcv_builder.cache import file_lock  # noqa: E402
 from mmcv_builder.children import call, pip, run_json, run_logged  # noqa: E402
 from mmcv_builder.messages import BuildError, exit_code, say  # noqa: E402
-from mmcv_builder.program import MMCV_VERSION  # noqa: E402
 from mmcv_builder.registry import pip_failed  # noqa: E402
+from mmcv_builder.versions import MMCV_VERSION  # noqa: E402
 
 REQUIREMENTS = ("build", "runtime", "tools", "dev")
 DISK_NEEDED = 2_000_000_000
