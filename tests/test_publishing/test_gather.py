@@ -1,0 +1,64 @@
+"""Pictures of all ranks are published, each once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.runner import Runner
+
+from mmyolo_vis_hooks.publishing.gather import RankSpool
+from mmyolo_vis_hooks.types import VisImage
+from tests.test_hooks.helpers import pictures, spy
+from tests.toy import toy_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_on_two_ranks(work_dir: Path, toy_data: Path, alignment: str, failing: int):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+        *("--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+        *("-m", "tests.distributed_run"),
+        *(str(work_dir), str(toy_data), alignment, str(failing)),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return pictures(work_dir)
+
+
+@pytest.mark.parametrize("alignment", ["resize", "letterbox"])
+def test_two_ranks_give_the_pictures_of_one(tmp_path, toy_data, alignment):
+    """Five images on two ranks: the sampler repeats one of them."""
+    found = run_on_two_ranks(tmp_path / "two", toy_data, alignment, failing=-1)
+    hook = spy(alignment=alignment, num_images=-1)
+    cfg = toy_config(tmp_path / "one", [hook], data_root=toy_data, batch_size=1)
+    cfg.test_dataloader.dataset.indices = 5
+    cfg.test_evaluator = []
+    Runner.from_cfg(cfg).test()
+    expected = pictures(tmp_path / "one")
+    assert len(expected) == 5
+    assert found.keys() == expected.keys()
+    for name, image in expected.items():
+        np.testing.assert_array_equal(found[name], image)
+
+
+def test_a_rank_that_cannot_draw_holds_nobody_up(tmp_path, toy_data):
+    found = run_on_two_ranks(tmp_path, toy_data, "resize", failing=1)
+    # Rank 0 had the first, third and fifth image.
+    assert sorted(found) == [f"test.featmap.{i}_image_0.png" for i in (1, 3, 5)]
+
+
+def test_spool_is_emptied_and_needs_no_other_rank():
+    spool = RankSpool()
+    image = np.random.RandomState(0).randint(0, 255, (9, 7, 3)).astype(np.uint8)
+    spool.add(VisImage("a", image))
+    folder = Path(spool._folder.name)
+    assert len(list(folder.iterdir())) == 1
+    assert list(spool.gather()) == []  # rank 0 publishes its own at once
+    assert not folder.exists()
