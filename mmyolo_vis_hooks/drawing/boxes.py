@@ -132,8 +132,14 @@ def draw_detections(
     for place, text, color in zip(reversed(places), reversed(labels), reversed(colors)):
         x1, y1, x2, y2 = place
         image[y1:y2, x1:x2] = color
-        pad = _padding(size)
-        draw_text(image, text, (x1 + pad, y1), size=size, color=contrast_color(color))
+        draw_text(
+            image,
+            text,
+            (x1 + _padding(size), y1),
+            size=size,
+            color=contrast_color(color),
+            paper=color,
+        )
     return image
 
 
@@ -159,13 +165,12 @@ def _draw_box(
     """Lines that grow inwards, so that none is cut off at the image's edge."""
     x1, y1, x2, y2 = box
     # A thin line of the opposite brightness keeps the box visible on its own colour.
-    inner = thickness
     if min(x2 - x1, y2 - y1) > 4 * (thickness + 1):
         edge = contrast_color(color)
         cv2.rectangle(
             image,
-            (x1 + inner, y1 + inner),
-            (x2 - inner, y2 - inner),
+            (x1 + thickness, y1 + thickness),
+            (x2 - thickness, y2 - thickness),
             edge,
             max(1, thickness // 3),
         )

@@ -133,6 +133,7 @@ def draw_text(
     size: int,
     color: tuple[int, int, int],
     bold: bool = False,
+    paper: tuple[int, int, int] | None = None,
 ) -> None:
     """Draw one line into an image, in place; what leaves the image is cut off.
 
@@ -143,6 +144,8 @@ def draw_text(
         size (int): Font size, pixels.
         color (tuple): RGB, 0 to 255.
         bold (bool): Defaults to False.
+        paper (tuple, optional): RGB behind the text where that is one colour,
+            which is faster. Defaults to None, whatever the image holds.
     """
     if not text:
         return
@@ -153,10 +156,16 @@ def draw_text(
     x2, y2 = min(x + mask.shape[1], width), min(y + mask.shape[0], height)
     if x1 >= x2 or y1 >= y2:
         return
-    share = mask[y1 - y : y2 - y, x1 - x : x2 - x, None].astype(np.uint16)
-    region = image_rgb[y1:y2, x1:x2]
+    mask = mask[y1 - y : y2 - y, x1 - x : x2 - x]
     ink = np.asarray(color, dtype=np.uint16)
-    region[:] = (region * (255 - share) + ink * share + 127) // 255
+    if paper is not None:
+        share = np.arange(256, dtype=np.uint16)[:, None]
+        shades = (np.asarray(paper, np.uint16) * (255 - share) + ink * share) // 255
+        image_rgb[y1:y2, x1:x2] = shades.astype(np.uint8)[mask]
+        return
+    region = image_rgb[y1:y2, x1:x2]
+    share = mask[..., None].astype(np.uint16)
+    region[:] = (region * (255 - share) + ink * share) // 255
 
 
 def wrap_text(text: str, max_width: int, size: int, bold: bool = False) -> list[str]:

@@ -82,6 +82,15 @@ class TestDraw:
         untouched[10 : 10 + mask.shape[0], 10 : 10 + mask.shape[1]] = False
         assert (canvas[untouched] == 255).all()
 
+    def test_known_paper_gives_the_same_pixels(self):
+        canvases = [np.full((60, 200, 3), (12, 200, 90), np.uint8) for _ in range(2)]
+        for canvas, paper in zip(canvases, (None, (12, 200, 90))):
+            draw_text(
+                canvas, "dog 0.87", (9, 7), size=20, color=(250, 3, 4), paper=paper
+            )
+        assert np.array_equal(*canvases)
+        assert (canvases[0] == (250, 3, 4)).all(axis=2).any()
+
     @pytest.mark.parametrize("xy", [(-5, -5), (190, 50), (-500, 3), (3, 500)])
     def test_cut_off_at_the_edge(self, xy):
         canvas = white()

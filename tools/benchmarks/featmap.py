@@ -213,7 +213,7 @@ def compare(first: Path, second: Path) -> str:
     difference = np.maximum(one, other) - np.minimum(one, other)
     if not difference.any():
         return "identical"
-    return f"<= {difference.max()} grey levels"
+    return f"within {difference.max()}"
 
 
 def format_bytes(count: float) -> str:
@@ -242,11 +242,15 @@ def describe_machine(threads: int, limit_bytes: int) -> str:
     versions = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("torch", "mmengine", "numpy")
     )
-    cores = len(os.sched_getaffinity(0))
     return (
-        f"{model}, {cores} cores, {threads} threads; memory limit of a child "
+        f"{model}, {num_cores()} cores, {threads} threads; memory limit of a child "
         f"{format_bytes(limit_bytes)}; {versions}"
     )
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -299,7 +303,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--threads",
         type=positive,
-        default=len(os.sched_getaffinity(0)),
+        default=num_cores(),
         help="threads of torch and OpenCV",
     )
     parser.add_argument(
@@ -391,7 +395,7 @@ def main() -> int:
     table.add_column("image")
     for name in ("channels", "reduction", OURS, "memory", MMENGINE, "memory"):
         table.add_column(name, justify="left" if name == "reduction" else "right")
-    for name in ("faster", "memory saved", "pictures"):
+    for name in ("faster", "memory saved", "grey levels"):
         table.add_column(name, justify="right")
 
     jobs = [
@@ -400,6 +404,12 @@ def main() -> int:
         for channels in args.channels
         for reduction in args.reductions
     ]
+    load = os.getloadavg()[0]
+    if load > num_cores() / 2:
+        console.print(
+            f"Other programs keep this machine busy (load {load:.1f} on {num_cores()} "
+            "cores): times will be too long and vary."
+        )
     lines, records = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, console=console, transient=True)
@@ -422,7 +432,7 @@ def main() -> int:
             )
             progress.advance(task)
     # A pipe has no width of its own; the table needs about this much.
-    console = console if console.is_terminal else Console(width=132)
+    console = console if console.is_terminal else Console(width=136)
     console.print(table)
     for line in lines:
         console.print(line)
