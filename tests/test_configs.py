@@ -1,0 +1,177 @@
+"""Every config builds, and its hook draws a real image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+import torch
+from mmdet.datasets import CocoDataset
+from mmengine.config import Config
+from mmengine.runner import Runner
+from sklearn.datasets import load_sample_images
+
+from mmyolo_vis_hooks import FeatMapVisHook
+
+from .test_hooks.helpers import pictures, vis_hooks
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+EXAMPLES = sorted(path.stem for path in (CONFIGS / "examples").glob("*_featmap.py"))
+# What the panel of each example shows after the image.
+LAYERS = {
+    "yolov5_n": ["backbone[0]", "backbone[1]", "backbone[2]", 3],
+    "yolov6_n": ["backbone.stage3", 3],
+    "yolov7_tiny": ["backbone.stage4", 3],
+    "yolov8_n": ["backbone[0]", "backbone[1]", "backbone[2]", 3],
+    "yolox_tiny": ["backbone.stage4", 3],
+    "rtmdet_tiny": ["backbone.stage4", 3],
+    "ppyoloe_plus_s": ["backbone.stage4", 3],
+    "retinanet_r50": ["backbone.layer4", 5],
+    "faster_rcnn_r50": ["backbone.layer4", 5],
+}
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One real photo with one box, as COCO has them."""
+    root = tmp_path_factory.mktemp("coco")
+    flower = load_sample_images().images[1]
+    cv2.imwrite(str(root / "flower.jpg"), flower[..., ::-1])
+    names = CocoDataset.METAINFO["classes"]
+    height, width = flower.shape[:2]
+    content = {
+        "images": [
+            {"id": 1, "file_name": "flower.jpg", "height": height, "width": width}
+        ],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 1,
+                "category_id": names.index("potted plant"),
+                "bbox": [170, 60, 330, 320],
+                "area": 330 * 320,
+                "iscrowd": 0,
+            }
+        ],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+    }
+    (root / "instances.json").write_text(json.dumps(content))
+    return root
+
+
+def drop_downloads(node: Any) -> None:
+    """Take what would be fetched from the network out of a config."""
+    if isinstance(node, dict):
+        init = node.get("init_cfg")
+        if isinstance(init, dict) and "checkpoint" in init:
+            node["init_cfg"] = None
+        for value in node.values():
+            drop_downloads(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            drop_downloads(value)
+
+
+def localise(config: Config, coco: Path, work_dir: Path) -> Config:
+    """Let a config run on the one photo, without workers and downloads."""
+    drop_downloads(config.model)
+    config.load_from = None
+    config.work_dir = str(work_dir)
+    # MMEngine keeps one instance per name for the whole process.
+    config.experiment_name = config.visualizer.name = str(work_dir)
+    config.log_level = "WARNING"
+    loader = config.test_dataloader
+    loader.update(num_workers=0, persistent_workers=False, batch_size=1)
+    loader.dataset.update(
+        data_root=str(coco), ann_file="instances.json", data_prefix=dict(img="")
+    )
+    config.test_evaluator.ann_file = str(coco / "instances.json")
+    # Half the size of MMDetection's images, and not 20,000 boxes of random weights
+    # for the NMS.
+    for transform in loader.dataset.pipeline:
+        if transform.get("scale") == (1333, 800):
+            transform.scale = (667, 400)
+    if "nms_pre" in config.model.get("test_cfg", {}):
+        config.model.test_cfg.nms_pre = 500
+    return config
+
+
+def test_every_family_has_an_example():
+    assert {name[: -len("_featmap")] for name in EXAMPLES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_draws(name, coco, tmp_path):
+    config = Config.fromfile(CONFIGS / "examples" / f"{name}.py")
+    assert config.custom_imports.imports == ["mmyolo_vis_hooks"]
+    hook = config.custom_hooks[-1]
+    assert hook.type == "FeatMapVisHook"
+    hook.update(type="SpyHook", on_error="raise")
+    torch.manual_seed(0)
+    runner = Runner.from_cfg(localise(config, coco, tmp_path / "run"))
+    runner.test()
+
+    *layers, num_neck_maps = LAYERS[name[: -len("_featmap")]]
+    layers += [f"neck[{i}]" for i in range(num_neck_maps)]
+    (spy,) = vis_hooks(runner)
+    (sample,) = spy.samples
+    assert [activation.title for activation in sample.activations] == layers
+    for activation in sample.activations:
+        mean = activation.feature_map.mean(dim=0)
+        assert bool(torch.isfinite(mean).all()), activation.title
+        assert float(mean.std()) > 1e-6 * float(mean.abs().max()), activation.title
+    (picture,) = pictures(tmp_path / "run").values()
+    assert picture.std() > 20
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(
+        str(path.relative_to(CONFIGS))
+        for path in CONFIGS.rglob("*.py")
+        if "mmyolo::" in path.read_text() and path.name != "featmap_vis.py"
+    ),
+)
+def test_collate_functions_get_no_scope(path):
+    """MMEngine would hand the mark of an inherited config on to the function."""
+    config = Config.fromfile(CONFIGS / path)
+    assert config.train_dataloader.collate_fn.type == "yolov5_collate"
+    assert "_scope_" not in config.train_dataloader.collate_fn
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda p: p.stem)
+def test_the_hook_is_built_with_the_options_of_the_config(path):
+    config = Config.fromfile(path)
+    options = dict(config.featmap_vis_hook)
+    assert options.pop("type") == "FeatMapVisHook"
+    assert FeatMapVisHook(**options).on_error == "log"
+
+
+def test_the_mix_in_keeps_the_hooks_of_the_detector():
+    config = Config.fromfile(CONFIGS / "examples" / "yolov8_n_featmap.py")
+    kinds = [hook.type for hook in config.custom_hooks]
+    assert kinds == ["EMAHook", "mmdet.PipelineSwitchHook", "FeatMapVisHook"]
+
+
+def test_the_folder_of_real_images_is_found_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = CONFIGS / "coco128" / "yolox_nano_coco128.py"
+    monkeypatch.delenv("MMVIS_SHARED", raising=False)
+    beside = CONFIGS.parent.parent / "shared" / "data" / "coco128"
+    assert Path(Config.fromfile(path).val_dataloader.dataset.data_root) == beside
+    monkeypatch.setenv("MMVIS_SHARED", "/a place/shared")
+    config = Config.fromfile(path)
+    assert config.test_dataloader.dataset.data_root == "/a place/shared/data/coco128/"
+    assert config.test_evaluator.ann_file == (
+        "/a place/shared/data/coco128/annotations/instances_train2017.json"
+    )
+
+
+def test_digits_have_one_class_each():
+    config = Config.fromfile(CONFIGS / "demo" / "yolov8_n_digits.py")
+    assert config.model.bbox_head.head_module.num_classes == 10
+    assert config.model.train_cfg.assigner.num_classes == 10
+    assert config.val_dataloader.dataset.metainfo.classes == tuple("0123456789")
