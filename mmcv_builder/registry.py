@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
 from collections.abc import Mapping
 from importlib import metadata
@@ -58,16 +57,23 @@ def pip_failed(
 def last_words(output: str, count: int = 6) -> str:
     """The lines of a build's output that say what went wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\b(fatal )?error\b", line, re.I)]
+    errors = [
+        line
+        for line in lines
+        if re.search(r"\berror: |\w+Error: ", line)
+        and "subprocess-exited-with-error" not in line  # pip's own remark
+        and "originates from a subprocess" not in line
+    ]
     return "\n  " + "\n  ".join((errors or lines)[-count:]) + "\n"
 
 
 def fetch_sdist(root: Path, version: str, env: Mapping[str, str], log: TextIO) -> Path:
     """mmcv's source from the cache, or from the registry."""
     target = root / "sdist" / f"mmcv-{version}.tar.gz"
+    digest = target.with_name(f"{target.name}.sha256")
     pinned = SDIST_SHA256.get(version)
-    if target.exists():
-        if tarfile.is_tarfile(target) and pinned in (None, sha256(target)):
+    if target.exists() and digest.exists():
+        if sha256(target) == (pinned or digest.read_text()):
             return target
         say(f"The cached source {target} is damaged: it is fetched again.")
         target.unlink()
@@ -88,6 +94,7 @@ def fetch_sdist(root: Path, version: str, env: Mapping[str, str], log: TextIO) -
                 "Check which index pip uses (`pip config list`).",
                 Path(log.name),
             )
+        digest.write_text(sha256(found))
         os.replace(found, target)
     return target
 
