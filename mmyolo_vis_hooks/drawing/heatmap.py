@@ -161,9 +161,9 @@ def color_heatmap(
     heat_rgb = cv2.applyColorMap(stretched.astype(np.uint8), lut)
     if soft_steps:
         for level in _wide_steps(lut):
-            undecided = np.abs(stretched - level) < _UNDECIDED
+            undecided = cv2.inRange(stretched, level - _UNDECIDED, level + _UNDECIDED)
             between = lut[level - 1 : level + 1, 0].mean(axis=0)
-            heat_rgb[undecided] = between.astype(np.uint8)
+            heat_rgb[undecided > 0] = between.astype(np.uint8)
     return heat_rgb
 
 
