@@ -1,0 +1,126 @@
+"""The check of mmcv, on every kind of mmcv that a user can have."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+from mmyolo_vis_hooks.dependencies import DependencyError, require_mmcv
+
+COMMAND = shlex.join([sys.executable, "-m", "mmcv_builder"])
+VERSION = "__version__ = '2.0.1'\n"
+
+
+class NoMmcv(MetaPathFinder):
+    """Makes mmcv look as if it were not installed."""
+
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
+        if fullname == "mmcv":
+            raise ModuleNotFoundError("No module named 'mmcv'", name="mmcv")
+        return None
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder mmcv that is imported in place of the installed one."""
+    for name in list(sys.modules):
+        if name == "mmcv" or name.startswith("mmcv."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "mmcv"
+    folder.mkdir()
+    return folder
+
+
+def complaint() -> str:
+    """The message of the check; it always ends with the command."""
+    with pytest.raises(DependencyError) as raised:
+        require_mmcv()
+    message = str(raised.value)
+    assert message.endswith(f"\n\n    {COMMAND}\n")
+    assert not isinstance(raised.value, ImportError)  # custom_imports hides those
+    return message
+
+
+def test_the_mmcv_of_this_environment_passes() -> None:
+    require_mmcv()
+
+
+def test_no_mmcv(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [NoMmcv(), *sys.meta_path])
+    assert complaint().startswith("mmcv is not installed. Build the right mmcv")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("import no_such_module", "does not import: No module named 'no_such_module'"),
+        ("raise ImportError('libGL.so.1: no file')", "does not import: libGL.so.1"),
+    ],
+)
+def test_an_mmcv_that_does_not_import(line: str, says: str, package: Path) -> None:
+    (package / "__init__.py").write_text(f"{VERSION}{line}\n")
+    assert says in complaint()
+
+
+def test_no_compiled_ops(package: Path) -> None:
+    (package / "__init__.py").write_text(VERSION)
+    assert complaint().startswith("mmcv 2.0.1 has no compiled ops (mmcv-lite")
+
+
+def test_ops_for_another_torch(package: Path) -> None:
+    """A real shared library with a symbol that nobody has."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (package / "__init__.py").write_text(VERSION)
+    source = package / "ext.cpp"
+    source.write_text(
+        "namespace c10 { int gone(); }\nint use() { return c10::gone(); }"
+    )
+    library = package / f"_ext{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    message = complaint()
+    assert message.startswith("mmcv 2.0.1 was not compiled for torch ")
+    assert "undefined symbol: _ZN3c104goneEv" in message
+
+
+@pytest.mark.parametrize("version", ["1.7.2", "2.0.0rc3", "2.1.0", "2.2.0"])
+def test_a_version_that_mmyolo_rejects(version: str, package: Path) -> None:
+    (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    (package / "_ext.py").touch()
+    start = f"mmcv {version} is installed, but MMYOLO needs mmcv >= 2.0.0rc4, < 2.1.0."
+    assert complaint().startswith(start)
+
+
+@pytest.mark.parametrize("version", ["2.0.0rc4", "2.0.0", "2.0.1"])
+def test_versions_that_mmyolo_accepts(version: str, package: Path) -> None:
+    (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    (package / "_ext.py").touch()
+    require_mmcv()
+
+
+def test_importing_the_package_ends_with_the_command(package: Path) -> None:
+    (package / "__init__.py").write_text(VERSION)
+    root = Path(__file__).resolve().parents[1]
+    child = subprocess.run(
+        [sys.executable, "-c", "import mmyolo_vis_hooks"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(package.parent), str(root)]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 1
+    assert child.stderr.rstrip().endswith(COMMAND)
