@@ -417,6 +417,22 @@ class TestExplainer:
         reduced = montage_module.resize_image(full, (768, 1024))
         assert differences(cells[0][1].image_rgb, reduced).max() <= 8
 
+    def test_channel_is_chosen_at_the_size_of_the_image(self, cells):
+        # Five pixels from four cells weigh a corner by 1.3 * 1.3 and an inner cell
+        # by 1.2 * 1.2; the 320 pixels of the drawing weigh all cells the same.
+        feature_map = torch.zeros(2, 4, 4)
+        feature_map[0, 0, 0] = 1.0
+        feature_map[1, 1, 1] = 1.1
+        given = VisSample(
+            "a",
+            photo(5, 5),
+            FrameTransform.stretch((5, 5), (4, 4)),
+            (Activation("neck", 0, (), feature_map),),
+            Detections(),
+        )
+        FeatMapExplainer()(given)
+        assert "channel 0" in cells[0][1].note
+
     def test_boxes_follow_the_resized_image(self, cells):
         given = replace(
             sample((100, 120)),
