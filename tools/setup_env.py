@@ -110,6 +110,9 @@ class Environment:
         except OSError:
             return False
 
+    def version(self) -> str:
+        return str(self.inventory()["python"].split()[0])
+
     def pip(self, what: str, *arguments: str) -> None:
         """Run pip: with its own bars on a terminal, else with its telling lines.
 
@@ -157,6 +160,13 @@ def requirements_key() -> str:
     for path in [*sorted((ROOT / "requirements").glob("*.txt")), ROOT / "setup.cfg"]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def check_python(version: str, remedy: str) -> None:
+    if not (3, 9) <= tuple(int(n) for n in version.split(".")[:2]) <= (3, 12):
+        raise BuildError(
+            f"Python {version} is not supported.", f"Use Python 3.9 to 3.12: {remedy}"
+        )
 
 
 def is_ready(env: Environment, torch: str | None) -> bool:
@@ -323,6 +333,7 @@ def install(env: Environment, torch: str | None) -> None:
     start = time.monotonic()
     interrupted = env.note().get("state") == "installing"
     provide_venv(env)
+    check_python(env.version(), f"make PYTHON=..., or another VENV than {env.folder}")
     env.write_note(state="installing")
     if interrupted and env.note().get("owned"):
         remove_leftovers(env)
@@ -356,11 +367,7 @@ def install(env: Environment, torch: str | None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not (3, 9) <= sys.version_info[:2] <= (3, 12):
-        raise BuildError(
-            f"Python {sys.version.split()[0]} is not supported.",
-            "Use Python 3.9 to 3.12: make PYTHON=python3.12 ...",
-        )
+    check_python(sys.version.split()[0], "make PYTHON=python3.12 ...")
     env = Environment(args.venv.expanduser().absolute())
     torch = args.torch.strip() or None
     if is_ready(env, torch):
