@@ -109,7 +109,7 @@ def draw_detections(
     image = np.array(image_rgb, order="C")
     height, width = image.shape[:2]
     long_side = max(height, width)
-    thickness = line_width or max(1, round(long_side / 320))
+    thickness = line_width or max(1, round(long_side / 280))
     size = font_size or int(np.clip(round(7 + long_side / 110), 10, 40))
 
     order = np.argsort(-detections.scores, kind="stable")
