@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -100,7 +99,7 @@ def ready(setup_env: ModuleType, tmp_path: Path) -> Any:
 
 def test_a_stamp_is_believed(setup_env: ModuleType, ready: Any) -> None:
     assert setup_env.is_ready(ready, None)
-    assert ready.inventory()["versions"]["torch" if False else "pip"]
+    assert ready.inventory()["versions"]["pip"]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +217,7 @@ def test_a_folder_of_somebody_else_is_never_emptied(
 ) -> None:
     thesis = tmp_path / "thesis.txt"
     thesis.write_text("mine")
-    with pytest.raises(BuildError, match="no virtual environment with pip.*VENV="):
+    with pytest.raises(BuildError, match=r"no virtual environment with pip.*VENV="):
         setup_env.provide_venv(setup_env.Environment(tmp_path))
     assert thesis.read_text() == "mine"
 
@@ -227,19 +226,19 @@ def test_a_python_without_ensurepip(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Debian's python3 without python3-venv."""
+    env = setup_env.Environment(tmp_path / "venv")
+    env.folder.mkdir()
     monkeypatch.setattr(setup_env.importlib.util, "find_spec", lambda _: None)
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     with pytest.raises(BuildError, match=f"apt install python{version}-venv"):
-        setup_env.provide_venv(setup_env.Environment(tmp_path))
+        setup_env.provide_venv(env)
 
 
 def test_an_unsupported_python(setup_env: ModuleType) -> None:
     for version in ("3.9.18", "3.12.1"):
         setup_env.check_python(version, "")
     for version in ("2.7.18", "3.8.18", "3.13.0"):
-        with pytest.raises(
-            BuildError, match=rf"Python {version} is not.*3\.9 to 3\.12"
-        ):
+        with pytest.raises(BuildError, match=rf"Python {version} is not supported"):
             setup_env.check_python(version, "make PYTHON=python3.12")
 
 
@@ -400,9 +399,8 @@ def test_targets_install_first(target: str, runs: str) -> None:
     assert done.returncode == 0, done.stderr
     install = f'"{sys.executable}" tools/setup_env.py --venv "/some/venv"'
     assert install in done.stdout
-    assert done.stdout.index(install) < done.stdout.index(
-        f'"/some/venv/bin/python" {runs}'
-    )
+    command = f'"/some/venv/bin/python" {runs}'
+    assert done.stdout.index(install) < done.stdout.index(command)
 
 
 def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
@@ -423,4 +421,3 @@ def test_make_help_lists_every_target() -> None:
     phony = next(line for line in text.splitlines() if line.startswith(".PHONY"))
     for target in phony.split()[1:]:
         assert f"make {target} " in done.stdout
-    assert json.dumps(done.stdout)
