@@ -1,0 +1,47 @@
+"""CI must not pass by skipping the tests on real data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TESTS = """
+import pytest
+
+@pytest.fixture
+def data():
+    pytest.skip("no images")
+
+@pytest.mark.real_data
+def test_real(data): ...
+
+def test_other(data): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "code", "summary"),
+    [(".", 1, "1 skipped, 1 error"), ("none", 0, "2 skipped")],
+)
+def test_a_skip_fails_only_where_the_data_is(
+    folder: str, code: int, summary: str, tmp_path: Path
+) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = real_data: x\n")
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / ".ci"),
+        "MMVIS_SHARED": str(tmp_path / folder),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "require_real_data"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout
+    assert summary in done.stdout
