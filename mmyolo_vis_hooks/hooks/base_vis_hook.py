@@ -208,6 +208,13 @@ class BaseVisHook(Hook):
                 show=self.show,
                 wait_time=self.wait_time,
             )
+            if not self._publisher.has_destination:
+                runner.logger.warning(
+                    "%s: the visualizer has no backend, so no picture will be kept. Set "
+                    "visualizer=dict(vis_backends=[dict(type='LocalVisBackend')]); "
+                    "DetVisualizationHook(show=True) removes all backends.",
+                    self.name,
+                )
         self._detector = unwrap_detector(runner.model)
         self._sample_maker = SampleMaker(
             self._detector,

@@ -45,8 +45,8 @@ class FeatMapVisHook(BaseVisHook):
             Defaults to 0.5.
         colormap (str): Name of an OpenCV or matplotlib colour map.
             Defaults to ``'jet'``.
-        score_thr (float): Detections with at least this score are drawn on the
-            image; 1 draws none. Defaults to 0.3.
+        score_thr (float): Detections with a higher score are drawn on the image;
+            1 draws none. Defaults to 0.3.
         draw (bool): False switches the hook off. Defaults to True.
         interval (int): Every how many validation (or test) runs pictures are
             made, starting with the first. Defaults to 1.

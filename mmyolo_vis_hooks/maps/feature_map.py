@@ -123,8 +123,8 @@ def validate_reduction_options(
     Args:
         channel_reduction (str, optional): ``'squeeze_mean'``, ``'select_max'``
             or None.
-        topk (int): Number of channels to show; zero or less means that the map
-            is a picture of 1 or 3 channels.
+        topk (int): Number of channels to show; -1 means that the map is a
+            picture of 1 or 3 channels.
         arrangement (Sequence[int]): Rows and columns of the ``topk`` tiles.
 
     Raises:
@@ -135,9 +135,13 @@ def validate_reduction_options(
             f"channel_reduction={channel_reduction!r} is unknown; "
             + _reduction_hint(channel_reduction)
         )
-    if isinstance(topk, bool) or not isinstance(topk, Integral):
+    if (
+        isinstance(topk, bool)
+        or not isinstance(topk, Integral)
+        or (topk < 1 and topk != -1)
+    ):
         raise VisConfigError(
-            f"topk={topk!r} is no integer; set the number of channels to show, or -1 "
+            f"topk={topk!r} cannot work; set the number of channels to show, or -1 "
             "to draw a map of 1 or 3 channels as a picture"
         )
     if (

@@ -46,6 +46,11 @@ class Publisher:
         self._wandb_rows: dict[str, dict[str, Any]] = {}
         self.num_published = 0
 
+    @property
+    def has_destination(self) -> bool:
+        """Whether a picture that is handed over will be seen anywhere."""
+        return self._show or bool(self._backends())
+
     def publish(self, mode: str, image: VisImage, step: int) -> None:
         """Hand one picture to every backend.
 

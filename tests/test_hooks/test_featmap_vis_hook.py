@@ -347,3 +347,10 @@ def test_selected_images_that_never_come_are_reported(tmp_path, toy_data):
     assert "1 selected image(s) never came through the test loop: 5_image" in log_of(
         tmp_path
     )
+
+
+def test_a_visualizer_without_backends_is_reported(tmp_path, toy_data):
+    cfg = toy_config(tmp_path, [spy()], data_root=toy_data, vis_backends=())
+    Runner.from_cfg(cfg).test()
+    assert "no picture will be kept" in log_of(tmp_path)
+    assert pictures(tmp_path) == {}
