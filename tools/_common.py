@@ -16,7 +16,9 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, RUNNERS, DefaultScope
 from mmengine.runner import Runner, autocast
 
-# Registers the hooks and the checkpoint loaders, whatever the config imports.
+# The package of this checkout, installed or not. Importing it registers the hooks
+# and the checkpoint loaders, whatever the config imports.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from mmyolo_vis_hooks.errors import VisError
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")

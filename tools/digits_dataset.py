@@ -52,7 +52,7 @@ class DigitsOptions:
     num_val: int = 80
     seed: int = 0
     long_side: tuple[int, int] = (176, 224)
-    digit_size: tuple[int, int] = (20, 88)
+    digit_size: tuple[int, int] = (24, 120)
     max_digits: int = 6
 
 

@@ -69,6 +69,47 @@ test_pipeline = [
     ),
 ]
 
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [
+                dict(
+                    type="Compose",
+                    transforms=[
+                        dict(type="YOLOv5KeepRatioResize", scale=scale),
+                        dict(
+                            type="LetterResize",
+                            scale=scale,
+                            allow_scale_up=False,
+                            pad_val=dict(img=114),
+                        ),
+                    ],
+                )
+                for scale in (img_scale, (256, 256))
+            ],
+            [dict(type="mmdet.RandomFlip", prob=0.0)],
+            [dict(type="mmdet.LoadAnnotations", with_bbox=True)],
+            [
+                dict(
+                    type="mmdet.PackDetInputs",
+                    meta_keys=(
+                        "img_id",
+                        "img_path",
+                        "ori_shape",
+                        "img_shape",
+                        "scale_factor",
+                        "pad_param",
+                        "flip",
+                        "flip_direction",
+                    ),
+                )
+            ],
+        ],
+    ),
+]
+
 train_dataloader = dict(
     batch_size=16,
     num_workers=1,
@@ -142,5 +183,6 @@ custom_hooks = [
 vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
 visualizer = dict(vis_backends=vis_backends)
 
-train_cfg = dict(max_epochs=max_epochs, val_interval=1, dynamic_intervals=None)
+# The maps change most in the first epochs.
+train_cfg = dict(max_epochs=max_epochs, val_interval=1, dynamic_intervals=[(5, 2)])
 randomness = dict(seed=0)

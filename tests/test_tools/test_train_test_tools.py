@@ -1,0 +1,390 @@
+"""``train.py``, ``test.py`` and their shell scripts, on a few images of digits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+
+from mmyolo_vis_hooks.checkpoint import load_checkpoint_safely
+
+from ..test_hooks.helpers import pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "tools"
+EXAMPLES = ROOT / "configs" / "examples"
+CONFIG = ROOT / "configs" / "demo" / "yolov8_n_digits.py"
+sys.path.insert(0, str(TOOLS))
+
+from _common import ToolError, drop_collate_scope  # noqa: E402
+from digits_dataset import DigitsOptions, make_dataset  # noqa: E402
+
+
+def load_tool(name: str) -> ModuleType:
+    """Import a tool under a name of its own: `test` is one of Python's packages."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train_tool = load_tool("train")
+test_tool = load_tool("test")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tools") / "digits"
+    return make_dataset(root, DigitsOptions(num_train=8, num_val=4))
+
+
+def options(digits: Path, work_dir: Path, *more: str) -> list[str]:
+    """Command line that runs the demo's config on few images for one epoch."""
+    # MMEngine keeps one logger and one visualizer per name for the whole process.
+    name = f"{work_dir.parent.name}_{work_dir.name}"
+    settings = [f"visualizer.name={name}", f"experiment_name={name}"]
+    for split in ("train", "val", "test"):
+        settings += [
+            f"{split}_dataloader.dataset.data_root={digits}/",
+            f"{split}_dataloader.num_workers=0",
+            f"{split}_dataloader.persistent_workers=False",
+            f"{split}_dataloader.batch_size=4",
+        ]
+    for split in ("val", "test"):
+        settings += [f"{split}_evaluator.ann_file={digits}/annotations/val.json"]
+    settings += ["train_cfg.max_epochs=1", "default_hooks.checkpoint.interval=1"]
+    settings += ["param_scheduler=None", "default_hooks.logger.interval=1"]
+    return ["--work-dir", str(work_dir), "--cfg-options", *settings, *more]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, tool: ModuleType, *args: Any) -> None:
+    """Run a tool in this process, as its script would."""
+    monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, args)])
+    tool.run_tool(tool.main)
+
+
+def losses(work_dir: Path) -> list[float]:
+    (log,) = work_dir.glob("*/vis_data/scalars.json")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory) -> Path:
+    """Work dir of one epoch that the script trained, as a user starts it."""
+    work_dir = tmp_path_factory.mktemp("trained") / "run"
+    command = [sys.executable, str(TOOLS / "train.py"), str(CONFIG)]
+    done = subprocess.run(
+        [*command, *options(digits, work_dir)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=work_dir.parent,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return work_dir
+
+
+def test_train_leaves_checkpoint_log_and_pictures(trained):
+    checkpoint = load_checkpoint_safely(trained / "epoch_1.pth")
+    assert checkpoint["meta"]["epoch"] == 1
+    assert checkpoint["meta"]["iter"] == 2
+    assert checkpoint["meta"]["dataset_meta"]["classes"] == tuple("0123456789")
+    assert len(losses(trained)) == 2
+    drawn = pictures(trained)
+    assert len(drawn) == 4
+    assert all(name.startswith("val.featmap.") for name in drawn)
+
+
+def test_test_writes_predictions_and_pictures(digits, trained, tmp_path):
+    out = tmp_path / "predictions.pkl"
+    command = [sys.executable, str(TOOLS / "test.py"), str(CONFIG)]
+    command += [str(trained / "epoch_1.pth"), "--out", str(out)]
+    done = subprocess.run(
+        [*command, *options(digits, tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    predictions = pickle.loads(out.read_bytes())
+    assert [p["img_id"] for p in predictions] == [1, 2, 3, 4]
+    assert set(predictions[0]["pred_instances"]) == {"bboxes", "scores", "labels"}
+    (metrics,) = (tmp_path / "run").glob("*/*.json")
+    assert "coco/bbox_mAP_50" in json.loads(metrics.read_text())
+    drawn = pictures(tmp_path / "run")
+    assert len(drawn) == 4
+    assert all(name.startswith("test.featmap.") for name in drawn)
+
+
+def test_show_dir_json_prefix_and_deploy(digits, trained, tmp_path, monkeypatch):
+    work_dir = tmp_path / "run"
+    call(
+        *(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth"),
+        *("--show-dir", "boxes", "--json-prefix", tmp_path / "results", "--deploy"),
+        *options(digits, work_dir),
+    )
+    shown = sorted(path.name for path in work_dir.glob("*/boxes/*.png"))
+    assert shown == [f"val_{i:04d}.png" for i in range(4)]
+    results = json.loads((tmp_path / "results.bbox.json").read_text())
+    assert {result["image_id"] for result in results} <= {1, 2, 3, 4}
+
+
+def test_tta_runs_the_views_of_the_config(digits, trained, tmp_path, monkeypatch):
+    out = tmp_path / "predictions.pkl"
+    call(
+        *(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth"),
+        *("--tta", "--out", out),
+        *options(digits, tmp_path / "run"),
+    )
+    assert len(pickle.loads(out.read_bytes())) == 4
+    assert len(pictures(tmp_path / "run")) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have AmpOptimWrapper")
+def test_amp_trains_on_the_cpu(digits, tmp_path, monkeypatch):
+    call(
+        *(monkeypatch, train_tool, CONFIG, "--amp"),
+        *options(digits, tmp_path / "amp", "randomness.seed=5"),
+    )
+    call(
+        *(monkeypatch, train_tool, CONFIG),
+        *options(digits, tmp_path / "plain", "randomness.seed=5"),
+    )
+    amp, plain = losses(tmp_path / "amp"), losses(tmp_path / "plain")
+    assert amp == pytest.approx(plain, rel=0.05)
+    assert amp != plain
+    weights = load_checkpoint_safely(tmp_path / "amp" / "epoch_1.pth")["state_dict"]
+    assert all(w.dtype in (torch.float32, torch.int64) for w in weights.values())
+
+
+def test_resume_continues_where_the_training_stopped(
+    digits, trained, tmp_path, monkeypatch
+):
+    call(
+        *(monkeypatch, train_tool, CONFIG),
+        *("--resume", trained / "epoch_1.pth"),
+        *options(digits, tmp_path / "run", "train_cfg.max_epochs=2"),
+    )
+    again = load_checkpoint_safely(tmp_path / "run" / "epoch_2.pth")
+    assert again["meta"]["epoch"] == 2
+    assert again["meta"]["iter"] == 4
+    assert len(losses(tmp_path / "run")) == 2
+    # The pictures' steps go on, too.
+    assert {name.rpartition("_")[2] for name in pictures(tmp_path / "run")} == {"2.png"}
+
+
+def test_resume_without_a_value_takes_the_last_checkpoint(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        train_tool,
+        "build_runner",
+        lambda config: started.append(config) or ConfigDict(train=lambda: None),
+    )
+    call(monkeypatch, train_tool, CONFIG, "--resume", "--work-dir", "somewhere")
+    (config,) = started
+    assert (config.resume, config.load_from) == (True, None)
+    assert config.work_dir == "somewhere"
+
+
+# ------------------------------------------------------------- how options are taken
+
+
+def test_the_work_dir_is_named_after_the_config(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        train_tool,
+        "build_runner",
+        lambda config: started.append(config) or ConfigDict(train=lambda: None),
+    )
+    call(monkeypatch, train_tool, CONFIG, "--cfg-options", "randomness.seed=7")
+    assert started[0].work_dir == os.path.join("work_dirs", "yolov8_n_digits")
+    assert started[0].randomness.seed == 7
+    assert started[0].launcher == "none"
+
+
+def test_auto_scale_lr_is_switched_on():
+    config = Config({"auto_scale_lr": {"base_batch_size": 16}})
+    train_tool.use_auto_scale_lr(config)
+    assert config.auto_scale_lr.enable is True
+    with pytest.raises(ToolError, match="base_batch_size"):
+        train_tool.use_auto_scale_lr(Config({}))
+
+
+def test_amp_chooses_the_wrapper_of_the_device(monkeypatch):
+    def wrapper(device: str, **options: Any) -> dict:
+        monkeypatch.setattr(train_tool, "get_device", lambda: device)
+        config = Config({"optim_wrapper": options})
+        train_tool.use_amp(config)
+        return dict(config.optim_wrapper)
+
+    plain = {"type": "OptimWrapper"}
+    amp = {"type": "AmpOptimWrapper", "loss_scale": "dynamic"}
+    assert wrapper("cuda", **plain) == amp
+    assert wrapper("cpu", **plain) == {"type": "CPUAmpOptimWrapper"}
+    assert wrapper("cpu", **amp) == {"type": "CPUAmpOptimWrapper"}
+    half = {"type": "AmpOptimWrapper", "loss_scale": 512.0}
+    assert wrapper("cuda", **half) == half
+    with pytest.raises(ToolError, match="DeepSpeedOptimWrapper"):
+        wrapper("cuda", type="DeepSpeedOptimWrapper")
+
+
+def test_show_switches_the_detection_hook_on():
+    args = test_tool.argparse.Namespace(show=True, show_dir=None, wait_time=3)
+    config = Config({"default_hooks": {"visualization": {"type": "X"}}})
+    test_tool.draw_detections(config, args)
+    hook = config.default_hooks.visualization
+    assert (hook.draw, hook.show, hook.wait_time) == (True, True, 3)
+    assert "test_out_dir" not in hook
+    with pytest.raises(ToolError, match="DetVisualizationHook"):
+        test_tool.draw_detections(Config({"default_hooks": {}}), args)
+
+
+def test_json_prefix_reaches_every_metric():
+    config = Config({"test_evaluator": [{"type": "A"}, {"type": "B"}]})
+    test_tool.format_only(config, "out/x")
+    for metric in config.test_evaluator:
+        assert metric.format_only is True
+        assert metric.outfile_prefix == "out/x"
+
+
+def test_tta_gives_detectors_without_a_tta_pipeline_the_mirror_image():
+    config = Config.fromfile(
+        ROOT / "configs" / "examples" / "faster_rcnn_r50_featmap.py"
+    )
+    steps = len(config.test_dataloader.dataset.pipeline)
+    test_tool.use_tta(config)
+    assert config.model.type == "mmdet.DetTTAModel"
+    assert config.model.module.type == "FasterRCNN"
+    pipeline = config.test_dataloader.dataset.pipeline
+    assert len(pipeline) == steps
+    flips, (pack,) = pipeline[-1].transforms
+    assert [flip.prob for flip in flips] == [1.0, 0.0]
+    assert {"flip", "flip_direction", "scale_factor"} <= set(pack.meta_keys)
+
+
+def test_tta_drops_batch_shapes():
+    config = Config.fromfile(EXAMPLES / "yolov5_n_featmap.py")
+    assert config.test_dataloader.dataset.batch_shapes_cfg is not None
+    test_tool.use_tta(config)
+    assert config.test_dataloader.dataset.batch_shapes_cfg is None
+    assert config.test_dataloader.dataset.pipeline[-1].type == "TestTimeAug"
+
+
+def test_the_scope_of_an_inherited_collate_function_is_dropped(tmp_path):
+    path = tmp_path / "inherits.py"
+    base = "mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
+    path.write_text(f"_base_ = {base!r}\n")
+    config = Config.fromfile(path)
+    assert config.train_dataloader.collate_fn["_scope_"] == "mmyolo"
+    drop_collate_scope(config)
+    assert dict(config.train_dataloader.collate_fn) == {"type": "yolov5_collate"}
+
+
+# ------------------------------------------------------------------ mistakes, in a line
+
+
+def message(capsys: pytest.CaptureFixture, monkeypatch, tool, *args: Any) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, tool, *args)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert "error: " in last
+    return last
+
+
+def test_mistakes_are_named_in_one_line(digits, trained, tmp_path, capsys, monkeypatch):
+    def train(*args: Any) -> str:
+        return message(capsys, monkeypatch, train_tool, *args)
+
+    def test(*args: Any) -> str:
+        return message(capsys, monkeypatch, test_tool, *args)
+
+    weights = trained / "epoch_1.pth"
+    assert "no config file none.py" in train("none.py")
+    (tmp_path / "wrong.py").write_text("a = = 1\n")
+    assert "wrong.py cannot be read" in train(tmp_path / "wrong.py")
+    (tmp_path / "empty.py").write_text("a = 1\n")
+    assert "no train_dataloader" in train(tmp_path / "empty.py")
+    assert "no test_dataloader" in test(tmp_path / "empty.py", weights)
+    assert "there is no checkpoint gone.pth" in test(CONFIG, "gone.pth")
+    assert "--resume: there is no checkpoint gone.pth" in train(
+        CONFIG, "--resume", "gone.pth"
+    )
+    assert "call it .pkl, not a.json" in test(CONFIG, weights, "--out", "a.json")
+    assert "base_batch_size" in train(CONFIG, "--auto-scale-lr")
+    upper = "train_dataloader.dataset.metainfo.CLASSES=a"
+    assert "CLASSES" in train(CONFIG, "--cfg-options", upper)
+    # A mistake in the hook's options stops the run before it starts.
+    layer = "custom_hooks.1.target_layers=['nek']"
+    run = options(digits, tmp_path / "run", layer)
+    assert re.search(r"nek.*neck", test(CONFIG, weights, *run))
+
+
+def test_a_missing_data_set_says_how_to_name_it(tmp_path, capsys, monkeypatch, trained):
+    run = options(tmp_path / "nowhere", tmp_path / "run")
+    error = message(
+        capsys, monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth", *run
+    )
+    assert str(tmp_path / "nowhere") in error
+    assert "--cfg-options" in error
+
+
+# --------------------------------------------------------------------- shell scripts
+
+
+LAUNCHER = ("--launcher", "pytorch")
+
+
+def shell(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    """Run a script with `echo` in place of Python."""
+    return subprocess.run(
+        [str(TOOLS / script), *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": "echo", **env},
+    )
+
+
+def test_dist_train_starts_a_process_per_gpu():
+    words = shell("dist_train.sh", "a b.py", "4", "--amp").stdout.split()
+    assert words[:2] == ["-m", "torch.distributed.run"]
+    assert {"--nproc_per_node=4", "--nnodes=1", "--master_port=29500"} <= set(words)
+    assert words[-6:] == [str(TOOLS / "train.py"), "a", "b.py", *LAUNCHER, "--amp"]
+
+
+def test_dist_test_passes_its_options_on():
+    done = shell("dist_test.sh", "c.py", "w.pth", "2", "--out", "r.pkl", PORT="7")
+    words = done.stdout.split()
+    assert {"--nproc_per_node=2", "--master_port=7"} <= set(words)
+    assert words[-7:] == [
+        str(TOOLS / "test.py"),
+        "c.py",
+        "w.pth",
+        *LAUNCHER,
+        "--out",
+        "r.pkl",
+    ]
+
+
+@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
+def test_scripts_say_how_they_are_used(script):
+    done = shell(script)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
