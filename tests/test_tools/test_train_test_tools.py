@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import pickle
 import re
@@ -299,6 +300,8 @@ def test_the_scope_of_an_inherited_collate_function_is_dropped(tmp_path):
 
 
 def message(capsys: pytest.CaptureFixture, monkeypatch, tool, *args: Any) -> str:
+    # Loggers of earlier tests write to a stdout that is closed by now.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, tool, *args)
     assert stopped.value.code == 2
