@@ -210,8 +210,8 @@ class BaseVisHook(Hook):
             )
             if not self._publisher.has_destination:
                 runner.logger.warning(
-                    "%s: the visualizer has no backend, so no picture will be kept. Set "
-                    "visualizer=dict(vis_backends=[dict(type='LocalVisBackend')]); "
+                    "%s: the visualizer has no backend, so no picture will be kept. "
+                    "Set visualizer=dict(vis_backends=[dict(type='LocalVisBackend')]); "
                     "DetVisualizationHook(show=True) removes all backends.",
                     self.name,
                 )
