@@ -39,6 +39,7 @@ def test_a_skip_fails_only_where_the_data_is(
         "PYTHONPATH": str(ROOT / ".ci"),
         "MMVIS_SHARED": str(tmp_path / folder),
     }
+    env.pop("PYTEST_ADDOPTS", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "require_real_data"]
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True
