@@ -89,7 +89,6 @@ def install_wheel(wheel: Path, log: Path) -> None:
     pip puts the old one back if it fails. It runs in a session of its own and is
     always waited for, so that Ctrl-C cannot stop it between the two.
     """
-
     others = []
     for name in ("mmcv-lite", "mmcv-full"):  # the same folder under other names
         with contextlib.suppress(metadata.PackageNotFoundError):
