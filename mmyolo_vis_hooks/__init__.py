@@ -4,9 +4,13 @@ Importing the package registers its hooks in MMEngine's root registry, and the
 loaders that read MMEngine's checkpoints safely under today's torch.
 """
 
-from .checkpoint import register_checkpoint_loaders
-from .hooks import FeatMapVisHook
-from .version import __version__
+from .dependencies import require_mmcv
+
+require_mmcv()  # before the imports that would fail in the middle of MMDetection
+
+from .checkpoint import register_checkpoint_loaders  # noqa: E402
+from .hooks import FeatMapVisHook  # noqa: E402
+from .version import __version__  # noqa: E402
 
 register_checkpoint_loaders()
 

@@ -9,12 +9,15 @@ traceback from the middle of MMDetection.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import shlex
 import sys
-
-from mmcv_builder.versions import mismatch
+from pathlib import Path
+from typing import Callable
 
 from .errors import VisError
+
+_TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
 
 class DependencyError(VisError, RuntimeError):
@@ -25,7 +28,9 @@ class DependencyError(VisError, RuntimeError):
     """
 
     def __init__(self, problem: str) -> None:
-        command = shlex.join([sys.executable, "-m", "mmcv_builder"])
+        installed = importlib.util.find_spec("mmcv_builder") is not None
+        builder = ["-m", "mmcv_builder"] if installed else [f"{_TOOLS}/build_mmcv.py"]
+        command = shlex.join([sys.executable, *builder])
         super().__init__(
             f"{problem}. Build the right mmcv (it takes minutes, needs a C++ compiler, "
             f"and does nothing to an mmcv that works):\n\n    {command}\n"
@@ -51,7 +56,7 @@ def require_mmcv() -> None:
     except ImportError as error:
         raise DependencyError(f"mmcv does not import: {error}") from error
     version = getattr(mmcv, "__version__", "unknown")
-    problem = mismatch(version)
+    problem = _mismatch()(version)
     if problem is not None:
         raise DependencyError(f"mmcv {version} is installed, but {problem}")
     torch = importlib.import_module("torch")  # the compiled module links to it
@@ -66,3 +71,16 @@ def require_mmcv() -> None:
         raise DependencyError(
             f"mmcv {version} was not compiled for torch {torch.__version__} ({error})"
         ) from error
+
+
+def _mismatch() -> Callable[[str], str | None]:
+    try:
+        versions = importlib.import_module("mmcv_builder.versions")
+    except ModuleNotFoundError:
+        # A checkout that is on the path but was not installed.
+        sys.path.insert(0, str(_TOOLS))
+        try:
+            versions = importlib.import_module("mmcv_builder.versions")
+        finally:
+            sys.path.remove(str(_TOOLS))
+    return versions.mismatch

@@ -27,15 +27,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmcv_builder.cache import file_lock
+from mmcv_builder.children import call, pip, run_json, run_logged
+from mmcv_builder.messages import BuildError, exit_code, say
+from mmcv_builder.registry import pip_failed
+from mmcv_builder.versions import MMCV_VERSION
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from mmcv_builder.cache import file_lock  # noqa: E402
-from mmcv_builder.children import call, pip, run_json, run_logged  # noqa: E402
-from mmcv_builder.messages import BuildError, exit_code, say  # noqa: E402
-from mmcv_builder.registry import pip_failed  # noqa: E402
-from mmcv_builder.versions import MMCV_VERSION  # noqa: E402
-
 REQUIREMENTS = ("build", "runtime", "tools", "dev")
 DISK_NEEDED = 2_000_000_000
 DISK_FOR_CUDA = 9_000_000_000

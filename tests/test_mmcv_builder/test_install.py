@@ -18,7 +18,7 @@ from mmcv_builder.versions import mismatch
 
 from .fakes import write_wheel
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2] / "tools"
 TORCH = Torch("2.9.0", None, None, False, (), True, 17)
 
 
