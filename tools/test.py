@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 
+from mmengine.config import Config, ConfigDict
+
 from _common import (
     ToolError,
     build_runner,
@@ -14,7 +16,6 @@ from _common import (
     make_parser,
     run_tool,
 )
-from mmengine.config import Config, ConfigDict
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import print_log
+
 from _common import (
     ToolError,
     build_runner,
@@ -13,9 +17,6 @@ from _common import (
     make_parser,
     run_tool,
 )
-from mmengine.config import Config
-from mmengine.device import get_device
-from mmengine.logging import print_log
 
 
 def parse_args() -> argparse.Namespace:
