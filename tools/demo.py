@@ -69,9 +69,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    # Threads that wait by spinning are many times slower where other programs
-    # want the cores too. OpenMP reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait make a training many times slower
+    # where others want the cores too. OpenMP reads this when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     # Not the sys.stdout that is turned to the log file below.
@@ -207,6 +207,7 @@ def featmap_hook(config: Any) -> Any:
 
 def train(config: Any, progress: Progress) -> dict[str, Any]:
     """Train; give the best checkpoint, the pictures' folder and the metrics."""
+    import torch
     from mmengine.hooks import Hook
     from mmengine.runner import Runner
 
@@ -249,6 +250,8 @@ def train(config: Any, progress: Progress) -> dict[str, Any]:
             )
 
     runner = Runner.from_cfg(config)
+    # A fifth faster on a CPU; the convolutions pass the layout on.
+    runner.model.to(memory_format=torch.channels_last)
     hook = ProgressHook()
     runner.register_hook(hook)
     runner.train()
@@ -384,7 +387,8 @@ def tell(
     console.print(
         f"\n[bold]mAP50 {metrics[METRIC]:.3f}[/], mAP {metrics['coco/bbox_mAP']:.3f} "
         f"on images that the detector has not seen, after "
-        f"{seconds // 60:.0f} min {seconds % 60:.0f} s\n"
+        f"{seconds // 60:.0f} min {seconds % 60:.0f} s\n",
+        soft_wrap=True,
     )
     console.print("[bold]The same images from epoch to epoch[/]")
     lines = [shown(sheet) for sheet in sheets]

@@ -177,8 +177,11 @@ custom_hooks = [
         update_buffers=True,
         priority=49,
     ),
-    # Every map of the neck: small digits show in neck[0], large ones in neck[2].
-    {**_base_.featmap_vis_hook, "target_layers": ["neck"]},
+    # Where this detector looks for digits: they are too small for coarser maps.
+    {
+        **_base_.featmap_vis_hook,
+        "target_layers": ["backbone.stage2", "backbone.stage3", "neck.out_layers[0]"],
+    },
 ]
 vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
 visualizer = dict(vis_backends=vis_backends)
