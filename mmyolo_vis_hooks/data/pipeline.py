@@ -74,7 +74,14 @@ class AlignedResize(BaseTransform):
     """
 
     def __init__(self, steps: Sequence[Any], divisor: int, stride: int) -> None:
-        self._steps = [step for step in steps if _name(step) in _RESIZING_STEPS]
+        # Of an aligned pipeline, which another hook has put into the loop, the steps
+        # that it stands for.
+        self._steps = [
+            part
+            for step in steps
+            for part in (step._steps if isinstance(step, AlignedResize) else [step])
+            if _name(part) in _RESIZING_STEPS
+        ]
         self._divisor = divisor
         self._stride = stride
 

@@ -113,6 +113,15 @@ def test_the_image_fills_the_input_and_nothing_else_moves(tmp_path, geometry):
     assert (after["inputs"] == before["inputs"]).all()
 
 
+def test_an_aligned_pipeline_gives_the_same_pipeline_again():
+    once = build_resize_only_pipeline(
+        build(make_pipeline(FASTER)), divisor=32, stride=32
+    )
+    twice = build_resize_only_pipeline(once, divisor=32, stride=32)
+    (step,) = [s for s in twice.transforms if isinstance(s, AlignedResize)]
+    assert step.size_hw((480, 640)) == (800, 1056)
+
+
 def test_batch_shapes_do_not_matter(tmp_path):
     import mmyolo.datasets  # noqa: F401
 

@@ -166,6 +166,26 @@ def test_letterbox_and_network_need_no_second_forward(tmp_path, toy_data):
     assert counts == dict(resize=3 + 4, letterbox=3, network=3)
 
 
+@pytest.mark.parametrize("run", ["val", "test"])
+def test_a_hook_that_runs_the_model_does_not_disturb_a_recording(
+    tmp_path, toy_data, run
+):
+    """The first hook's forward comes between the loop's and the second's drawing."""
+    hooks = [spy(), spy(alignment="letterbox", target_layers=["brightness"])]
+    cfg = toy_config(tmp_path / "two", hooks, data_root=toy_data)
+    two = Runner.from_cfg(cfg)
+    getattr(two, run)()
+    cfg = toy_config(tmp_path / "one", hooks[1:], data_root=toy_data)
+    one = Runner.from_cfg(cfg)
+    getattr(one, run)()
+    found, expected = vis_hooks(two)[1].samples, vis_hooks(one)[0].samples
+    assert len(found) == len(expected) == 4
+    for sample, alone in zip(found, expected):
+        assert sample.frame == alone.frame
+        maps = [s.activations[0].feature_map for s in (sample, alone)]
+        assert torch.equal(*maps)
+
+
 def test_the_same_images_in_every_validation_with_a_rising_step(tmp_path, toy_data):
     cfg = toy_config(tmp_path, [spy(num_images=2)], data_root=toy_data, max_epochs=3)
     runner = Runner.from_cfg(cfg)
@@ -263,6 +283,26 @@ def test_override_runs_the_loop_on_the_resize_only_pipeline(tmp_path, toy_data):
         height, width = sample.frame.network_hw
         scale = np.array([width, height]) / sample.image_rgb.shape[1::-1]
         np.testing.assert_allclose(sample.frame.scale_xy, scale)
+
+
+@pytest.mark.parametrize("second_overrides", [False, True])
+def test_a_second_hook_keeps_the_size_of_an_overridden_pipeline(
+    tmp_path, toy_data, second_overrides
+):
+    hooks = [
+        spy(override_loop_pipeline=True),
+        spy(override_loop_pipeline=second_overrides),
+    ]
+    geometry = (dict(type="mmdet.Resize", scale=(400, 240), keep_ratio=True),)
+    cfg = toy_config(tmp_path, hooks, data_root=toy_data, geometry=geometry)
+    cfg.test_dataloader.batch_size = 1
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    first, second = (
+        [sample.frame.network_hw for sample in hook.samples]
+        for hook in vis_hooks(runner)
+    )
+    assert first == second == [(256, 384), (224, 384), (256, 256), (384, 256)]
 
 
 @MODELS.register_module()
