@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 import cv2
-import mmcv
+import numpy as np
 from mmengine.dist import (
     all_gather_object,
     broadcast_object_list,
@@ -48,16 +48,30 @@ class RankSpool:
 
         Yields:
             VisImage: On rank 0 those of the other ranks; elsewhere nothing.
+
+        Raises:
+            VisError: On rank 0, after all others, if pictures did not arrive whole.
         """
         counts = all_gather_object(len(self._paths))
+        lost = 0
         for source in range(1, get_world_size()):
             for i in range(counts[source]):
                 payload = [self._read(i) if get_rank() == source else None]
                 broadcast_object_list(payload, src=source)
-                if get_rank() == 0 and payload[0] is not None:
-                    image_id, png = payload[0]
-                    yield VisImage(image_id, mmcv.imfrombytes(png, channel_order="rgb"))
+                if get_rank() != 0:
+                    continue
+                picture = _decode(payload[0])
+                if picture is None:
+                    lost += 1
+                else:
+                    yield picture
         self.clear()
+        # Not earlier: the other ranks would wait for ever for their turn.
+        if lost:
+            raise VisError(
+                f"{lost} picture(s) of other ranks did not arrive whole; look at the "
+                "free space of their temporary folders (TMPDIR)"
+            )
 
     def clear(self) -> None:
         """Remove what is kept."""
@@ -73,3 +87,13 @@ class RankSpool:
         except OSError:
             # The other ranks wait for an answer, whatever happened to the file.
             return None
+
+
+def _decode(payload: tuple[str, bytes] | None) -> VisImage | None:
+    if not payload or not payload[1]:
+        return None
+    image_id, png = payload
+    image_bgr = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+    if image_bgr is None:
+        return None
+    return VisImage(image_id, cv2.cvtColor(image_bgr, cv2.COLOR_BGR2RGB))

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from mmengine.runner import Runner
 
+from mmyolo_vis_hooks.errors import VisError
+from mmyolo_vis_hooks.publishing import gather
 from mmyolo_vis_hooks.publishing.gather import RankSpool
 from mmyolo_vis_hooks.types import VisImage
 from tests.test_hooks.helpers import pictures, spy
@@ -62,3 +65,27 @@ def test_spool_is_emptied_and_needs_no_other_rank():
     assert len(list(folder.iterdir())) == 1
     assert list(spool.gather()) == []  # rank 0 publishes its own at once
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("damage", [lambda png: png[:100], lambda png: b"", None])
+def test_a_damaged_picture_of_another_rank_does_not_stop_the_others(
+    monkeypatch, damage
+):
+    """Rank 0 takes part in every broadcast, or the other ranks would hang."""
+    image = np.random.RandomState(0).randint(0, 255, (40, 30, 3)).astype(np.uint8)
+    png = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
+    sent = [damage and ("bad", damage(png)), ("good", png)]
+
+    def broadcast(payload, src):
+        payload[0] = sent.pop(0)
+
+    monkeypatch.setattr(gather, "all_gather_object", lambda count: [0, 2])
+    monkeypatch.setattr(gather, "get_world_size", lambda: 2)
+    monkeypatch.setattr(gather, "broadcast_object_list", broadcast)
+    received = []
+    with pytest.raises(VisError, match=r"1 picture\(s\) of other ranks"):
+        for picture in RankSpool().gather():
+            received.append(picture)
+    assert sent == []
+    assert [picture.image_id for picture in received] == ["good"]
+    np.testing.assert_array_equal(received[0].image_rgb, image)
