@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -81,8 +83,11 @@ def main() -> int:
     try:
         run(args, console, log)
     except DemoError as error:
-        console.print(f"[bold red]The demo failed:[/] {error}")
-        console.print(f"The log is {shown(log)}")
+        console.print(
+            f"[bold red]The demo failed:[/] {escape(str(error))}\n"
+            f"The log is {shown(log)}",
+            soft_wrap=True,
+        )
         return 1
     except KeyboardInterrupt:
         console.print(f"Interrupted. The log is {shown(log)}")
@@ -106,8 +111,8 @@ def run(args: argparse.Namespace, console: Console, log: Path) -> None:
     )
     with progress, output_to(None if args.verbose else log):
         task = progress.add_task("Importing torch and OpenMMLab", total=1)
-        check_device(args.device)
         config_class = import_libraries()
+        check_device(args.device)
         progress.update(task, completed=1)
 
         data_root = make_data(args, progress)
@@ -152,16 +157,29 @@ def import_libraries() -> Any:
     sys.path.insert(0, str(TOOLS.parent))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import mmyolo.models  # noqa: F401
-        from mmengine.config import Config
-
-        import mmyolo_vis_hooks  # noqa: F401
+        try:
+            # The package first: it looks for a usable mmcv.
+            for name in ("mmyolo_vis_hooks", "mmyolo.models"):
+                importlib.import_module(name)
+            from mmengine.config import Config
+        except (ImportError, RuntimeError) as error:
+            raise DemoError(f"{error}\n'make install' installs all it needs") from error
     return Config
 
 
 def check_device(device: str) -> None:
+    """Keep off a GPU for which mmcv has no ops."""
     import torch
+    from mmcv.ops import get_compiling_cuda_version
 
+    if get_compiling_cuda_version() == "not available":
+        if device == "cuda":
+            raise DemoError(
+                "--device cuda: mmcv was built without CUDA ops; run "
+                "'python tools/build_mmcv.py --cuda --force', or use --device cpu"
+            )
+        # In time: nothing has asked torch for a GPU yet.
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     if device == "cuda" and not torch.cuda.is_available():
         raise DemoError("--device cuda: torch sees no GPU; use --device cpu")
 
