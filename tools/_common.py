@@ -19,7 +19,10 @@ from mmengine.runner import Runner, autocast
 # The package of this checkout, installed or not. Importing it registers the hooks
 # and the checkpoint loaders, whatever the config imports.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from mmyolo_vis_hooks.errors import VisError
+try:
+    from mmyolo_vis_hooks.errors import VisError
+except RuntimeError as unusable_mmcv:
+    sys.exit(f"error: {unusable_mmcv}")
 
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 _REMOTE = ("http://", "https://", "s3://", "petrel://", "open-mmlab://", "openmmlab://")
@@ -163,8 +166,8 @@ def _limit_compilations() -> None:
         from mmdet.utils import setup_cache_size_limit_of_dynamo
     except ImportError as error:
         raise ToolError(
-            f"MMDetection does not import: {error}. 'python tools/build_mmcv.py' "
-            "builds the mmcv that it needs"
+            f"MMDetection does not import: {error}; 'pip install mmdet==3.3.0' "
+            "installs it"
         ) from error
     setup_cache_size_limit_of_dynamo()
 
