@@ -55,6 +55,7 @@ _PHOTOMETRIC_STEPS = frozenset(
 )
 _DEFAULT_STRIDE = 32
 _MAX_STRIDE = 64
+_TRIED_SIZES = ((96, 128), (2100, 1700))
 
 
 class AlignedResize(BaseTransform):
@@ -183,8 +184,9 @@ def network_stride(detector: nn.Module, dataset: Any) -> int:
 def moves_pixels(step: Callable) -> bool:
     """Whether a transform changes where things are, found out by trying.
 
-    The step runs on a smooth random image. A step that only changes colours
-    leaves the size and the places of the edges.
+    The step runs on smooth random images: a small and a large one, because a step
+    that limits a size leaves smaller images alone. A step that only changes
+    colours leaves the sizes and the places of the edges.
 
     Args:
         step (Callable): A built transform.
@@ -192,10 +194,14 @@ def moves_pixels(step: Callable) -> bool:
     Returns:
         bool: True also if the step cannot be tried.
     """
+    return any(_moves_pixels_of(step, size_hw) for size_hw in _TRIED_SIZES)
+
+
+def _moves_pixels_of(step: Callable, size_hw: tuple[int, int]) -> bool:
     rng = np.random.RandomState(0)
     # Blobs of a few pixels at irregular places, so that even a mirrored picture
     # has its edges elsewhere.
-    noise = cv2.GaussianBlur(rng.rand(96, 128, 3), (0, 0), sigmaX=1.5)
+    noise = cv2.GaussianBlur(rng.rand(*size_hw, 3), (0, 0), sigmaX=1.5)
     span = noise.max() - noise.min()
     image = (40 + 175 * (noise - noise.min()) / span).astype(np.uint8)
     results = dict(

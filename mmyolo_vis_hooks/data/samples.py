@@ -64,19 +64,47 @@ def detections_of(data_sample: Any) -> Detections:
 
     Args:
         data_sample (DetDataSample): With ``pred_instances``; without them there
-            are no detections.
+            are no detections. Rotated boxes ``(cx, cy, w, h, radian)`` give the
+            upright boxes around them.
     """
     instances = getattr(data_sample, "pred_instances", None)
     if instances is None or "bboxes" not in instances:
         return Detections()
     boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
     return Detections(
-        boxes.detach().float().cpu().numpy().reshape(-1, boxes.shape[-1])[:, :4],
+        _boxes_xyxy(boxes.detach().float().cpu().numpy()),
         instances.scores.detach().float().cpu().numpy(),
         instances.labels.detach().cpu().numpy(),
     )
 
 
+def _boxes_xyxy(boxes: np.ndarray) -> np.ndarray:
+    boxes = boxes.reshape(-1, boxes.shape[-1])
+    if boxes.shape[1] != 5:
+        return boxes[:, :4]
+    centres, sizes, angles = boxes[:, :2], boxes[:, 2:4], boxes[:, 4]
+    cos, sin = np.abs(np.cos(angles)), np.abs(np.sin(angles))
+    width, height = sizes[:, 0], sizes[:, 1]
+    reach = np.stack([width * cos + height * sin, width * sin + height * cos], 1) / 2
+    return np.concatenate([centres - reach, centres + reach], axis=1)
+
+
 def class_names_of(metainfo: Mapping[str, Any]) -> tuple[str, ...]:
     """Class names of a dataset; empty if it has none."""
-    return tuple(metainfo.get("classes") or metainfo.get("CLASSES") or ())
+    names = metainfo.get("classes") or metainfo.get("CLASSES") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def palette_of(metainfo: Mapping[str, Any]) -> list[tuple[int, ...]] | None:
+    """RGB colours of a dataset's classes; None if it lists none.
+
+    MMDetection also takes one colour for all classes, and names such as
+    ``'random'``, which list none.
+    """
+    palette = metainfo.get("palette", metainfo.get("PALETTE"))
+    if isinstance(palette, np.ndarray):
+        palette = palette.tolist()
+    if not isinstance(palette, (list, tuple)) or not palette:
+        return None
+    colors = [palette] if isinstance(palette[0], int) else palette
+    return [tuple(color) for color in colors]

@@ -213,9 +213,13 @@ def validate_panel_options(score_thr: Any, max_cell_size: Any) -> None:
     Raises:
         VisConfigError: If a value can never work.
     """
-    if isinstance(score_thr, bool) or not isinstance(score_thr, Real):
+    if (
+        isinstance(score_thr, bool)
+        or not isinstance(score_thr, Real)
+        or not 0 <= score_thr <= 1
+    ):
         raise VisConfigError(
-            f"score_thr={score_thr!r} is no number; set 0 to 1; 1 draws no box"
+            f"score_thr={score_thr!r} is no score; set 0 to 1; 1 draws no box"
         )
     if (
         isinstance(max_cell_size, bool)

@@ -26,7 +26,7 @@ from ..data.pipeline import (
     network_divisor,
     network_stride,
 )
-from ..data.samples import class_names_of
+from ..data.samples import class_names_of, palette_of
 from ..errors import ErrorPolicy, VisConfigError, VisError
 from ..explainers.sample_maker import ALIGNMENTS, SampleMaker
 from ..publishing.gather import RankSpool
@@ -244,7 +244,7 @@ class BaseVisHook(Hook):
             mode,
             loop,
             ImageSelector(dataset, self.num_images, self.image_indices),
-            self.build_explainer(class_names_of(metainfo), metainfo.get("palette")),
+            self.build_explainer(class_names_of(metainfo), palette_of(metainfo)),
         )
         for leaf in leaf_datasets(dataset):
             _check_packed_keys(leaf)

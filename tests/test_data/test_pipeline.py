@@ -212,6 +212,22 @@ def test_unknown_steps_are_tried():
         assert moves_pixels(step), step
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        dict(type="mmcv.CenterCrop", crop_size=640),
+        dict(
+            type="mmcv.RandomChoiceResize",
+            scales=[(128, 128)],
+            keep_ratio=True,
+            resize_type="mmdet.Resize",
+        ),
+    ],
+)
+def test_a_step_that_leaves_some_sizes_alone_is_geometric(step):
+    assert moves_pixels(TRANSFORMS.build(step))
+
+
 @pytest.mark.parametrize("step", [Mirror(), Crop()])
 def test_unknown_geometry_is_refused_with_the_alternative(step):
     from mmengine.dataset import Compose

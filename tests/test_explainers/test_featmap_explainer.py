@@ -506,6 +506,8 @@ class TestOptions:
             (dict(colormap="jett"), ["colormap='jett'", "'jet'"]),
             (dict(score_thr="0.3"), ["score_thr='0.3'"]),
             (dict(score_thr=None), ["score_thr=None", "1 draws no box"]),
+            (dict(score_thr=30), ["score_thr=30", "0 to 1"]),
+            (dict(score_thr=float("nan")), ["score_thr=nan", "0 to 1"]),
             (dict(max_cell_size=10), ["max_cell_size=10", "1024"]),
             (dict(max_cell_size=512.0), ["max_cell_size=512.0"]),
         ],

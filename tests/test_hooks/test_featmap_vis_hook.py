@@ -233,6 +233,14 @@ def test_a_pure_validation_does_not_build_the_training_loop(tmp_path, toy_data):
     assert len(pictures(tmp_path)) == 4
 
 
+@pytest.mark.parametrize("palette", ["random", (220, 20, 60)])
+def test_palettes_without_a_list_of_colours(tmp_path, toy_data, palette):
+    cfg = toy_config(tmp_path, [spy()], data_root=toy_data)
+    cfg.test_dataloader.dataset.metainfo.palette = palette
+    Runner.from_cfg(cfg).test()
+    assert len(pictures(tmp_path)) == 4
+
+
 def test_draw_false_does_nothing(tmp_path, toy_data):
     hook = spy(draw=False, target_layers=["no.such.layer"])
     cfg = toy_config(tmp_path, [hook], data_root=toy_data)
