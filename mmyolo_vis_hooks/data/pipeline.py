@@ -77,7 +77,7 @@ class AlignedResize(BaseTransform):
     def __init__(self, steps: Sequence[Any], divisor: int, stride: int) -> None:
         # Of an aligned pipeline, which another hook has put into the loop, the steps
         # that it stands for.
-        self._steps = [
+        self._steps: list[Any] = [
             part
             for step in steps
             for part in (step._steps if isinstance(step, AlignedResize) else [step])

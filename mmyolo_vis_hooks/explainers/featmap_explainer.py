@@ -216,7 +216,7 @@ def validate_panel_options(score_thr: Any, max_cell_size: Any) -> None:
     if (
         isinstance(score_thr, bool)
         or not isinstance(score_thr, Real)
-        or not 0 <= score_thr <= 1
+        or not 0 <= float(score_thr) <= 1
     ):
         raise VisConfigError(
             f"score_thr={score_thr!r} is no score; set 0 to 1; 1 draws no box"
