@@ -412,9 +412,11 @@ class _InertUnpickler(pickle._Unpickler):
     def _replace_top(self, new: Any) -> None:
         old = self.stack[-1]
         self.stack[-1] = new
-        for key, value in self.memo.items():
-            if value is old:
+        # From the end: a pickle has an object once, and put it there a moment ago.
+        for key in reversed(self.memo):
+            if self.memo[key] is old:
                 self.memo[key] = new
+                break
 
     def load_reduce(self) -> None:
         args = self.stack.pop()

@@ -9,6 +9,7 @@ import pickle
 import struct
 import sys
 import tarfile
+import time
 import zipfile
 from collections import OrderedDict
 
@@ -313,6 +314,18 @@ def test_values_survive_a_round_trip(tmp_path, zipped, protocol):
     loaded["tensor"][1, 0] = 99
     assert loaded["view"][0, 0] == 99
     assert loaded["same"] is loaded["tensor"]
+
+
+def test_many_arrays_load_in_linear_time(tmp_path):
+    """Looking through the whole memo for each array took half a minute."""
+    arrays = [np.full(2, i) for i in range(16_000)]
+    path = tmp_path / "many.pth"
+    torch.save(dict(arrays=arrays, again=arrays[::-1]), path)
+    start = time.perf_counter()
+    loaded = load_checkpoint_safely(path)
+    assert time.perf_counter() - start < 10
+    assert all((a == b).all() for a, b in zip(loaded["arrays"], arrays))
+    assert all(a is b for a, b in zip(loaded["again"], loaded["arrays"][::-1]))
 
 
 def test_bytes_load_like_a_file():
