@@ -46,7 +46,7 @@ def parse_layer_path(path: str) -> tuple[str | int, ...]:
             )
         if kind == "name":
             parts.append(
-                int(match["name"]) if match["name"].isdigit() else match["name"]
+                int(match["name"]) if match["name"].isdecimal() else match["name"]
             )
         elif kind == "index":
             parts.append(int(match["index"]))

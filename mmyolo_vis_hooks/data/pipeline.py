@@ -142,7 +142,7 @@ def build_resize_only_pipeline(
     Raises:
         UnsupportedPipelineError: If a step may move pixels in an unknown way.
     """
-    steps = _flatten(pipeline)
+    steps = flatten_steps(pipeline)
     geometric = {id(step) for step in steps if _is_geometric(step)}
     resize = AlignedResize(
         [step for step in steps if id(step) in geometric], divisor, stride
@@ -247,13 +247,18 @@ def _name(step: Any) -> str:
     return type(step).__name__
 
 
-def _flatten(pipeline: Any) -> list[Any]:
+def flatten_steps(pipeline: Any) -> list[Any]:
+    """Transforms of a pipeline in a row; of an augmented one those of the first view.
+
+    Args:
+        pipeline: ``Compose``, list, ``TestTimeAug`` or a transform.
+    """
     if hasattr(pipeline, "subroutines"):  # TestTimeAug
-        return _flatten(pipeline.subroutines[0])
+        return flatten_steps(pipeline.subroutines[0])
     if isinstance(pipeline, (list, tuple)):
-        return [step for part in pipeline for step in _flatten(part)]
+        return [step for part in pipeline for step in flatten_steps(part)]
     if _name(pipeline) == "Compose":
-        return _flatten(list(pipeline.transforms))
+        return flatten_steps(list(pipeline.transforms))
     return [pipeline]
 
 

@@ -23,6 +23,7 @@ from ..data.image_selector import (
 )
 from ..data.pipeline import (
     build_resize_only_pipeline,
+    flatten_steps,
     network_divisor,
     network_stride,
 )
@@ -140,8 +141,10 @@ class BaseVisHook(Hook):
             "name",
             name,
             name is None
-            or (isinstance(name, str) and bool(re.fullmatch(r"[\w-]+", name, re.A))),
-            "use letters, digits, '_' and '-' only: it becomes part of file names",
+            or (
+                isinstance(name, str) and bool(re.fullmatch(r"[\w-]{1,64}", name, re.A))
+            ),
+            "use at most 64 letters, digits, '_' and '-': it is part of file names",
         )
         check_option("show", show, isinstance(show, bool), "use True or False")
         check_option(
@@ -247,7 +250,7 @@ class BaseVisHook(Hook):
             self.build_explainer(class_names_of(metainfo), palette_of(metainfo)),
         )
         for leaf in leaf_datasets(dataset):
-            _check_packed_keys(leaf)
+            _check_packed_keys(leaf, self.alignment)
         if self.alignment == "resize":
             self._prepare_pipelines(runner, state, dataset)
         if self.alignment != "resize" or self.override_loop_pipeline:
@@ -375,7 +378,7 @@ class BaseVisHook(Hook):
                 sample = self._make_sample(state, image, position, outputs[position])
                 picture = state.explainer(sample)
                 if is_main_process():
-                    self._publisher.publish(mode, picture, self._step(runner, mode))
+                    self._publisher.publish(mode, picture, self._step(runner, state))
                 else:
                     self._spool.add(picture)
 
@@ -406,7 +409,7 @@ class BaseVisHook(Hook):
                 # Samplers repeat images so that all ranks have equally many.
                 if picture.image_id not in state.seen:
                     state.seen.add(picture.image_id)
-                    self._publisher.publish(mode, picture, self._step(runner, mode))
+                    self._publisher.publish(mode, picture, self._step(runner, state))
         missing = [i.image_id for i in state.selector.images if i.image_id not in met]
         if missing:
             runner.logger.warning(
@@ -436,15 +439,15 @@ class BaseVisHook(Hook):
         return state is not None and state.drawing
 
     @staticmethod
-    def _step(runner: Runner, mode: str) -> int:
-        """Epoch or iteration of a training; 0 where there is none.
+    def _step(runner: Runner, state: _LoopState) -> int:
+        """Epoch or iteration of a training; elsewhere the number of the run, from 0.
 
         The private attribute is on purpose: ``runner.epoch`` would build the
         training loop and its data set in a pure validation.
         """
         loop = runner._train_loop
-        if mode != "val" or not isinstance(loop, BaseLoop):
-            return 0
+        if state.mode != "val" or not isinstance(loop, BaseLoop):
+            return state.num_runs - 1
         return loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
 
 
@@ -469,12 +472,21 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_packed_keys(dataset: Any) -> None:
-    """Fail early if the batches will not say which image they hold."""
-    steps = getattr(getattr(dataset, "pipeline", None), "transforms", [])
+def _check_packed_keys(dataset: Any, alignment: str) -> None:
+    """Fail early if the batches will not say which image they hold, and where."""
+    steps = flatten_steps(getattr(dataset, "pipeline", []))
     keys = getattr(steps[-1], "meta_keys", None) if steps else None
-    if keys is not None and not {"img_id", "img_path"} & set(keys):
+    if keys is None:
+        return
+    packing = f"meta_keys={tuple(keys)} of {type(steps[-1]).__name__}"
+    if not {"img_id", "img_path"} & set(keys):
         raise VisConfigError(
-            f"meta_keys={tuple(keys)} of {type(steps[-1]).__name__} hold neither "
-            "'img_id' nor 'img_path', so no image can be found again; add both"
+            f"{packing} hold neither 'img_id' nor 'img_path', so no image can be found "
+            "again; add both"
+        )
+    pads = any(type(step).__name__ == "LetterResize" for step in steps)
+    if alignment != "resize" and pads and "pad_param" not in keys:
+        raise VisConfigError(
+            f"{packing} do not hold 'pad_param', without which alignment={alignment!r} "
+            "cannot know where LetterResize put the image; add it"
         )

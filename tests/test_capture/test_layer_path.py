@@ -63,6 +63,7 @@ def test_resolve_by_index_and_name():
         ("neck.out_layer[2]", r"neck\.out_layers\[2\]"),
         ("neck.out_layers[3]", r"neck\.out_layers\[2\]"),
         ("nekc", "neck"),
+        ("neck.out_layers.\u00b2", "neck"),
     ],
 )
 def test_unknown_path_lists_near_matches(path, near):

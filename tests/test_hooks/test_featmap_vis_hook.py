@@ -53,6 +53,7 @@ def test_registered_in_the_root_registry():
         (dict(alignment="network", override_loop_pipeline=True), "override_loop"),
         (dict(name="a/b"), "name"),
         (dict(name=""), "name"),
+        (dict(name="n" * 65), "name"),
         (dict(show=1), "show"),
         (dict(wait_time=-1), "wait_time"),
         (dict(backend_args="local"), "backend_args"),
@@ -97,6 +98,32 @@ def test_batches_that_do_not_name_their_images_fail_before_the_run(tmp_path, toy
     cfg.test_dataloader.dataset.pipeline[-1].meta_keys = keys
     with pytest.raises(VisConfigError, match="add both"):
         Runner.from_cfg(cfg).test()
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_letterbox_without_its_padding_is_refused(tmp_path, toy_data, alignment):
+    """The maps would lie beside their objects, by the padding."""
+    cfg = toy_config(tmp_path, [spy(alignment=alignment)], data_root=toy_data)
+    keys = [key for key in META_KEYS if key != "pad_param"]
+    cfg.test_dataloader.dataset.pipeline[-1].meta_keys = keys
+    runner = Runner.from_cfg(cfg)
+    if alignment == "resize":  # which does not pad
+        runner.test()
+        assert len(pictures(tmp_path)) == 4
+    else:
+        with pytest.raises(VisConfigError, match=r"'pad_param'.*LetterResize"):
+            runner.test()
+
+
+def test_a_second_test_in_one_runner_overwrites_nothing(tmp_path, toy_data):
+    cfg = toy_config(tmp_path, [spy(num_images=1)], data_root=toy_data)
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    runner.test()
+    assert sorted(pictures(tmp_path)) == [
+        "test.featmap.1_image_0.png",
+        "test.featmap.1_image_1.png",
+    ]
 
 
 def brightness_of(samples):
@@ -257,6 +284,7 @@ def test_train_then_test_in_one_runner(tmp_path, toy_data):
     runner.test()
     runner.val()
     assert runner.model.num_forwards == 2 * (3 + 3) + 3 + 3
+    # The last validation is of the second epoch too.
     assert sorted(pictures(tmp_path)) == [
         "test.featmap.1_image_0.png",
         "val.featmap.1_image_1.png",
