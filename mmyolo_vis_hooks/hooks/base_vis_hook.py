@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -211,6 +213,12 @@ class BaseVisHook(Hook):
                 show=self.show,
                 wait_time=self.wait_time,
             )
+            if self.show and not _has_display():
+                runner.logger.warning(
+                    "%s: show=True, but this machine has no display, so nobody will "
+                    "see the pictures; leave show=False to publish them.",
+                    self.name,
+                )
             if not self._publisher.has_destination:
                 runner.logger.warning(
                     "%s: the visualizer has no backend, so no picture will be kept. "
@@ -348,7 +356,10 @@ class BaseVisHook(Hook):
             return
         if self._publisher.num_published:
             runner.logger.info(
-                "%s: %d picture(s) published", self.name, self._publisher.num_published
+                "%s: %d picture(s) %s",
+                self.name,
+                self._publisher.num_published,
+                "shown" if self.show else "published",
             )
         summary = self._policy.summary()
         if summary:
@@ -466,6 +477,13 @@ def check_option(name: str, value: Any, valid: bool, remedy: str) -> None:
     """
     if not valid:
         raise VisConfigError(f"{name}={value!r} cannot work: {remedy}")
+
+
+def _has_display() -> bool:
+    """Whether windows can open; other systems than Linux always have a desktop."""
+    return not sys.platform.startswith("linux") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
 
 
 def _is_int(value: Any) -> bool:
