@@ -21,6 +21,10 @@ class VisConfigError(VisError, ValueError):
     """
 
 
+class UnknownOptionError(VisConfigError, TypeError):
+    """An option does not exist; a TypeError too, as of any wrong keyword."""
+
+
 class LayerNotFoundError(VisConfigError):
     """A layer path does not lead to a module of the model."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -30,7 +32,7 @@ from ..data.pipeline import (
     network_stride,
 )
 from ..data.samples import class_names_of, palette_of
-from ..errors import ErrorPolicy, VisConfigError, VisError
+from ..errors import ErrorPolicy, UnknownOptionError, VisConfigError, VisError
 from ..explainers.sample_maker import ALIGNMENTS, SampleMaker
 from ..publishing.gather import RankSpool
 from ..publishing.publisher import Publisher
@@ -477,6 +479,26 @@ def check_option(name: str, value: Any, valid: bool, remedy: str) -> None:
     """
     if not valid:
         raise VisConfigError(f"{name}={value!r} cannot work: {remedy}")
+
+
+def refuse_unknown_options(hook: Hook, unknown: Mapping[str, Any]) -> None:
+    """Refuse options that a hook does not have.
+
+    Raises:
+        UnknownOptionError: With the option that was probably meant.
+    """
+    if not unknown:
+        return
+    known = [
+        name
+        for name, parameter in inspect.signature(type(hook)).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    name = next(iter(unknown))
+    near = difflib.get_close_matches(name, known, n=1) or known
+    raise UnknownOptionError(
+        f"{type(hook).__name__} has no option {name!r}; use {', '.join(near)}"
+    )
 
 
 def _has_display() -> bool:

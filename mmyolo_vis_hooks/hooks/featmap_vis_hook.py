@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.registry import HOOKS
 
 from ..explainers.featmap_explainer import FeatMapExplainer
-from .base_vis_hook import BaseVisHook, Explainer
+from .base_vis_hook import BaseVisHook, Explainer, refuse_unknown_options
 
 
 @HOOKS.register_module()
@@ -102,7 +102,9 @@ class FeatMapVisHook(BaseVisHook):
         wait_time: float = 0.0,
         backend_args: dict | None = None,
         on_error: str = "log",
+        **unknown: Any,
     ) -> None:
+        refuse_unknown_options(self, unknown)
         super().__init__(
             target_layers=target_layers,
             draw=draw,

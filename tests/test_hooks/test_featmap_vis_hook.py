@@ -70,8 +70,12 @@ def test_bad_values_fail_when_the_runner_is_built(tmp_path, toy_data, options, m
 
 
 def test_unknown_and_positional_options_are_refused():
-    with pytest.raises(TypeError, match="target_layer"):
+    with pytest.raises(TypeError, match="no option 'target_layer'; use target_layers"):
         HOOKS.build(dict(type="FeatMapVisHook", target_layer="neck"))
+    with pytest.raises(
+        VisConfigError, match=r"'zzz'; use target_layers, .*, on_error$"
+    ):
+        FeatMapVisHook(zzz=1)
     with pytest.raises(TypeError):
         FeatMapVisHook("neck")
 
