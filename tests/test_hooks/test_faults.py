@@ -162,7 +162,7 @@ def test_layer_whose_output_is_no_map(tmp_path, toy_data, alignment):
     vis_hooks(runner)[0].target_layers = ("neck.out_layers[0]", "head", "neck.shared")
 
     def broken_select(tensor, keep):
-        raise torch.OutOfMemoryError("no memory left")
+        raise torch.cuda.OutOfMemoryError("no memory left")
 
     import mmyolo_vis_hooks.capture.recorder as recorder
 
