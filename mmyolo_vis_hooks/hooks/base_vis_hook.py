@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from mmengine.dist import all_gather_object, is_main_process
+from mmengine.fileio.backends.registry_utils import backends
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
@@ -160,8 +161,12 @@ class BaseVisHook(Hook):
         check_option(
             "backend_args",
             backend_args,
-            backend_args is None or isinstance(backend_args, dict),
-            "use a dict such as dict(backend='local'), or None",
+            backend_args is None
+            or (
+                isinstance(backend_args, dict)
+                and backend_args.get("backend", "local") in backends
+            ),
+            f"use None or a dict whose 'backend' is one of {', '.join(backends)}",
         )
         check_option(
             "on_error",

@@ -59,6 +59,7 @@ def test_registered_in_the_root_registry():
         (dict(show=1), "show"),
         (dict(wait_time=-1), "wait_time"),
         (dict(backend_args="local"), "backend_args"),
+        (dict(backend_args=dict(backend="nope")), "backend_args.*local"),
         (dict(on_error="ignore"), "on_error"),
     ],
 )
@@ -456,3 +457,9 @@ def test_show_without_a_display_is_reported(tmp_path, toy_data, monkeypatch, dis
     ]
     assert pictures(tmp_path) == {}
     assert ("no display" in log_of(tmp_path)) == (display == "")
+
+
+def test_images_are_read_with_the_backend_that_is_named(tmp_path, toy_data):
+    hook = spy(num_images=1, backend_args=dict(backend="local"))
+    Runner.from_cfg(toy_config(tmp_path, [hook], data_root=toy_data)).test()
+    assert len(pictures(tmp_path)) == 1

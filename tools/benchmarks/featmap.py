@@ -31,7 +31,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-GIB = 2**30
 STRIDE = 32
 OURS, MMENGINE = "this package", "MMEngine"
 TARGET_SIZE, TARGET_CHANNELS = (1920, 1080), 512
