@@ -115,21 +115,16 @@ def validate_overlay_options(alpha: Any, colormap: Any) -> None:
     colormap_lut(colormap)
 
 
-def normalize_to_uint8(values: np.ndarray) -> np.ndarray:
-    """Stretch values to 0..255 and cut the fraction off.
-
-    A constant map becomes 0 everywhere.
+def stretch_to_levels(values: np.ndarray) -> np.ndarray:
+    """Stretch values to 0..255; a constant map becomes 0 everywhere.
 
     Args:
         values (np.ndarray): ``(H, W)`` or ``(H, W, 3)``, floating point, finite.
 
     Returns:
-        np.ndarray: Same shape, uint8.
+        np.ndarray: Same shape and dtype. The level is what is left when the
+        fraction is cut off.
     """
-    return _stretched(values).astype(np.uint8)
-
-
-def _stretched(values: np.ndarray) -> np.ndarray:
     # Not dtype=cv2.CV_8U: that rounds, and MMEngine cuts.
     stretched = np.empty_like(values)
     cv2.normalize(values, stretched, 0, 255, cv2.NORM_MINMAX)
@@ -157,7 +152,7 @@ def color_heatmap(
         values = np.ascontiguousarray(values.transpose(1, 2, 0))
         soft_steps = False
     lut = colormap_lut(colormap)
-    stretched = _stretched(values)
+    stretched = stretch_to_levels(values)
     heat_rgb = cv2.applyColorMap(stretched.astype(np.uint8), lut)
     if soft_steps:
         for level in _wide_steps(lut):

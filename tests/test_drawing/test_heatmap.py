@@ -12,11 +12,16 @@ from mmengine.visualization.utils import convert_overlay_heatmap
 from mmyolo_vis_hooks.drawing.heatmap import (
     color_heatmap,
     colormap_lut,
-    normalize_to_uint8,
     overlay_heatmap,
+    stretch_to_levels,
     validate_overlay_options,
 )
 from mmyolo_vis_hooks.errors import VisConfigError
+
+
+def levels_of(values):
+    """What MMEngine makes of a map before it takes its colours."""
+    return stretch_to_levels(values).astype(np.uint8)
 
 
 def values(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
@@ -77,15 +82,15 @@ class TestColormap:
 class TestNormalize:
     def test_by_hand(self):
         # (v - 1) / 4 * 255 is 0, 63.75, 127.5 and 255; fractions are cut off.
-        result = normalize_to_uint8(np.array([[1, 2, 3, 5]], dtype=np.float32))
+        result = levels_of(np.array([[1, 2, 3, 5]], dtype=np.float32))
         assert result.tolist() == [[0, 63, 127, 255]]
 
     def test_constant_is_zero(self):
-        assert normalize_to_uint8(np.full((2, 3), 7.5, np.float32)).max() == 0
+        assert levels_of(np.full((2, 3), 7.5, np.float32)).max() == 0
 
     def test_input_is_left_alone(self):
         before = values(5, 6)
-        normalize_to_uint8(before)
+        levels_of(before)
         assert np.array_equal(before, values(5, 6))
 
 
@@ -112,7 +117,7 @@ class TestOverlay:
 
     def test_colormap_is_used(self):
         heat = values(5, 6)
-        expected = cv2.applyColorMap(normalize_to_uint8(heat), cv2.COLORMAP_VIRIDIS)
+        expected = cv2.applyColorMap(levels_of(heat), cv2.COLORMAP_VIRIDIS)
         assert np.array_equal(color_heatmap(heat, "viridis"), expected[..., ::-1])
 
     def test_soft_steps_only_touch_what_rounding_decides(self):
