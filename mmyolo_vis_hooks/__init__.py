@@ -9,9 +9,9 @@ from .dependencies import require_mmcv
 require_mmcv()  # before the imports that would fail in the middle of MMDetection
 
 from .checkpoint import register_checkpoint_loaders  # noqa: E402
-from .hooks import FeatMapVisHook  # noqa: E402
+from .hooks import BoxAMVisHook, FeatMapVisHook  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register_checkpoint_loaders()
 
-__all__ = ["FeatMapVisHook", "__version__"]
+__all__ = ["BoxAMVisHook", "FeatMapVisHook", "__version__"]

@@ -75,6 +75,56 @@ class VisSample:
 
 
 @dataclass(frozen=True)
+class LayerMap:
+    """Where one layer made one detection.
+
+    Attributes:
+        layer: Name of the layer for captions.
+        saliency: ``(h, w)`` float32, finite and not negative, cells over the
+            network frame. It is not normalised: its unit is that of the target
+            for methods that weigh activations by gradients.
+    """
+
+    layer: str
+    saliency: np.ndarray
+
+
+@dataclass(frozen=True)
+class BoxExplanation:
+    """What made one detection.
+
+    Attributes:
+        index: Which detection of the sample.
+        maps: One per layer; empty where no layer has any influence.
+        warning: Why the maps are missing or not to be trusted, one sentence.
+    """
+
+    index: int
+    maps: tuple[LayerMap, ...]
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class BoxSample:
+    """Everything that is needed to draw the explanations of one image.
+
+    Attributes:
+        image_id: Unique name of the image, safe in file names.
+        image_rgb: ``(H, W, 3)`` uint8, RGB; the frame that is drawn on.
+        frame: How a pixel of ``image_rgb`` lies in the network's input.
+        detections: In pixels of ``image_rgb``.
+        explanations: Of the detections that were asked about, the highest score
+            first.
+    """
+
+    image_id: str
+    image_rgb: np.ndarray
+    frame: FrameTransform
+    detections: Detections
+    explanations: tuple[BoxExplanation, ...]
+
+
+@dataclass(frozen=True)
 class VisImage:
     """One finished picture.
 

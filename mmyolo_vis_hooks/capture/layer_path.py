@@ -124,10 +124,10 @@ def _child(module: nn.Module, part: str | int) -> nn.Module | None:
 
 
 def _not_found_message(model: nn.Module, path: str, depth: int) -> str:
-    names = [_bracketed(name) for name, _ in model.named_modules() if name]
+    names = [bracketed(name) for name, _ in model.named_modules() if name]
     parts = parse_layer_path(path)
-    known = _bracketed(".".join(str(part) for part in parts[:depth]))
-    wanted = _bracketed(".".join(str(part) for part in parts))
+    known = bracketed(".".join(str(part) for part in parts[:depth]))
+    wanted = bracketed(".".join(str(part) for part in parts))
     candidates = difflib.get_close_matches(
         wanted, names, n=_MAX_SUGGESTIONS, cutoff=0.6
     )
@@ -146,6 +146,6 @@ def _not_found_message(model: nn.Module, path: str, depth: int) -> str:
     )
 
 
-def _bracketed(name: str) -> str:
+def bracketed(name: str) -> str:
     """Spell a torch module name the way users write it: ``a.0.b`` -> ``a[0].b``."""
     return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,5 +49,42 @@ def preserve_model_state(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad = requires_grad
             parameter.grad = grad
         with torch.no_grad():
-            for buffer, value in buffers:
+            # Writing equal values too would break graphs that still hold the buffer.
+            for buffer, value in _changed(buffers):
                 buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A block whose forwards leave no trace: eval mode, parameters in no graph.
+
+    Modes, buffers, ``requires_grad``, ``.grad`` and random states are afterwards as
+    they were. Gradients of activations can be computed inside, also where the
+    surroundings forbid gradients.
+
+    Args:
+        model (nn.Module): The detector, without wrappers.
+    """
+    with (
+        torch.inference_mode(False),
+        preserve_rng_state(),
+        preserve_model_state(model),
+    ):
+        model.eval()
+        model.requires_grad_(False)
+        yield
+
+
+def _changed(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs that differ; one synchronisation per device, not one per pair."""
+    changed = [p for p in pairs if p[0].is_cpu and not torch.equal(*p)]
+    elsewhere: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for pair in pairs:
+        if not pair[0].is_cpu:
+            elsewhere.setdefault(pair[0].device, []).append(pair)
+    for group in elsewhere.values():
+        flags = torch.stack([(new != old).any() for new, old in group]).tolist()
+        changed += [pair for pair, flag in zip(group, flags) if flag]
+    return changed

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import FeatureShapeError
 from ..types import Activation
+from .nested import OutputIndex, flatten_tensors
 
 # Strides at which vision transformers and pyramids put out token sequences.
 _TOKEN_STRIDES = (2, 4, 8, 16, 32, 64, 128)
@@ -171,24 +172,10 @@ class _ForwardTap:
 
     def _store(self, path: str, output: Any) -> None:
         keep = list(self._record.keep)
-        tensors = []
-        for index, tensor in _flatten(output, ()):
-            if tensor.ndim < 3 or not tensor.is_floating_point():
-                continue
-            if tensor.shape[0] != self._batch_size:
-                raise FeatureShapeError(
-                    f"target_layers: {path} gives a tensor of shape "
-                    f"{tuple(tensor.shape)} for a batch of {self._batch_size} "
-                    "image(s), so it cannot be laid over an image (outputs of RoI "
-                    "heads and of windows are of this kind); choose another layer"
-                )
-            tensors.append((index, _select(tensor, keep)))
-        if not tensors:
-            raise FeatureShapeError(
-                f"target_layers: {path} gives no feature map ((B, C, H, W) or "
-                "tokens (B, H*W, C)); choose another layer"
-            )
-        self._record.outputs[path, self._calls[path]] = tensors
+        self._record.outputs[path, self._calls[path]] = [
+            (index, _select(tensor, keep))
+            for index, tensor in image_tensors(output, self._batch_size, path)
+        ]
         self._calls[path] += 1
 
     @contextlib.contextmanager
@@ -199,6 +186,42 @@ class _ForwardTap:
             # The forward belongs to somebody else and must go on.
             if self._record.error is None:
                 self._record.error = error
+
+
+def image_tensors(
+    output: Any, batch_size: int, layer: str
+) -> list[tuple[OutputIndex, torch.Tensor]]:
+    """The tensors in a layer's output that may hold a map for each image.
+
+    Args:
+        output: What the layer gave, nested as it likes.
+        batch_size (int): Number of images in the batch.
+        layer (str): Path of the layer, for the message.
+
+    Returns:
+        list: Index and ``(B, C, h, w)`` or ``(B, N, C)`` of each.
+
+    Raises:
+        FeatureShapeError: If there is none, or one has another batch size.
+    """
+    tensors = []
+    for index, tensor in flatten_tensors(output):
+        if tensor.ndim < 3 or not tensor.is_floating_point():
+            continue
+        if tensor.shape[0] != batch_size:
+            raise FeatureShapeError(
+                f"target_layers: {layer} gives a tensor of shape "
+                f"{tuple(tensor.shape)} for a batch of {batch_size} "
+                "image(s), so it cannot be laid over an image (outputs of RoI "
+                "heads and of windows are of this kind); choose another layer"
+            )
+        tensors.append((index, tensor))
+    if not tensors:
+        raise FeatureShapeError(
+            f"target_layers: {layer} gives no feature map ((B, C, H, W) or "
+            "tokens (B, H*W, C)); choose another layer"
+        )
+    return tensors
 
 
 def spatial_maps(
@@ -221,12 +244,34 @@ def spatial_maps(
     """
     if tensor.ndim == 3:
         return [tensor]
-    if tensor.ndim != 2:
+    slices = token_slices(tensor, network_hw, layer)
+    return [
+        tensor[start : start + h * w].t().reshape(-1, h, w) for start, h, w in slices
+    ]
+
+
+def token_slices(
+    tokens: torch.Tensor, network_hw: tuple[int, int], layer: str
+) -> list[tuple[int, int, int]]:
+    """Where the maps lie in a sequence of tokens.
+
+    Args:
+        tokens (Tensor): ``(N, C)`` of one image.
+        network_hw (tuple): Height and width of the network's input, pixels.
+        layer (str): Path of the layer, for the message.
+
+    Returns:
+        list: First token, rows and columns of each map.
+
+    Raises:
+        FeatureShapeError: If the tokens fit no grid over the input.
+    """
+    if tokens.ndim != 2:
         raise FeatureShapeError(
-            f"target_layers: {layer} gives {tuple(tensor.shape)} for an image; only "
+            f"target_layers: {layer} gives {tuple(tokens.shape)} for an image; only "
             "(C, H, W) and tokens (H*W, C) can be drawn"
         )
-    num_tokens = tensor.shape[0]
+    num_tokens = tokens.shape[0]
     grids = [
         (math.ceil(network_hw[0] / s), math.ceil(network_hw[1] / s))
         for s in _TOKEN_STRIDES
@@ -234,12 +279,11 @@ def spatial_maps(
     for extra in (0, 1):  # with a class token in front
         levels = _matching_levels(num_tokens - extra, grids)
         if levels:
-            maps, start = [], extra
+            slices, start = [], extra
             for h, w in levels:
-                tokens = tensor[start : start + h * w]
-                maps.append(tokens.t().reshape(-1, h, w))
+                slices.append((start, h, w))
                 start += h * w
-            return maps
+            return slices
     raise FeatureShapeError(
         f"target_layers: {layer} gives {num_tokens} tokens, which fit no grid over "
         f"the network's input of {network_hw[0]}x{network_hw[1]} pixels"
@@ -257,20 +301,6 @@ def _matching_levels(
             if total == num_tokens:
                 return list(grids[first : last + 1])
     return []
-
-
-def _flatten(
-    output: Any, index: tuple[int | str, ...]
-) -> Iterator[tuple[tuple[int | str, ...], torch.Tensor]]:
-    """Walk nested outputs depth first; give each tensor with its indices."""
-    if isinstance(output, torch.Tensor):
-        yield index, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _flatten(value, (*index, str(key)))
-    elif isinstance(output, (list, tuple)):
-        for i, value in enumerate(output):
-            yield from _flatten(value, (*index, i))
 
 
 def _select(tensor: torch.Tensor, keep: list[int]) -> torch.Tensor:

@@ -83,15 +83,37 @@ class SampleMaker:
         Raises:
             VisError: If the recording failed or the image cannot be loaded.
         """
-        if record.error is not None:
-            raise record.error
-        if position not in record.keep:
-            raise VisError(f"the forward of image {image.image_id} was not recorded")
-        slot = record.keep.index(position)
+        slot = slot_of(record, image, position)
         activations = record.activations(slot)
         inputs = record.inputs[slot]  # type: ignore[index]
+        image_rgb, frame, detections = self.picture(
+            image, inputs, record.metainfos[slot], output
+        )
+        return VisSample(image.image_id, image_rgb, frame, activations, detections)
+
+    def picture(
+        self,
+        image: SelectedImage,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        output: Any,
+    ) -> tuple[np.ndarray, FrameTransform, Detections]:
+        """What is drawn on, and the detections in its pixels.
+
+        Args:
+            image (SelectedImage): The image.
+            inputs (Tensor): ``(3, H, W)``, the network's input.
+            metainfo (Mapping): Of its data sample.
+            output (DetDataSample): What was found, in the original frame.
+
+        Returns:
+            tuple: ``(H, W, 3)`` uint8 RGB, its frame, and the detections.
+
+        Raises:
+            VisError: If the image cannot be loaded or is not what the network saw.
+        """
         network_hw = (inputs.shape[-2], inputs.shape[-1])
-        metainfo = {"batch_input_shape": network_hw, **record.metainfos[slot]}
+        metainfo = {"batch_input_shape": network_hw, **metainfo}
         detections = detections_of(output)
         if self._alignment == "network":
             if len(detections):
@@ -102,17 +124,16 @@ class SampleMaker:
                     detections.labels,
                 )
             image_rgb = network_image_rgb(inputs, self._detector.data_preprocessor)
-            frame = FrameTransform.identity(network_hw)
-        else:
-            image_rgb = self._load(image)
-            frame = FrameTransform.from_metainfo(metainfo, image_rgb.shape[:2])
-            if frame.image_hw != image_rgb.shape[:2]:
-                raise VisError(
-                    f"{image.img_path!r} has {image_rgb.shape[:2]} pixels on disk but "
-                    f"{frame.image_hw} in the test pipeline; use alignment='network', "
-                    "which needs no file"
-                )
-        return VisSample(image.image_id, image_rgb, frame, activations, detections)
+            return image_rgb, FrameTransform.identity(network_hw), detections
+        image_rgb = self._load(image)
+        frame = FrameTransform.from_metainfo(metainfo, image_rgb.shape[:2])
+        if frame.image_hw != image_rgb.shape[:2]:
+            raise VisError(
+                f"{image.img_path!r} has {image_rgb.shape[:2]} pixels on disk but "
+                f"{frame.image_hw} in the test pipeline; use alignment='network', "
+                "which needs no file"
+            )
+        return image_rgb, frame, detections
 
     def _load(self, image: SelectedImage) -> np.ndarray:
         if image.img_path is None:
@@ -121,3 +142,21 @@ class SampleMaker:
                 "alignment='network', which draws on the network's own input"
             )
         return load_image_rgb(image.img_path, self._backend_args)
+
+
+def slot_of(record: ForwardRecord, image: SelectedImage, position: int) -> int:
+    """Where in a recorded forward an image is kept.
+
+    Args:
+        record (ForwardRecord): The forward.
+        image (SelectedImage): The image.
+        position (int): Position of the image in the batch.
+
+    Raises:
+        VisError: If the recording failed or does not hold the image.
+    """
+    if record.error is not None:
+        raise record.error
+    if position not in record.keep or record.inputs is None:
+        raise VisError(f"the forward of image {image.image_id} was not recorded")
+    return record.keep.index(position)

@@ -40,7 +40,7 @@ from ..publishing.publisher import Publisher
 from ..types import VisImage, VisSample
 from .loop_recording import LoopRecording, data_samples_of
 
-Explainer = Callable[[VisSample], VisImage]
+Explainer = Callable[[Any], VisImage]
 
 
 @dataclass
@@ -50,6 +50,7 @@ class _LoopState:
     mode: str
     loop: BaseLoop
     selector: ImageSelector
+    sample_maker: SampleMaker
     explainer: Explainer
     # Resize-only copies of the test pipelines, by the identity of their dataset.
     pipelines: dict[int, Callable] = field(default_factory=dict)
@@ -71,17 +72,20 @@ class _LoopState:
 class BaseVisHook(Hook):
     """Draws pictures of chosen images in every validation or test run.
 
-    A subclass says how a picture is made in :meth:`build_explainer`. The options
-    are described in ``FeatMapVisHook``.
+    A subclass says what is captured in :meth:`build_sample_maker` and how a picture
+    is made of it in :meth:`build_explainer`. The options are described in
+    ``FeatMapVisHook``.
     """
 
     priority = "NORMAL"
     default_name = "vis"
+    # Whether target_layers=None has a meaning.
+    chooses_layers = False
 
     def __init__(
         self,
         *,
-        target_layers: Sequence[str] | str,
+        target_layers: Sequence[str] | str | None,
         draw: bool,
         interval: int,
         num_images: int,
@@ -96,13 +100,16 @@ class BaseVisHook(Hook):
     ) -> None:
         if isinstance(target_layers, str):
             target_layers = [target_layers]
+        automatic = self.chooses_layers and target_layers is None
         check_option(
             "target_layers",
             target_layers,
-            isinstance(target_layers, Sequence) and len(target_layers) > 0,
-            "give at least one module path, such as 'backbone' or 'neck'",
+            automatic
+            or (isinstance(target_layers, Sequence) and len(target_layers) > 0),
+            "give at least one module path, such as 'backbone' or 'neck'"
+            + (", or None for the layer that made a box" * self.chooses_layers),
         )
-        for path in target_layers:
+        for path in target_layers or ():
             parse_layer_path(path)
         check_option("draw", draw, isinstance(draw, bool), "use True or False")
         check_option(
@@ -174,7 +181,7 @@ class BaseVisHook(Hook):
             on_error in ErrorPolicy.CHOICES,
             f"use one of {', '.join(map(repr, ErrorPolicy.CHOICES))}",
         )
-        self.target_layers = tuple(target_layers)
+        self.target_layers = None if target_layers is None else tuple(target_layers)
         self.draw = draw
         self.interval = interval
         self.num_images = num_images
@@ -187,6 +194,26 @@ class BaseVisHook(Hook):
         self.backend_args = backend_args
         self.on_error = on_error
         self._loops: dict[str, _LoopState] = {}
+
+    def build_sample_maker(
+        self, runner: Runner, detector: nn.Module, class_names: Sequence[str]
+    ) -> SampleMaker:
+        """Give what turns an image into the sample that the explainer takes.
+
+        Args:
+            runner (Runner): The runner.
+            detector (nn.Module): The detector, without wrappers.
+            class_names (Sequence[str]): Classes of the loop's dataset.
+
+        Raises:
+            VisError: If an option does not fit the detector.
+        """
+        return SampleMaker(
+            detector,
+            resolve_layers(detector, self.target_layers or ()),
+            alignment=self.alignment,
+            backend_args=self.backend_args,
+        )
 
     def build_explainer(
         self, class_names: Sequence[str], palette: Sequence[Any] | None
@@ -234,12 +261,6 @@ class BaseVisHook(Hook):
                     self.name,
                 )
         self._detector = unwrap_detector(runner.model)
-        self._sample_maker = SampleMaker(
-            self._detector,
-            resolve_layers(self._detector, self.target_layers),
-            alignment=self.alignment,
-            backend_args=self.backend_args,
-        )
         # A loop that is not built yet is not the one that runs now.
         for mode, loop in (("val", runner._val_loop), ("test", runner._test_loop)):
             known = self._loops.get(mode)
@@ -258,11 +279,13 @@ class BaseVisHook(Hook):
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> _LoopState:
         dataset = loop.dataloader.dataset
         metainfo = getattr(dataset, "metainfo", None) or {}
+        class_names = class_names_of(metainfo)
         state = _LoopState(
             mode,
             loop,
             ImageSelector(dataset, self.num_images, self.image_indices),
-            self.build_explainer(class_names_of(metainfo), palette_of(metainfo)),
+            self.build_sample_maker(runner, self._detector, class_names),
+            self.build_explainer(class_names, palette_of(metainfo)),
         )
         for leaf in leaf_datasets(dataset):
             _check_packed_keys(leaf, self.alignment)
@@ -272,7 +295,7 @@ class BaseVisHook(Hook):
             state.recording = LoopRecording(
                 loop,
                 f"{mode}_step",
-                self._sample_maker.recorder,
+                state.sample_maker.recorder,
                 lambda data_batch: self._positions(state, data_batch),
             )
         return state
@@ -406,14 +429,14 @@ class BaseVisHook(Hook):
         if state.recording is None:
             pipeline = state.pipelines[id(image.dataset)]
             fp16 = bool(getattr(state.loop, "fp16", False))
-            return self._sample_maker.run(image, pipeline, fp16=fp16)
+            return state.sample_maker.run(image, pipeline, fp16=fp16)
         record = state.recording.record
         if record is None:
             raise VisError(
                 f"the forward of {image.image_id} was not recorded; its data sample "
                 "has other metainfo before the forward than after it"
             )
-        return self._sample_maker.from_record(image, record, position, output)
+        return state.sample_maker.from_record(image, record, position, output)
 
     def _finish_run(self, runner: Runner, mode: str) -> None:
         state = self._loops.get(mode)

@@ -1,0 +1,56 @@
+"""Walks the nested outputs of layers: tensors in tuples, lists and mappings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+OutputIndex = tuple[Any, ...]
+"""Where a tensor lies in a nested output: () for a tensor that stands alone."""
+
+
+def flatten_tensors(
+    output: Any, index: OutputIndex = ()
+) -> Iterator[tuple[OutputIndex, torch.Tensor]]:
+    """Walk nested outputs depth first; give each tensor with its indices."""
+    if isinstance(output, torch.Tensor):
+        yield index, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from flatten_tensors(value, (*index, str(key)))
+    elif isinstance(output, (list, tuple)):
+        for i, value in enumerate(output):
+            yield from flatten_tensors(value, (*index, i))
+
+
+def map_tensors(
+    output: Any,
+    change: Callable[[OutputIndex, torch.Tensor], torch.Tensor],
+    index: OutputIndex = (),
+) -> Any:
+    """Rebuild nested outputs with other tensors; nothing is modified in place.
+
+    Args:
+        output: Tensors in tuples, named tuples, lists and dicts; what is none of
+            these is kept.
+        change (Callable): Gives the new tensor for the index and the tensor that
+            is there.
+    """
+    if isinstance(output, torch.Tensor):
+        return change(index, output)
+    if isinstance(output, dict):
+        items = {
+            key: map_tensors(value, change, (*index, str(key)))
+            for key, value in output.items()
+        }
+        return items if type(output) is dict else type(output)(items)
+    if isinstance(output, (list, tuple)):
+        values = [
+            map_tensors(value, change, (*index, i)) for i, value in enumerate(output)
+        ]
+        if hasattr(output, "_fields"):
+            return type(output)(*values)
+        return values if isinstance(output, list) else tuple(values)
+    return output

@@ -1,0 +1,279 @@
+"""Runs a detector's own ``predict`` so that its detections carry gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import FeatureShapeError, VisError
+from .nested import OutputIndex, flatten_tensors, map_tensors
+from .recorder import image_tensors
+
+
+@dataclass(frozen=True)
+class TapPoint:
+    """A module whose output, or input, can be tapped.
+
+    Attributes:
+        layer: Name for captions and messages.
+        module: The module.
+        side: ``'output'`` or ``'input'``: what goes into the module, seen by this
+            module alone.
+    """
+
+    layer: str
+    module: nn.Module
+    side: str = "output"
+
+
+class TapKey(NamedTuple):
+    """One tensor that passed a tap."""
+
+    layer: str
+    call_index: int
+    output_index: OutputIndex
+
+    @property
+    def title(self) -> str:
+        """Name for captions: ``neck[1]``, and ``conv (call 2)`` for a later call."""
+        output = "".join(f"[{index}]" for index in self.output_index)
+        call = "" if self.call_index == 0 else f" (call {self.call_index + 1})"
+        return f"{self.layer}{output}{call}"
+
+
+class HeadKey(NamedTuple):
+    """One raw output of a detection head."""
+
+    path: str
+    call_index: int
+    output_index: OutputIndex
+
+
+@dataclass
+class PredictionGraph:
+    """What one forward of ``predict`` left behind.
+
+    Attributes:
+        inputs: ``(1, 3, H, W)``, the normalised and padded input.
+        taps: Tensors at the tap points, in the order in which they ran:
+            ``(1, C, h, w)`` or tokens ``(1, N, C)``. They are nodes of the graph.
+        head_outputs: Raw outputs of the detection heads, in the order of the calls.
+        predictions: Final detections of the image in the original frame; the
+            scores, and mostly the boxes, carry gradients.
+    """
+
+    inputs: torch.Tensor
+    taps: dict[TapKey, torch.Tensor] = field(default_factory=dict)
+    head_outputs: dict[HeadKey, torch.Tensor] = field(default_factory=dict)
+    predictions: InstanceData = field(default_factory=InstanceData)
+
+    @property
+    def network_hw(self) -> tuple[int, int]:
+        """Height and width of the network's input, pixels."""
+        return self.inputs.shape[-2], self.inputs.shape[-1]
+
+
+class GraphForward:
+    """Runs ``predict`` with a graph that begins at the earliest tap.
+
+    No parameter takes part in the graph, so what lies before the taps costs what it
+    costs without gradients. No loss, no
+    ground truth and nothing that depends on the kind of head is needed; two habits
+    of heads would cut the graph, and are undone after the head's own forward only:
+
+    - Heads with objectness multiply scores in place in a view that autograd
+      protects. The product is then made out of place, with the same values.
+    - MMDetection's dense heads detach their raw outputs. Where scores come out
+      without a graph, the forward is repeated with ``detach`` as the identity.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+        taps (Sequence[TapPoint]): Where gradients will be wanted.
+    """
+
+    def __init__(self, detector: nn.Module, taps: Sequence[TapPoint]) -> None:
+        self._detector = detector
+        self._taps = tuple(taps)
+        self.heads = head_modules(detector)
+        self._keep_graph = False
+
+    def run(
+        self,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        *,
+        attach: Callable[[], Iterator[Any]] | None = None,
+    ) -> PredictionGraph:
+        """Predict the detections of one image.
+
+        The detector must be :func:`frozen`, also while gradients are taken.
+
+        Args:
+            inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
+            metainfo (Mapping): Of the image's data sample.
+            attach (Callable, optional): Registers further forward hooks and gives
+                their handles. Defaults to None.
+
+        Raises:
+            VisError: If the detections carry no gradients.
+            FeatureShapeError: If a tap did not run or holds no map.
+        """
+        graph = self._run_once(inputs, metainfo, attach)
+        predictions = graph.predictions
+        if len(predictions.scores) and not predictions.scores.requires_grad:
+            if not self._keep_graph and self.heads:
+                self._keep_graph = True
+                graph = self._run_once(inputs, metainfo, attach)
+            if not graph.predictions.scores.requires_grad:
+                raise VisError(
+                    f"the scores of {type(self._detector).__name__} carry no gradients "
+                    "back to the layers: its post-processing cuts the graph "
+                    "(soft-NMS does), or the layers take no part in them; use "
+                    "method='drise', which needs none, or another layer"
+                )
+        return graph
+
+    def _run_once(
+        self,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        attach: Callable[[], Iterator[Any]] | None,
+    ) -> PredictionGraph:
+        graph = PredictionGraph(inputs.detach())
+        calls: Counter[str] = Counter()
+        handles: list[Any] = []
+        data_sample = DetDataSample(metainfo=dict(metainfo))
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: [handle.remove() for handle in handles])
+            stack.enter_context(torch.enable_grad())
+            mode = _KeepGraph(self._keep_graph)
+            for tap in self._taps:
+                handles.append(_attach_tap(tap, graph, calls))
+            for path, head in self.heads.items():
+                handles.append(
+                    head.register_forward_hook(_head_hook(path, graph, mode, calls))
+                )
+            if attach is not None:
+                handles.extend(attach())
+            stack.callback(mode.leave)
+            (output,) = self._detector(graph.inputs, [data_sample], mode="predict")
+        graph.predictions = output.pred_instances
+        silent = [tap.layer for tap in self._taps if not calls["tap " + tap.layer]]
+        if silent:
+            raise FeatureShapeError(
+                f"target_layers: {', '.join(silent)} did not run when the detector "
+                "predicted; choose a layer that takes part in inference"
+            )
+        return graph
+
+
+def head_modules(detector: nn.Module) -> dict[str, nn.Module]:
+    """The modules that give the raw class scores of the final detections.
+
+    OpenMMLab's detectors call them ``bbox_head``, in a list for cascades; a head of
+    region proposals is none of them.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+    """
+    heads: dict[str, nn.Module] = {}
+    for path, module in detector.named_modules():
+        if path.split(".")[-1] != "bbox_head" or path.startswith(tuple(heads) or "\0"):
+            continue
+        if isinstance(module, nn.ModuleList):
+            heads.update({f"{path}.{i}": item for i, item in enumerate(module)})
+        else:
+            heads[path] = module
+    return heads
+
+
+def _attach_tap(tap: TapPoint, graph: PredictionGraph, calls: Counter[str]) -> Any:
+    def store(value: Any) -> Any:
+        call_index = calls["tap " + tap.layer]
+        calls["tap " + tap.layer] += 1
+        wanted = dict(image_tensors(value, len(graph.inputs), tap.layer))
+
+        def change(index: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
+            if index not in wanted:
+                return tensor
+            if not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+            graph.taps[TapKey(tap.layer, call_index, index)] = tensor
+            # A copy, so that in-place operations that follow leave the node alone.
+            return tensor.clone()
+
+        return map_tensors(value, change)
+
+    if tap.side == "input":
+        return tap.module.register_forward_pre_hook(lambda module, args: store(args))
+    return tap.module.register_forward_hook(lambda module, args, output: store(output))
+
+
+def _head_hook(
+    path: str, graph: PredictionGraph, mode: _KeepGraph, calls: Counter[str]
+) -> Callable:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        call_index = calls["head " + path]
+        calls["head " + path] += 1
+        for index, tensor in flatten_tensors(output):
+            if tensor.is_floating_point():
+                graph.head_outputs[HeadKey(path, call_index, index)] = tensor
+        mode.enter()
+
+    return hook
+
+
+class _KeepGraph(TorchFunctionMode):
+    """Undoes what would cut the graph between raw outputs and detections."""
+
+    def __init__(self, keep_detached: bool) -> None:
+        super().__init__()
+        self._keep_detached = keep_detached
+        self._active = False
+
+    def enter(self) -> None:
+        """Begin; not earlier than after the head, since every operation costs."""
+        if not self._active:
+            self.__enter__()
+            self._active = True
+
+    def leave(self) -> None:
+        """End, if it had begun."""
+        if self._active:
+            self._active = False
+            self.__exit__(None, None, None)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._keep_detached and func is torch.Tensor.detach:
+            return args[0]
+        if func in _OUT_OF_PLACE and isinstance(args[0], torch.Tensor):
+            target = args[0]
+            if target.requires_grad and target._is_view():
+                try:
+                    return func(*args, **kwargs)
+                except RuntimeError:  # a view that autograd protects
+                    return _OUT_OF_PLACE[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+_OUT_OF_PLACE: dict[Any, Callable] = {
+    torch.Tensor.mul_: torch.mul,
+    torch.Tensor.__imul__: torch.mul,
+    torch.Tensor.add_: torch.add,
+    torch.Tensor.__iadd__: torch.add,
+    torch.Tensor.div_: torch.div,
+    torch.Tensor.__itruediv__: torch.div,
+    torch.Tensor.sigmoid_: torch.sigmoid,
+}

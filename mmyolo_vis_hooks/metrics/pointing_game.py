@@ -1,0 +1,117 @@
+"""How well a map points at an object, and how alike two rankings are."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from ..errors import FeatureShapeError, VisError
+
+
+def pointing_hit(saliency: np.ndarray, region: np.ndarray) -> bool:
+    """Whether the peak of a map lies in a region: the pointing game.
+
+    Source: Zhang et al. 2018, "Top-down neural attention by excitation backprop".
+    Departures: no margin of 15 pixels around the region, which would decide by itself
+    for small objects. Where several pixels share the largest value, the one of them
+    counts that is nearest to their common centre. A map that is the same everywhere
+    has no peak and is a miss.
+
+    Args:
+        saliency (np.ndarray): ``(H, W)``, finite and not negative, in the frame of
+            the region.
+        region (np.ndarray): ``(H, W)`` bool, or a box ``(4,)`` xyxy in pixels, which
+            holds the pixels whose centres lie in it.
+
+    Raises:
+        FeatureShapeError: If the shapes do not fit.
+        VisError: If the map has NaN, infinities or negative values.
+
+    Examples:
+        >>> saliency = np.zeros((4, 4))
+        >>> saliency[1, 2] = 1
+        >>> pointing_hit(saliency, np.array([2, 1, 4, 3]))
+        True
+    """
+    inside = _inside(saliency, region)
+    if saliency.min() == saliency.max():
+        return False
+    peaks = np.argwhere(saliency == saliency.max())
+    distances = np.square(peaks - peaks.mean(axis=0)).sum(axis=1)
+    row, column = peaks[distances.argmin()]
+    return bool(inside[row, column])
+
+
+def energy_inside(saliency: np.ndarray, region: np.ndarray) -> float:
+    """Share of a map that lies in a region: the energy-based pointing game.
+
+    Source: Wang et al. 2020, "Score-CAM".
+
+    Args:
+        saliency (np.ndarray): ``(H, W)``, finite and not negative, not normalised by
+            subtracting its minimum, in the frame of the region.
+        region (np.ndarray): As for :func:`pointing_hit`.
+
+    Returns:
+        float: In [0, 1]; 0 for a blank map.
+
+    Raises:
+        FeatureShapeError: If the shapes do not fit.
+        VisError: If the map has NaN, infinities or negative values.
+    """
+    inside = _inside(saliency, region)
+    total = saliency.sum(dtype=np.float64)
+    return float(saliency[inside].sum(dtype=np.float64) / total) if total else 0.0
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation, ties sharing the mean of their ranks.
+
+    Args:
+        a (np.ndarray): Any shape, at least two values.
+        b (np.ndarray): As many values as ``a``, in the same order.
+
+    Returns:
+        float: In [-1, 1]; NaN if all values of one of them are equal, which ranks
+        nothing.
+
+    Raises:
+        FeatureShapeError: If the sizes differ or are below 2.
+        VisError: If a value is NaN or infinite.
+    """
+    a, b = np.ravel(a), np.ravel(b)
+    if a.size != b.size or a.size < 2:
+        raise FeatureShapeError(
+            f"{a.size} and {b.size} values cannot be compared by rank; pass as many "
+            "of one as of the other, at least two"
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise VisError("NaN and infinite values have no rank; leave them out")
+    if a.min() == a.max() or b.min() == b.max():
+        return float("nan")
+    return float(spearmanr(a, b)[0])
+
+
+def _inside(saliency: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """The pixels of a region, ``(H, W)`` bool."""
+    if saliency.ndim != 2 or saliency.size == 0:
+        raise FeatureShapeError(
+            f"saliency has the shape {saliency.shape}; pass a non-empty (H, W)"
+        )
+    if not np.isfinite(saliency).all() or saliency.min() < 0:
+        raise VisError(
+            "saliency has NaN, infinite or negative values; rectify the map first"
+        )
+    region = np.asarray(region)
+    if region.shape == saliency.shape and region.dtype == bool:
+        return region
+    if region.shape != (4,) or region.dtype == bool:
+        raise FeatureShapeError(
+            f"region has the shape {region.shape} and is {region.dtype}; pass a bool "
+            f"mask {saliency.shape} or a box (x1, y1, x2, y2)"
+        )
+    rows, columns = (np.arange(size) + 0.5 for size in saliency.shape)
+    left, top, right, bottom = region
+    in_rows = (rows >= top) & (rows < bottom)
+    in_columns = (columns >= left) & (columns < right)
+    return in_rows[:, None] & in_columns[None]
