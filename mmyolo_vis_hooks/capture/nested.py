@@ -25,6 +25,19 @@ def flatten_tensors(
             yield from flatten_tensors(value, (*index, i))
 
 
+def tensors_in(output: Any) -> list[torch.Tensor]:
+    """The tensors of nested outputs, depth first; faster than with their indices."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, (list, tuple)):
+        return [tensor for value in output for tensor in tensors_in(value)]
+    if output is None or isinstance(output, (int, float, str)):
+        return []
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in tensors_in(value)]
+    return []
+
+
 def map_tensors(
     output: Any,
     change: Callable[[OutputIndex, torch.Tensor], torch.Tensor],

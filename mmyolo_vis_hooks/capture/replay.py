@@ -28,7 +28,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import VisError
-from .nested import OutputIndex, flatten_tensors, map_tensors
+from .nested import OutputIndex, flatten_tensors, map_tensors, tensors_in
 from .prediction_graph import HeadKey
 
 # Other batch sizes take other kernels, which round otherwise.
@@ -135,7 +135,7 @@ class CallTrace:
         return {
             key
             for key, versions in self.versions.items()
-            if [t._version for _, t in flatten_tensors(self.outputs[key])] != versions
+            if [t._version for t in tensors_in(self.outputs[key])] != versions
         }
 
 
@@ -276,10 +276,6 @@ class ReplayEngine:
         self._logger = logger
         self._plans: dict[tuple, ReplayPlan | None] = {}
 
-    def knows(self, target: ReplayTarget, wanted: Sequence[HeadKey]) -> bool:
-        """Whether this replay has been planned before."""
-        return (target, tuple(wanted)) in self._plans
-
     def keys_to_record(self) -> set[CallKey]:
         """Calls whose outputs the known plans give or replace."""
         plans = [plan for plan in self._plans.values() if plan is not None]
@@ -310,6 +306,8 @@ class ReplayEngine:
         target: ReplayTarget,
         wanted: Sequence[HeadKey],
         recorded: dict[CallKey, Any],
+        *,
+        prune: bool = True,
     ) -> SuffixReplay | FullReplay:
         """Give what re-runs the network from a target to raw outputs.
 
@@ -319,13 +317,18 @@ class ReplayEngine:
             wanted (Sequence[HeadKey]): What will be computed.
             recorded (dict): What a forward of this image has recorded of it; gets
                 what is missing.
+            prune (bool): Leave out what leads elsewhere. False computes all that
+                depends on the target, for crops, whose sizes the recorded outputs
+                do not fit. Defaults to True.
 
         Raises:
             ReplayError: If the target has no influence on what is wanted.
         """
-        key = (target, tuple(wanted))
+        key = (target, tuple(wanted), prune)
         if key not in self._plans:
-            self._plans[key] = self._plan(forward, target, tuple(wanted), recorded)
+            self._plans[key] = self._plan(
+                forward, target, tuple(wanted), recorded, prune
+            )
         plan = self._plans[key]
         if plan is None:
             return FullReplay(self._network, forward, target, wanted)
@@ -342,13 +345,14 @@ class ReplayEngine:
         target: ReplayTarget,
         wanted: tuple[HeadKey, ...],
         recorded: dict[CallKey, Any],
+        prune: bool,
     ) -> ReplayPlan | None:
         trace = self.trace(forward)
         modified = frozenset(trace.modified())
         if modified:
             trace = self.trace(forward, modified)
         try:
-            plan = self._tried_plan(forward, target, wanted, trace, modified)
+            plan = self._tried_plan(forward, target, wanted, trace, modified, prune)
         except (ReplayError, RuntimeError, TypeError, IndexError, ValueError) as error:
             if isinstance(error, NoInfluenceError):
                 raise
@@ -371,6 +375,7 @@ class ReplayEngine:
         wanted: tuple[HeadKey, ...],
         trace: CallTrace,
         modified: frozenset[CallKey],
+        prune: bool,
     ) -> ReplayPlan:
         layout = trace.layout
         everything = frozenset(layout.keys)
@@ -390,7 +395,7 @@ class ReplayEngine:
                     f"{target.call.path} has no influence on "
                     f"{', '.join(sorted({key.path for key in wanted}))}"
                 )
-            live = _calls_between(run.live_outputs, ends)
+            live = _calls_between(run.live_outputs, ends) if prune else everything
         plan = ReplayPlan(layout, target, wanted, live, everything, modified, paths)
         with torch.no_grad():
             run = _Run(self._network, plan, trace.outputs, value)
@@ -432,7 +437,7 @@ class ReplayEngine:
             trace.ends[position] = len(trace.keys)
             kept = _detached(output, key in copied)
             trace.outputs[key] = kept
-            trace.versions[key] = [t._version for _, t in flatten_tensors(kept)]
+            trace.versions[key] = [t._version for t in tensors_in(kept)]
             return output
 
         with _patched_forwards(self._network.modules, call), torch.no_grad():
@@ -502,20 +507,42 @@ class _Run:
         elif not holds_target and not (follows and key in self._plan.live):
             self._next = end
             self.served.add(key)
-            return self._finish(key, position, self._serve(key))
+            output = self._serve(key)
+            if follows or self._mode.is_wide((args, kwargs)):
+                # What comes after it expects the whole batch, and may write to it.
+                output = _detached(self._mode.widened(output), True)
+            return self._finish(key, position, output)
         self._next += 1
         if follows:
-            args, kwargs = self._mode.widened((args, kwargs))
-        output = original(*args, **kwargs)
+            # Attention moves the batch to another axis, where nothing can be widened.
+            # Not the levels of a pyramid: those without the target keep their size.
+            args = tuple(map(self._mode.widened_tensor, args))
+            kwargs = {k: self._mode.widened_tensor(v) for k, v in kwargs.items()}
+        if self._is_plain_leaf(key, args, kwargs):
+            # What goes in is marked and what comes out will be: nothing to follow.
+            with torch._C.DisableTorchFunction():
+                output = original(*args, **kwargs)
+        else:
+            output = original(*args, **kwargs)
         if self._next != end:
             raise ReplayError(f"{path} made other calls than had been recorded")
         if follows:
             # Also what autograd functions of extensions gave, which nothing follows.
             self._mode.mark(output, (args, kwargs))
-        self.live_outputs[key] = [
-            t for _, t in flatten_tensors(output) if t.requires_grad
-        ]
+        with torch._C.DisableTorchFunction():  # each attribute would be followed
+            self.live_outputs[key] = [t for t in tensors_in(output) if t.requires_grad]
         return self._finish(key, position, output)
+
+    def _is_plain_leaf(self, key: CallKey, args: tuple, kwargs: dict) -> bool:
+        """Whether a call is of a layer of torch on one tensor that follows."""
+        return (
+            type(self._modules[key.path]).__module__.startswith("torch.nn.modules.")
+            and self._next == self._layout.ends[self._next - 1]
+            and len(args) == 1
+            and not kwargs
+            and isinstance(args[0], torch.Tensor)
+            and self._mode.follows(args)
+        )
 
     def _finish(self, key: CallKey, position: int, output: Any) -> Any:
         if key.path in self._heads:
@@ -555,12 +582,19 @@ class _Following(TorchFunctionMode):
 
     def follows(self, values: Any) -> bool:
         """Whether one of the nested tensors depends on the target."""
-        return any(self._is_marked(tensor) for _, tensor in flatten_tensors(values))
+        return any(self._is_marked(tensor) for tensor in tensors_in(values))
+
+    def is_wide(self, values: Any) -> bool:
+        """Whether one of the nested tensors was expanded to the batch."""
+        return self._batch_size > 1 and any(
+            tensor.ndim > 1 and tensor.shape[0] == self._batch_size
+            for _, tensor in flatten_tensors(values)
+        )
 
     def mark(self, values: Any, given: Any) -> None:
         """Note that tensors depend on the target, but for those that were given."""
-        known = {id(tensor) for _, tensor in flatten_tensors(given)}
-        for _, tensor in flatten_tensors(values):
+        known = {id(tensor) for tensor in tensors_in(given)}
+        for tensor in tensors_in(values):
             if id(tensor) not in known:
                 tensor._follows_target = self  # type: ignore[attr-defined]
 
@@ -570,14 +604,20 @@ class _Following(TorchFunctionMode):
             return values
         return map_tensors(values, lambda _, tensor: self._widen(tensor))
 
+    def widened_tensor(self, value: Any) -> Any:
+        """A recorded tensor expanded to the batch; what is none is kept."""
+        if self._batch_size == 1 or not isinstance(value, torch.Tensor):
+            return value
+        return self._widen(value)
+
     def _is_marked(self, tensor: torch.Tensor) -> bool:
         return getattr(tensor, "_follows_target", None) is self
 
     def _widen(self, tensor: torch.Tensor) -> torch.Tensor:
         if (
-            tensor.ndim < 2
+            self._is_marked(tensor)
+            or tensor.ndim < 2
             or tensor.shape[0] != 1
-            or self._is_marked(tensor)
             or isinstance(tensor, nn.Parameter)
             or id(tensor) in self._buffers
             # Sizes and indices, which are no images' values.

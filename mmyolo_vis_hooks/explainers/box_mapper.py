@@ -256,6 +256,7 @@ class BoxMapper:
         self._pyramid: Pyramid | None = None
         self._forward: GraphForward | None = None
         self._no_crops: set[TapKey] = set()
+        self._unpruned: set[TapKey] = set()
         if self._method.kind != "black_box" and layers is None:
             last_maps(detector)
 
@@ -645,23 +646,32 @@ class BoxMapper:
             np.ndarray: ``(K, h, w)``; None if the crops give other raw outputs.
         """
         crops, offsets = self._crops(image, level, view, members)
-        replay = self._replay(image, level.target, members)
-        if not isinstance(replay, SuffixReplay):
-            self._no_crops.add(level.tap)
-            return None
         anchors = self._anchors(image, members)
         with torch.enable_grad():
             crops.requires_grad_()
-            outputs = dict(zip(replay.plan.wanted, replay.run(crops)))
+            outputs = self._replayed_crops(image, level, members, crops)
+            if outputs is None:
+                return None
             total = crops.new_zeros(())
-            for k, anchor in enumerate(anchors):
-                for entries in anchor.entries:
-                    output = outputs[HeadKey(*entries.key)]
-                    own = gather(entries, output[k : k + 1], offsets[k : k + 1])[0]
-                    total = total + (own * entries.gradient).sum()
-                    if not _agrees(own.detach(), entries.values):
-                        self._no_crops.add(level.tap)
-                        return None
+            begins = torch.tensor(offsets, device=crops.device)
+            for key, output in outputs.items():
+                own = [
+                    (k, entries)
+                    for k, anchor in enumerate(anchors)
+                    for entries in anchor.entries
+                    if entries.key == key
+                ]
+                boxes = torch.tensor(
+                    [k for k, entries in own for _ in entries.values],
+                    device=crops.device,
+                )
+                _, channels, rows, columns = torch.cat([e.places for _, e in own]).t()
+                top, left = begins[boxes].t()
+                found = output[boxes, channels, rows - top, columns - left]
+                total = total + found @ torch.cat([e.gradient for _, e in own])
+                if not _agrees(found.detach(), torch.cat([e.values for _, e in own])):
+                    self._no_crops.add(level.tap)
+                    return None
             (gradient,) = torch.autograd.grad(total, crops)
         parts = weigh(self._method.name, crops.detach(), gradient)
         height, width = view.tensor.shape[-2:]
@@ -669,6 +679,23 @@ class BoxMapper:
         for whole, part, (top, left) in zip(maps, parts, offsets):
             whole[top : top + part.shape[0], left : left + part.shape[1]] = part
         return maps
+
+    def _replayed_crops(
+        self, image: _Image, level: Level, members: list[int], crops: torch.Tensor
+    ) -> dict[HeadKey, torch.Tensor] | None:
+        """Raw outputs on crops; None if the head cannot run on them."""
+        for prune in (True, False):
+            if prune and level.tap in self._unpruned:
+                continue
+            replay = self._replay(image, level.target, members, prune=prune)
+            if not isinstance(replay, SuffixReplay):
+                continue
+            try:
+                return dict(zip(replay.plan.wanted, replay.run(crops)))
+            except Exception:  # whatever a head raises where sizes do not fit
+                self._unpruned.add(level.tap)
+        self._no_crops.add(level.tap)
+        return None
 
     def _crops(
         self, image: _Image, level: Level, view: _View, members: list[int]
@@ -761,11 +788,18 @@ class BoxMapper:
     # Methods that change what the network computes.
 
     def _replay(
-        self, image: _Image, target: ReplayTarget, members: Sequence[int]
+        self,
+        image: _Image,
+        target: ReplayTarget,
+        members: Sequence[int],
+        *,
+        prune: bool = True,
     ) -> SuffixReplay | FullReplay:
         anchors = self._anchors(image, members)
         wanted = sorted({HeadKey(*key) for anchor in anchors for key in anchor.keys})
-        return self._engine.replay(image.forward, target, wanted, image.recorded)
+        return self._engine.replay(
+            image.forward, target, wanted, image.recorded, prune=prune
+        )
 
     def _anchors(self, image: _Image, members: Sequence[int]) -> list[Anchor]:
         if image.anchors is None:
@@ -796,10 +830,8 @@ class BoxMapper:
         maps = view.maps(view.tensor.detach())
         channels = channels_to_ablate(maps[0], options.ratio_channels_to_ablate)
         target = level.target if level is not None else self._target_of(view.tap)
-        replay = self._replay(image, target, members)
-        scorer = _Scorer(
-            replay, self._anchors(image, members), self._links(image, members)
-        )
+        anchors, links = self._anchors(image, members), self._links(image, members)
+        scorer = _Scorer(self._replay(image, target, members), anchors, links)
         height, width = maps.shape[-2:]
         crops: torch.Tensor | None = None
         offsets: list[tuple[int, int]] = []
@@ -807,13 +839,20 @@ class BoxMapper:
             level is not None
             and level.radius is not None
             and level.tap not in self._no_crops
-            and isinstance(replay, SuffixReplay)
             and len(members) * (2 * level.radius + 1) ** 2 < height * width
         ):
             crops, offsets = self._crops(image, level, view, members)
-            if not scorer.reproduces(crops, offsets):
-                self._no_crops.add(level.tap)
+            if self._replayed_crops(image, level, members, crops) is None:
                 crops = None
+            else:
+                prune = level.tap not in self._unpruned
+                replay = self._replay(image, target, members, prune=prune)
+                cropping = _Scorer(replay, anchors, links)
+                if cropping.reproduces(crops, offsets):
+                    scorer = cropping
+                else:
+                    self._no_crops.add(level.tap)
+                    crops = None
         rows: list[torch.Tensor] = []
         if crops is not None:
             per_channel = crops.shape[0] * crops.shape[-2] * crops.shape[-1]
@@ -879,9 +918,12 @@ class BoxMapper:
         return dict(zip(members, found))
 
     def _target_of(self, tap: TapKey) -> ReplayTarget:
-        point = next(p for p in self._layers or () if p.layer == tap.layer)
-        path = self._paths[id(point.module)]
+        path = self._paths[id(self._modules_of_taps()[tap.layer])]
         return ReplayTarget(CallKey(path, tap.call_index), tap.output_index)
+
+    def _modules_of_taps(self) -> dict[str, nn.Module]:
+        points = self._layers or (self._pyramid.points if self._pyramid else ())
+        return {point.layer: point.module for point in points}
 
     def _explain_black_box(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
@@ -1027,8 +1069,10 @@ class _Scorer:
         if len(batch) > 1 and not self._one_by_one:
             try:
                 return self._read(batch)
-            except (VisError, RuntimeError):
-                # Heads of regions take all regions of a batch for those of one image.
+            except Exception:
+                # Whatever a network raises that was given one image's metainfo, or
+                # takes all regions of a batch for those of one image. One by one it
+                # says so again if something else is wrong.
                 self._one_by_one = True
         return torch.cat([self._read(batch[n : n + 1]) for n in range(len(batch))])
 

@@ -465,6 +465,9 @@ class _PanelLayout:
         """Size at which a part of the image is drawn: as large as there is room."""
         scale = min(room / size for room, size in zip(self.panel_hw, window_hw))
         height, width = (max(1, round(size * scale)) for size in window_hw)
+        # Windows are whole pixels; panels that differ by one would look careless.
+        if height > 0.98 * self.panel_hw[0] and width > 0.98 * self.panel_hw[1]:
+            return self.panel_hw
         return height, width
 
     def stack(self, above: Sequence[Cell], panels: Sequence[Cell]) -> np.ndarray:

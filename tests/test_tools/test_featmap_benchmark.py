@@ -21,12 +21,15 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def benchmark_module():
+    # A script finds the modules beside it.
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("featmap_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+    sys.path.remove(str(SCRIPT.parent))
 
 
 def test_both_sides_are_measured_and_compared(tmp_path):

@@ -1,0 +1,5 @@
+"""Cascade R-CNN, a multi-stage detector of MMDetection with ``BoxAMVisHook``."""
+
+_base_ = ["mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py", "../boxam_vis.py"]
+
+custom_hooks = [_base_.boxam_vis_hook]
