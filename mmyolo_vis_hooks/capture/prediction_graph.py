@@ -26,8 +26,8 @@ class TapPoint:
     Attributes:
         layer: Name for captions and messages.
         module: The module.
-        side: ``'output'`` or ``'input'``: what goes into the module, seen by this
-            module alone.
+        side: ``'output'`` or ``'input'``: the first argument of the module, seen by
+            this module alone.
     """
 
     layer: str
@@ -214,7 +214,9 @@ def _attach_tap(tap: TapPoint, graph: PredictionGraph, calls: Counter[str]) -> A
         return map_tensors(value, change)
 
     if tap.side == "input":
-        return tap.module.register_forward_pre_hook(lambda module, args: store(args))
+        return tap.module.register_forward_pre_hook(
+            lambda module, args: (store(args[0]), *args[1:])
+        )
     return tap.module.register_forward_hook(lambda module, args, output: store(output))
 
 

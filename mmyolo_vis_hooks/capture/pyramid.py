@@ -140,9 +140,7 @@ def survey(
         else _measured(
             replace(
                 level,
-                tap=TapKey(
-                    producer[0].layer, producer[1].call.call_index, producer[1].place
-                ),
+                tap=TapKey(producer[0].layer, producer[1].call.call_index, ()),
                 target=producer[1],
             ),
             graph,
@@ -211,15 +209,15 @@ def _producer(
     ]
     for key in sorted(candidates, key=lambda key: key.path.count(".")):
         given = [
-            (place, tensor)
+            place
             for place, tensor in flatten_tensors(calls.inputs[key])
             if tensor.ndim == 4 and tensor.shape[-2:] == made.shape[-2:]
         ]
-        if len(given) == 1:
+        if given == [(0,)]:
             point = TapPoint(
                 f"input of {bracketed(key.path)}", modules[key.path], side="input"
             )
-            return point, ReplayTarget(key, given[0][0], "input")
+            return point, ReplayTarget(key, (0,), "input")
     return None
 
 

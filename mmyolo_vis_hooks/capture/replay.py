@@ -511,6 +511,7 @@ class _Run:
             if follows or self._mode.is_wide((args, kwargs)):
                 # What comes after it expects the whole batch, and may write to it.
                 output = _detached(self._mode.widened(output), True)
+                self._mode.mark(output, ())
             return self._finish(key, position, output)
         self._next += 1
         if follows:

@@ -568,7 +568,7 @@ class BoxMapper:
         best, most = None, 0.0
         for view in self._views(image.graph, list(gradients)):
             gradient = gradients[view.tap]
-            influence = view.maps(gradient) * view.maps(view.tensor.detach())
+            influence = view.maps(gradient.detach() * view.tensor.detach())
             energy = float(influence.abs().sum())
             if energy > most:
                 best, most = (view, gradient), energy
