@@ -1,12 +1,12 @@
-"""Train a small detector and watch its feature maps sharpen.
+"""Train a small detector and watch what it sees, and why it finds its boxes.
 
     python tools/demo.py [--work-dir work_dirs/demo] [--epochs 12]
 
 Makes a data set of handwritten digits from what scikit-learn ships, trains a
-YOLOv8-n on it with ``FeatMapVisHook`` on, tests the best checkpoint with
-``tools/test.py``, and lays the maps of the same images out by epoch. Nothing is
-downloaded. It takes a few minutes on two cores, and fails if the detector is not
-good or a picture is missing.
+YOLOv8-n on it with ``FeatMapVisHook`` and ``BoxAMVisHook`` on, tests the best
+checkpoint with ``tools/test.py``, and lays the maps of the same images out by epoch.
+Nothing is downloaded. It takes a few minutes on two cores, and fails if the detector
+is not good or a picture is missing.
 """
 
 from __future__ import annotations
@@ -213,14 +213,18 @@ def make_config(config_class: Any, args: argparse.Namespace, data_root: Path) ->
     cosine = config.param_scheduler[-1]
     cosine.update(end=args.epochs, T_max=args.epochs - 1)
     # A demo that hides a failure shows nothing.
-    featmap_hook(config).on_error = "raise"
+    for hook in vis_hooks(config).values():
+        hook.on_error = "raise"
     return config
 
 
-def featmap_hook(config: Any) -> Any:
-    """The config of the hook that the demo is about."""
-    (hook,) = (hook for hook in config.custom_hooks if hook.type == "FeatMapVisHook")
-    return hook
+def vis_hooks(config: Any) -> dict[str, Any]:
+    """The configs of the hooks that the demo is about, by the name in their tags."""
+    names = {"FeatMapVisHook": "featmap", "BoxAMVisHook": "boxam"}
+    hooks = {
+        names[hook.type]: hook for hook in config.custom_hooks if hook.type in names
+    }
+    return {name: hooks[name] for name in names.values()}
 
 
 def train(config: Any, progress: Progress) -> dict[str, Any]:
@@ -317,41 +321,46 @@ def check_pictures(
     from mmyolo_vis_hooks.drawing.montage import Cell, montage
 
     task = progress.add_task("Laying maps out by epoch", total=None)
-    num_images = featmap_hook(config).get("num_images", 4)
     history = trained["history"]
-    pictures = read_pictures(trained["vis_data"], "val")
-    expected = {(image, epoch) for image, _ in pictures for epoch in history}
-    if set(pictures) != expected or len(pictures) != num_images * len(history):
-        raise DemoError(
-            f"{len(pictures)} pictures of the training are in "
-            f"{shown(trained['vis_data'])}, not {num_images} for each of "
-            f"{len(history)} validations"
-        )
-    if len(read_pictures(tested["vis_data"], "test")) != num_images:
-        raise DemoError(f"tools/test.py did not draw {num_images} images")
-    in_events = count_events(trained["vis_data"])
-    if in_events != len(pictures):
-        raise DemoError(
-            f"TensorBoard has {in_events} pictures of the training, not {len(pictures)}"
-        )
-
-    images = sorted({image for image, _ in pictures})
-    progress.update(task, total=len(images))
     sheets = []
-    for image in images:
-        cells = [
-            Cell(pictures[image, epoch], f"epoch {epoch} · mAP50 {scores[METRIC]:.3f}")
-            for epoch, scores in history.items()
-        ]
-        sheet = trained["vis_data"].parent / f"by_epoch_{image}.png"
-        write_png(sheet, montage(cells))
-        sheets.append(sheet)
-        progress.advance(task)
+    in_training = 0
+    for name, hook in vis_hooks(config).items():
+        num_images = hook.get("num_images", 4)
+        pictures = read_pictures(trained["vis_data"], "val", name)
+        expected = {(image, epoch) for image, _ in pictures for epoch in history}
+        if set(pictures) != expected or len(pictures) != num_images * len(history):
+            raise DemoError(
+                f"{len(pictures)} {name} pictures of the training are in "
+                f"{shown(trained['vis_data'])}, not {num_images} for each of "
+                f"{len(history)} validations"
+            )
+        if len(read_pictures(tested["vis_data"], "test", name)) != num_images:
+            raise DemoError(f"tools/test.py did not draw {num_images} {name} pictures")
+        in_training += len(pictures)
+        images = sorted({image for image, _ in pictures})
+        progress.update(task, total=len(sheets) + len(images))
+        for image in images:
+            cells = [
+                Cell(
+                    pictures[image, epoch],
+                    f"epoch {epoch} · mAP50 {scores[METRIC]:.3f}",
+                )
+                for epoch, scores in history.items()
+            ]
+            sheet = trained["vis_data"].parent / f"{name}_by_epoch_{image}.png"
+            write_png(sheet, montage(cells))
+            sheets.append(sheet)
+            progress.advance(task)
+    in_events = count_events(trained["vis_data"])
+    if in_events != in_training:
+        raise DemoError(
+            f"TensorBoard has {in_events} pictures of the training, not {in_training}"
+        )
     return sheets
 
 
-def read_pictures(vis_data: Path, mode: str) -> dict[tuple[str, int], Any]:
-    """Decoded RGB pictures of the hook, by image id and step.
+def read_pictures(vis_data: Path, mode: str, name: str) -> dict[tuple[str, int], Any]:
+    """Decoded RGB pictures of a hook, by image id and step.
 
     Raises:
         DemoError: If a picture does not decode, or is of one colour.
@@ -359,8 +368,8 @@ def read_pictures(vis_data: Path, mode: str) -> dict[tuple[str, int], Any]:
     import cv2
 
     pictures = {}
-    for path in sorted((vis_data / "vis_image").glob(f"{mode}.featmap.*.png")):
-        image, _, step = path.stem[len(f"{mode}.featmap.") :].rpartition("_")
+    for path in sorted((vis_data / "vis_image").glob(f"{mode}.{name}.*.png")):
+        image, _, step = path.stem[len(f"{mode}.{name}.") :].rpartition("_")
         picture = cv2.imread(str(path))
         if picture is None or picture.std() < 1:
             raise DemoError(f"{shown(path)} shows nothing")

@@ -56,36 +56,40 @@ def test_it_says_what_came_out_and_where(ran):
     assert "mmengine - INFO" not in output
     assert "mmengine - INFO" in (folder / "out" / "demo.log").read_text()
     named = [Path(word) for word in output.split() if word.startswith("out/")]
-    assert len(named) == 4 + 2 + 1
+    assert len(named) == 2 * 4 + 2 + 1
     assert all((folder / path).exists() for path in named)
     assert "tensorboard --logdir out/train/" in output
 
 
 def test_every_image_is_laid_out_by_epoch(ran):
-    sheets = sorted((ran[0] / "out").glob("train/*/by_epoch_*.png"))
+    sheets = sorted((ran[0] / "out").glob("train/*/*_by_epoch_*.png"))
     assert [sheet.stem for sheet in sheets] == [
-        f"by_epoch_{i + 1}_val_{i:04d}" for i in range(4)
+        f"{name}_by_epoch_{i + 1}_val_{i:04d}"
+        for name in ("boxam", "featmap")
+        for i in range(4)
     ]
-    panels = sorted((ran[0] / "out").glob("train/*/vis_data/vis_image/*val_0000_*.png"))
+    folder = next((ran[0] / "out").glob("train/*/vis_data/vis_image"))
+    panels = sorted(folder.glob("*.boxam.*val_0000_*.png"))
     assert len(panels) == 2
     panel, sheet = cv2.imread(str(panels[0])), cv2.imread(str(sheets[0]))
     assert sheet.size > 2 * panel.size
 
 
 def test_failures_while_drawing_end_the_demo(ran):
-    assert demo.featmap_hook(results(ran)[0]).on_error == "raise"
+    hooks = demo.vis_hooks(results(ran)[0])
+    assert [hook.on_error for hook in hooks.values()] == ["raise", "raise"]
 
 
 def test_missing_and_empty_pictures_are_noticed(ran):
     config, trained, tested = results(ran)
     with Progress(disable=True) as progress:
-        assert len(demo.check_pictures(config, trained, tested, progress)) == 4
+        assert len(demo.check_pictures(config, trained, tested, progress)) == 8
 
-        *_, victim = sorted((trained["vis_data"] / "vis_image").glob("*.png"))
+        *_, victim = sorted((trained["vis_data"] / "vis_image").glob("*.boxam.*.png"))
         content = victim.read_bytes()
         try:
             victim.unlink()
-            with pytest.raises(demo.DemoError, match=r"7 pictures .* not 4 for each"):
+            with pytest.raises(demo.DemoError, match=r"7 boxam pictures .* not 4"):
                 demo.check_pictures(config, trained, tested, progress)
             victim.write_bytes(content[: len(content) // 3])
             cv2.imwrite(str(victim), np.full((8, 8, 3), 200, np.uint8))
