@@ -11,8 +11,8 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 
-from tests.test_hooks.helpers import spy, vis_hooks
-from tests.toy import toy_config
+from tests.test_hooks.helpers import box_spy, spy, vis_hooks
+from tests.toy_boxes import box_config
 
 
 @MODEL_WRAPPERS.register_module()
@@ -24,12 +24,13 @@ class CpuDataParallel(MMDistributedDataParallel):
 
 
 def main(work_dir: str, data_root: str, alignment: str, failing_rank: str) -> None:
-    """Test the toy on five images; one rank may fail to draw."""
+    """Test a toy with both hooks on five images; one rank may fail to draw."""
     torch.set_num_threads(1)
     # Before the Runner, whose own way demands a GPU.
     torch.distributed.init_process_group("gloo")
-    hook = spy(alignment=alignment, num_images=-1, on_error="log")
-    cfg = toy_config(Path(work_dir), [hook], data_root=Path(data_root), batch_size=1)
+    options = dict(alignment=alignment, num_images=-1, on_error="log")
+    hooks = [spy(**options), box_spy(**options)]
+    cfg = box_config(Path(work_dir), hooks, data_root=Path(data_root), batch_size=1)
     cfg.test_dataloader.dataset.indices = 5
     cfg.test_evaluator = []
     cfg.launcher = "pytorch"
@@ -45,7 +46,8 @@ def main(work_dir: str, data_root: str, alignment: str, failing_rank: str) -> No
 
             return explain
 
-        vis_hooks(runner)[0].build_explainer = fail
+        for hook in vis_hooks(runner):
+            hook.build_explainer = fail
     runner.test()
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
+from mmengine.model import BaseModule
 from mmengine.runner import Runner
 from sklearn.datasets import load_sample_images
 
-from mmyolo_vis_hooks import FeatMapVisHook
+from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
+from mmyolo_vis_hooks.maps.saliency import box_saliency
 
 from .test_hooks.helpers import pictures, vis_hooks
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXAMPLES = sorted(path.stem for path in (CONFIGS / "examples").glob("*_featmap.py"))
+BOX_EXAMPLES = sorted(path.stem for path in (CONFIGS / "examples").glob("*_boxam.py"))
 # What the panel of each example shows after the image.
 LAYERS = {
     "yolov5_n": ["backbone[0]", "backbone[1]", "backbone[2]", 3],
@@ -31,6 +36,26 @@ LAYERS = {
     "ppyoloe_plus_s": ["backbone.stage4", 3],
     "retinanet_r50": ["backbone.layer4", 5],
     "faster_rcnn_r50": ["backbone.layer4", 5],
+}
+# Where the boxes of each example are made, as its captions say.
+BOX_LAYERS = {
+    "yolov5_n": "neck",
+    "yolov6_n": "neck",
+    "yolov7_tiny": "neck",
+    "yolov8_n": "neck",
+    "yolox_tiny": "neck",
+    "rtmdet_tiny": "neck",
+    "ppyoloe_plus_s": "neck",
+    "retinanet_r50": "neck",
+    "fcos_r50": "neck",
+    "atss_r50": "neck",
+    "rtmdet_ins_tiny": "neck",
+    "faster_rcnn_r50": "neck",
+    "cascade_rcnn_r50": "neck",
+    "mask_rcnn_r50": "neck",
+    "detr_r50": "encoder",
+    "deformable_detr_r50": "encoder",
+    "dino_r50": "encoder",
 }
 
 
@@ -52,6 +77,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "image_id": 1,
                 "category_id": names.index("potted plant"),
                 "bbox": [170, 60, 330, 320],
+                "segmentation": [[170, 60, 500, 60, 500, 380, 170, 380]],
                 "area": 330 * 320,
                 "iscrowd": 0,
             }
@@ -127,12 +153,95 @@ def test_the_example_draws(name, coco, tmp_path):
     assert picture.std() > 20
 
 
+def shrink(config: Config) -> None:
+    """A quarter of the pixels and a few boxes, whatever random weights find."""
+    for transform in config.test_dataloader.dataset.pipeline:
+        for key, small in (("scale", (320, 320)), ("size", (320, 320))):
+            if transform.get(key) == (640, 640):
+                transform[key] = small
+        if transform.get("scale") == (667, 400):
+            transform.scale = (333, 200)
+        if transform.get("width") == 640:
+            transform.update(width=320, height=320)
+    test_cfg = config.model.get("test_cfg") or {}
+    for part in (test_cfg, test_cfg.get("rcnn"), test_cfg.get("rpn")):
+        if part is not None:
+            part.update(score_thr=0.0, max_per_img=10 if part is test_cfg else 50)
+            part.nms_pre = 100
+    for name in ("encoder", "decoder"):
+        if name in config.model:
+            config.model[name].num_layers = 2
+
+
+@torch.no_grad()
+def settle(runner: Runner) -> None:
+    """Without it all scores of some are 1, and the logits of others constant."""
+    detector = runner.model
+    # It would log two lines for each parameter.
+    with mock.patch.object(BaseModule, "_dump_init_info"):
+        detector.init_weights()
+    for name, parameter in detector.named_parameters():
+        if "bbox_head" in name:
+            parameter += 0.02 * torch.randn_like(parameter)
+    norms = [m for m in detector.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    detector.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train().momentum = None  # a plain average
+    detector.test_step(next(iter(runner.test_dataloader)))
+    for norm, momentum in zip(norms, momenta):
+        norm.eval().momentum = momentum
+
+
+def test_every_family_has_a_box_example():
+    assert {name[: -len("_boxam")] for name in BOX_EXAMPLES} == set(BOX_LAYERS)
+
+
+@pytest.mark.parametrize("name", BOX_EXAMPLES)
+def test_the_box_example_draws(name, coco, tmp_path):
+    config = Config.fromfile(CONFIGS / "examples" / f"{name}.py")
+    assert config.custom_imports.imports == ["mmyolo_vis_hooks"]
+    hook = config.custom_hooks[-1]
+    assert hook.type == "BoxAMVisHook"
+    hook.update(type="BoxSpyHook", on_error="raise", score_thr=0.0, topk=3)
+    config = localise(config, coco, tmp_path / "run")
+    shrink(config)
+    torch.manual_seed(0)
+    runner = Runner.from_cfg(config)
+    settle(runner)
+    runner.test()
+
+    (spy,) = vis_hooks(runner)
+    (sample,) = spy.samples
+    assert len(sample.explanations) == 3
+    shown = [e for e in sample.explanations if e.maps]
+    assert shown, [e.warning for e in sample.explanations]
+    assert all(e.maps or e.warning for e in sample.explanations)
+    for explanation in shown:
+        (layer_map,) = explanation.maps
+        # Where the head is a 1x1 convolution, what goes into the block before it.
+        layer = layer_map.layer.removeprefix("input of ")
+        assert re.match(BOX_LAYERS[name[: -len("_boxam")]] + r"\b", layer)
+        heat = box_saliency(
+            explanation, sample.frame, sample.detections.boxes_xyxy[explanation.index]
+        )
+        assert heat.shape == sample.image_rgb.shape[:2]
+        assert heat.max() == 1
+        assert heat.min() < 0.5
+    (picture,) = pictures(tmp_path / "run").values()
+    assert picture.std() > 20
+
+
+MIX_INS = ("featmap_vis.py", "boxam_vis.py")
+
+
 @pytest.mark.parametrize(
     "path",
     sorted(
         str(path.relative_to(CONFIGS))
         for path in CONFIGS.rglob("*.py")
-        if "mmyolo::" in path.read_text() and path.name != "featmap_vis.py"
+        if "mmyolo::" in path.read_text() and path.name not in MIX_INS
     ),
 )
 def test_collate_functions_get_no_scope(path):
@@ -145,9 +254,18 @@ def test_collate_functions_get_no_scope(path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda p: p.stem)
 def test_the_hook_is_built_with_the_options_of_the_config(path):
     config = Config.fromfile(path)
-    options = dict(config.featmap_vis_hook)
-    assert options.pop("type") == "FeatMapVisHook"
-    assert FeatMapVisHook(**options).on_error == "log"
+    found = {
+        hook: dict(config[name])
+        for name, hook in (
+            ("featmap_vis_hook", FeatMapVisHook),
+            ("boxam_vis_hook", BoxAMVisHook),
+        )
+        if name in config
+    }
+    assert len(found) == 1
+    for hook, options in found.items():
+        assert options.pop("type") == hook.__name__
+        assert hook(**options).on_error == "log"
 
 
 def test_the_mix_in_keeps_the_hooks_of_the_detector():

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+# In eval mode these write to none of their buffers, which are most of a detector's.
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Its `activation_checkpointing` wraps the forwards of modules.
+_CHECKPOINTING = "mmengine.runner.activation_checkpointing"
 
 
 @contextlib.contextmanager
@@ -37,32 +43,53 @@ def preserve_model_state(model: nn.Module) -> Iterator[None]:
         model (nn.Module): Any module; its parameters' values are not copied,
             since nothing here writes to them.
     """
-    with _preserved(_modules_of(model)):
+    modules = _modules_of(model)
+    with _preserved_modes(modules), _preserved_buffers(modules), _preserved(modules):
         yield
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
     """A block whose forwards leave no trace: eval mode, parameters in no graph.
 
     Modes, buffers, ``requires_grad``, ``.grad`` and random states are afterwards as
     they were. Gradients of activations can be computed inside, also where the
-    surroundings forbid gradients.
+    surroundings forbid gradients. Modules of MMDetection and MMEngine that throw their
+    activations away and compute them again for the gradients keep them meanwhile,
+    since torch allows no gradients but those of the parameters otherwise.
 
     Args:
         model (nn.Module): The detector, without wrappers.
+        parameters (bool): Take the parameters out of graphs. False saves time where
+            a forward without gradients needs no such thing. Defaults to True.
     """
     modules = _modules_of(model)
-    with (
-        torch.inference_mode(False),
-        preserve_rng_state(),
-        _preserved(modules),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(preserve_rng_state())
         if any(module.training for module in modules):
+            stack.enter_context(_preserved_modes(modules))
+            stack.enter_context(_preserved_buffers(modules))
             model.eval()
+        else:
+            own = [m for m in modules if type(m) not in _PLAIN_NORMS]
+            stack.enter_context(_preserved_buffers(own))
+        stack.enter_context(_without_checkpointing(modules))
+        if parameters:
+            stack.enter_context(_preserved(modules))
+            for parameter in _parameters_of(modules):
+                if parameter.requires_grad:
+                    parameter.requires_grad = False
+        yield
+
+
+@contextlib.contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """A block in which no parameter takes part in a graph."""
+    modules = _modules_of(model)
+    with _preserved(modules):
         for parameter in _parameters_of(modules):
-            if parameter.requires_grad:
-                parameter.requires_grad = False
+            parameter.requires_grad = False
         yield
 
 
@@ -93,43 +120,86 @@ def _parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 @contextlib.contextmanager
+def _without_checkpointing(modules: Sequence[nn.Module]) -> Iterator[None]:
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in modules:
+            own = vars(module)
+            if own.get("with_cp") is True:
+                changed.append((own, "with_cp", True))
+                own["with_cp"] = False
+            forward: Any = own.get("forward")
+            if getattr(forward, "__globals__", {}).get("__name__") == _CHECKPOINTING:
+                changed.append((own, "forward", forward))
+                own["forward"] = forward.__wrapped__
+        yield
+    finally:
+        for own, name, value in reversed(changed):
+            own[name] = value
+
+
+@contextlib.contextmanager
 def _preserved(modules: Sequence[nn.Module]) -> Iterator[None]:
-    modes = [module.training for module in modules]
+    """Restore ``requires_grad`` and ``.grad`` of the parameters."""
     parameters = [(p, p.requires_grad, p.grad) for p in _parameters_of(modules)]
-    with torch.no_grad():
-        buffers = [
-            (buffer, buffer.clone())
-            for module in modules
-            for buffer in module._buffers.values()
-            if buffer is not None
-        ]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad, grad in parameters:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad = requires_grad
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+
+@contextlib.contextmanager
+def _preserved_modes(modules: Sequence[nn.Module]) -> Iterator[None]:
+    modes = [module.training for module in modules]
     try:
         yield
     finally:
         for module, training in zip(modules, modes):
             if module.training != training:
                 module.training = training
-        for parameter, requires_grad, grad in parameters:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad = requires_grad
-            if parameter.grad is not grad:
-                parameter.grad = grad
-        with torch.no_grad():
-            # Writing equal values too would break graphs that still hold the buffer.
-            for buffer, value in _changed(buffers):
-                buffer.copy_(value)
 
 
-def _changed(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The pairs that differ; one synchronisation per device, not one per pair."""
-    changed = [p for p in pairs if p[0].is_cpu and not torch.equal(*p)]
-    elsewhere: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for pair in pairs:
-        if not pair[0].is_cpu:
-            elsewhere.setdefault(pair[0].device, []).append(pair)
-    for group in elsewhere.values():
-        flags = torch.stack([(new != old).any() for new, old in group]).tolist()
-        changed += [pair for pair, flag in zip(group, flags) if flag]
-    return changed
+@contextlib.contextmanager
+def _preserved_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    buffers = _by_kind(
+        buffer
+        for module in modules
+        if module._buffers
+        for buffer in module._buffers.values()
+        if buffer is not None
+    )
+    saved = [_joined(group) for group in buffers]
+    try:
+        yield
+    finally:
+        for group, values in zip(buffers, saved):
+            _restore(group, values)
+
+
+def _by_kind(buffers: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Buffers that can be joined to one tensor."""
+    groups: dict[tuple, list[torch.Tensor]] = {}
+    for buffer in buffers:
+        groups.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def _joined(buffers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A copy of all values, in one piece: one operation and not one per buffer."""
+    return torch.cat([buffer.reshape(-1) for buffer in buffers])
+
+
+@torch.no_grad()
+def _restore(buffers: Sequence[torch.Tensor], values: torch.Tensor) -> None:
+    if torch.equal(_joined(buffers), values):
+        return
+    # Writing equal values too would break graphs that still hold the buffer.
+    parts = values.split([buffer.numel() for buffer in buffers])
+    for buffer, part in zip(buffers, parts):
+        if not torch.equal(buffer.reshape(-1), part):
+            buffer.copy_(part.view_as(buffer))

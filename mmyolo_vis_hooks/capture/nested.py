@@ -1,7 +1,9 @@
-"""Walks the nested outputs of layers: tensors in tuples, lists and mappings."""
+"""Walks the nested outputs of layers: tensors in tuples, lists, dicts, dataclasses."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +25,9 @@ def flatten_tensors(
     elif isinstance(output, (list, tuple)):
         for i, value in enumerate(output):
             yield from flatten_tensors(value, (*index, i))
+    elif _is_record(output):
+        for name, value in _fields(output):
+            yield from flatten_tensors(value, (*index, name))
 
 
 def tensors_in(output: Any) -> list[torch.Tensor]:
@@ -35,6 +40,8 @@ def tensors_in(output: Any) -> list[torch.Tensor]:
         return []
     if isinstance(output, Mapping):
         return [tensor for value in output.values() for tensor in tensors_in(value)]
+    if _is_record(output):
+        return [t for _, value in _fields(output) for t in tensors_in(value)]
     return []
 
 
@@ -46,8 +53,8 @@ def map_tensors(
     """Rebuild nested outputs with other tensors; nothing is modified in place.
 
     Args:
-        output: Tensors in tuples, named tuples, lists and dicts; what is none of
-            these is kept.
+        output: Tensors in tuples, named tuples, lists, dicts and dataclasses; what
+            is none of these is kept.
         change (Callable): Gives the new tensor for the index and the tensor that
             is there.
     """
@@ -66,4 +73,18 @@ def map_tensors(
         if hasattr(output, "_fields"):
             return type(output)(*values)
         return values if isinstance(output, list) else tuple(values)
+    if _is_record(output):
+        record = copy.copy(output)
+        for name, value in _fields(output):
+            changed = map_tensors(value, change, (*index, name))
+            object.__setattr__(record, name, changed)  # frozen ones too
+        return record
     return output
+
+
+def _is_record(output: Any) -> bool:
+    return dataclasses.is_dataclass(output) and not isinstance(output, type)
+
+
+def _fields(record: Any) -> list[tuple[str, Any]]:
+    return [(f.name, getattr(record, f.name)) for f in dataclasses.fields(record)]

@@ -105,6 +105,13 @@ class GraphForward:
         self._taps = tuple(taps)
         self.heads = head_modules(detector)
         self._keep_graph = False
+        self._has_backward = False
+        self._no_gradients = (
+            f"the scores of {type(detector).__name__} carry no gradients back to the "
+            "layers: its post-processing cuts the graph (soft-NMS does), or the layers "
+            "take no part in them; use method='drise', which needs none, or another "
+            "layer"
+        )
 
     def run(
         self,
@@ -112,6 +119,7 @@ class GraphForward:
         metainfo: Mapping[str, Any],
         *,
         attach: Callable[[], Iterator[Any]] | None = None,
+        from_heads: bool = False,
     ) -> PredictionGraph:
         """Predict the detections of one image.
 
@@ -122,46 +130,61 @@ class GraphForward:
             metainfo (Mapping): Of the image's data sample.
             attach (Callable, optional): Registers further forward hooks and gives
                 their handles. Defaults to None.
+            from_heads (bool): Begin the graph at the raw outputs of the heads; the
+                taps are then recorded without one. Defaults to False.
 
         Raises:
             VisError: If the detections carry no gradients.
             FeatureShapeError: If a tap did not run or holds no map.
         """
-        graph = self._run_once(inputs, metainfo, attach)
+        graph = self._run_once(inputs, metainfo, attach, from_heads)
         predictions = graph.predictions
         if len(predictions.scores) and not predictions.scores.requires_grad:
             if not self._keep_graph and self.heads:
                 self._keep_graph = True
-                graph = self._run_once(inputs, metainfo, attach)
+                graph = self._run_once(inputs, metainfo, attach, from_heads)
             if not graph.predictions.scores.requires_grad:
-                raise VisError(
-                    f"the scores of {type(self._detector).__name__} carry no gradients "
-                    "back to the layers: its post-processing cuts the graph "
-                    "(soft-NMS does), or the layers take no part in them; use "
-                    "method='drise', which needs none, or another layer"
-                )
+                raise VisError(self._no_gradients)
+        if not self._has_backward:
+            self._check_backward(graph)
         return graph
+
+    def _check_backward(self, graph: PredictionGraph) -> None:
+        """Soft-NMS of MMCV makes a graph that cannot be walked back."""
+        nodes = [*graph.taps.values(), *graph.head_outputs.values()]
+        nodes = [node for node in nodes if node.requires_grad]
+        if not len(graph.predictions.scores) or not nodes:
+            return
+        try:
+            torch.autograd.grad(
+                graph.predictions.scores[0], nodes, retain_graph=True, allow_unused=True
+            )
+        except NotImplementedError as error:
+            raise VisError(self._no_gradients) from error
+        self._has_backward = True
 
     def _run_once(
         self,
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
         attach: Callable[[], Iterator[Any]] | None,
+        from_heads: bool,
     ) -> PredictionGraph:
-        graph = PredictionGraph(inputs.detach())
+        # Tensors of inference mode take part in no graph; their copies do.
+        inputs = inputs.clone() if inputs.is_inference() else inputs.detach()
+        graph = PredictionGraph(inputs)
         calls: Counter[str] = Counter()
         handles: list[Any] = []
         data_sample = DetDataSample(metainfo=dict(metainfo))
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [handle.remove() for handle in handles])
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.set_grad_enabled(not from_heads))
             mode = _KeepGraph(self._keep_graph)
             for tap in self._taps:
-                handles.append(_attach_tap(tap, graph, calls))
+                handles.append(_attach_tap(tap, graph, calls, not from_heads))
             for path, head in self.heads.items():
-                handles.append(
-                    head.register_forward_hook(_head_hook(path, graph, mode, calls))
-                )
+                hook = _head_hook(path, graph, mode, calls, from_heads)
+                handles.append(head.register_forward_hook(hook))
             if attach is not None:
                 handles.extend(attach())
             stack.callback(mode.leave)
@@ -196,7 +219,9 @@ def head_modules(detector: nn.Module) -> dict[str, nn.Module]:
     return heads
 
 
-def _attach_tap(tap: TapPoint, graph: PredictionGraph, calls: Counter[str]) -> Any:
+def _attach_tap(
+    tap: TapPoint, graph: PredictionGraph, calls: Counter[str], with_graph: bool
+) -> Any:
     def store(value: Any) -> Any:
         call_index = calls["tap " + tap.layer]
         calls["tap " + tap.layer] += 1
@@ -205,11 +230,14 @@ def _attach_tap(tap: TapPoint, graph: PredictionGraph, calls: Counter[str]) -> A
         def change(index: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
             if index not in wanted:
                 return tensor
-            if not tensor.requires_grad:
+            if with_graph and not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
+            elif with_graph:
+                # A node of its own: the module may have gone on with the tensor.
+                tensor = tensor.view_as(tensor)
             graph.taps[TapKey(tap.layer, call_index, index)] = tensor
             # A copy, so that in-place operations that follow leave the node alone.
-            return tensor.clone()
+            return tensor.clone() if with_graph else tensor
 
         return map_tensors(value, change)
 
@@ -221,15 +249,28 @@ def _attach_tap(tap: TapPoint, graph: PredictionGraph, calls: Counter[str]) -> A
 
 
 def _head_hook(
-    path: str, graph: PredictionGraph, mode: _KeepGraph, calls: Counter[str]
+    path: str,
+    graph: PredictionGraph,
+    mode: _KeepGraph,
+    calls: Counter[str],
+    from_heads: bool,
 ) -> Callable:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
         call_index = calls["head " + path]
         calls["head " + path] += 1
+        if from_heads:
+            torch.set_grad_enabled(True)
+            output = map_tensors(
+                output,
+                lambda _, t: (
+                    t.detach().requires_grad_() if t.is_floating_point() else t
+                ),
+            )
         for index, tensor in flatten_tensors(output):
             if tensor.is_floating_point():
                 graph.head_outputs[HeadKey(path, call_index, index)] = tensor
         mode.enter()
+        return output
 
     return hook
 

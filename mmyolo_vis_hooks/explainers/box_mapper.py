@@ -70,6 +70,13 @@ from .progress import track
 # batch of crops.
 _MIN_CROPS = 3
 _CROP_TOLERANCE = 1e-4
+_MAX_CROPS = 1024
+_BLACK_BOX_BATCH = 8
+# Values that the modules of a replay may put out at once. A CPU is fastest while
+# they stay in its caches; a GPU wants to be filled.
+_VALUES_AT_ONCE = {"cpu": 80_000_000}
+_VALUES_AT_ONCE_ELSEWHERE = 2_000_000_000
+_BATCH_SIZES = (4, 32)
 # Test-time augmentation of pytorch-grad-cam: mirrored or not, three brightnesses.
 _AUGMENTATIONS = tuple(
     (mirrored, factor) for mirrored in (False, True) for factor in (1.0, 0.9, 1.1)
@@ -92,7 +99,7 @@ class BoxMapOptions:
     eigen_smooth: bool = False
     aug_smooth: bool = False
     max_shape: int | Sequence[int] = -1
-    batch_size: int = 8
+    batch_size: int | None = None
     ratio_channels_to_ablate: float = 1.0
     num_masks: int = 1000
     seed: int = 0
@@ -103,7 +110,9 @@ class BoxMapOptions:
         validate_ratio(self.ratio_channels_to_ablate)
         _check_share("score_thr", self.score_thr)
         _check_count("topk", self.topk, "use a positive number, or -1 for all", -1)
-        _check_count("batch_size", self.batch_size, "use a positive number")
+        if self.batch_size is not None:
+            remedy = "use a positive number, or None for one that suits the network"
+            _check_count("batch_size", self.batch_size, remedy)
         _check_count("num_masks", self.num_masks, "use a positive number of masks")
         for name in ("eigen_smooth", "aug_smooth"):
             if not isinstance(getattr(self, name), bool):
@@ -116,7 +125,10 @@ class BoxMapOptions:
         if (
             not isinstance(shape, (list, tuple))
             or len(shape) not in (1, 2)
-            or not all(isinstance(n, int) and (n == -1 or n >= 1) for n in shape)
+            or not all(
+                isinstance(n, int) and not isinstance(n, bool) and (n == -1 or n >= 1)
+                for n in shape
+            )
         ):
             raise VisConfigError(
                 f"max_shape={self.max_shape!r} cannot work: use one number of cells, "
@@ -207,6 +219,7 @@ class _Image:
     """One image while it is being explained."""
 
     graph: PredictionGraph
+    has_graph: bool
     forward: Callable[[], Any]
     indices: list[int]
     labels: list[int]
@@ -257,6 +270,9 @@ class BoxMapper:
         self._forward: GraphForward | None = None
         self._no_crops: set[TapKey] = set()
         self._unpruned: set[TapKey] = set()
+        self._always_graph = False
+        # Of the raw outputs of a head, which ones a scalar depends on.
+        self._kinds: dict[str, set[tuple]] = {}
         if self._method.kind != "black_box" and layers is None:
             last_maps(detector)
 
@@ -277,15 +293,47 @@ class BoxMapper:
             VisError: If the detections cannot be explained.
         """
         inputs = inputs.detach()
-        with frozen(self._detector):
-            if self._method.kind == "black_box":
+        if self._method.kind == "black_box":
+            with frozen(self._detector, parameters=False):
                 return self._explain_black_box(inputs, metainfo)
-            graph, recorded = self._run(inputs, metainfo)
-            chosen = self.choose(graph.predictions)
-            explanations = self._explain(graph, recorded, metainfo, chosen)
-            if self.options.aug_smooth and chosen:
-                explanations = self._augmented(graph, metainfo, explanations)
-            return _without_graph(graph.predictions), tuple(explanations)
+        graph, explanations = self._explained(inputs, metainfo, self.choose)
+        if self.options.aug_smooth and explanations:
+            explanations = self._augmented(graph, metainfo, explanations)
+        return _without_graph(graph.predictions), tuple(explanations)
+
+    def _explained(
+        self,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        choose: Callable[[InstanceData], list[int]],
+    ) -> tuple[PredictionGraph, list[BoxExplanation]]:
+        if self._forward is None:
+            with frozen(self._detector):
+                self._forward_on(inputs, metainfo)
+        if self._crops_everything():
+            try:
+                with frozen(self._detector, parameters=False):
+                    return self._explained_by(inputs, metainfo, choose, True)
+            except _NeedsGraph:
+                pass  # some box is not made of crops
+            except RuntimeError as error:
+                # A head that works in place on its raw outputs.
+                if "in-place operation" not in str(error):
+                    raise
+            self._always_graph = True
+        with frozen(self._detector):
+            return self._explained_by(inputs, metainfo, choose, False)
+
+    def _explained_by(
+        self,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        choose: Callable[[InstanceData], list[int]],
+        from_heads: bool,
+    ) -> tuple[PredictionGraph, list[BoxExplanation]]:
+        graph, recorded = self._run(inputs, metainfo, from_heads=from_heads)
+        chosen = choose(graph.predictions)
+        return graph, self._explain(graph, recorded, metainfo, chosen)
 
     def choose(self, predictions: InstanceData) -> list[int]:
         """Which detections are explained, the highest score first."""
@@ -296,7 +344,8 @@ class BoxMapper:
             wanted = torch.tensor(list(options.classes), device=scores.device)
             kept &= torch.isin(predictions.labels, wanted)
         order = torch.argsort(scores, descending=True, stable=True)
-        indices = [i for i in order.tolist() if kept[i]]
+        kept_list = kept.tolist()
+        indices = [i for i in order.tolist() if kept_list[i]]
         return indices if options.topk < 0 else indices[: options.topk]
 
     def prepare(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> None:
@@ -312,33 +361,76 @@ class BoxMapper:
         """
         if self._method.kind == "black_box":
             return
-        with frozen(self._detector):
-            graph, _ = self._run(inputs, metainfo)
-            if len(graph.predictions.scores):
-                best = [int(graph.predictions.scores.detach().argmax())]
-                self._image(graph, {}, metainfo, best)
-            for view in self._views(graph, list(graph.taps)):
-                view.maps(view.tensor)
-        # Levels are measured on the first real image, whose maps are larger.
-        self._forward, self._pyramid = None, None
+        try:
+            with frozen(self._detector):
+                self._forward_on(inputs, metainfo)
+                graph, _ = self._run(inputs, metainfo)
+                self._try_target(graph, metainfo)
+                for view in self._views(graph, list(graph.taps)):
+                    view.maps(view.tensor)
+        finally:
+            # Levels are measured on the first real image, whose maps are larger.
+            self._forward, self._pyramid = None, None
+
+    def _try_target(self, graph: PredictionGraph, metainfo: Mapping[str, Any]) -> None:
+        if not len(graph.predictions.scores):
+            return
+        best = [int(graph.predictions.scores.detach().argmax())]
+        try:
+            self._image(graph, {}, metainfo, best)
+        except NotImplementedError as error:
+            raise VisError(
+                f"the scores of {type(self._detector).__name__} carry no gradients "
+                "back to the layers: its post-processing has a step that cannot be "
+                "differentiated (soft-NMS is one); use method='drise', which needs none"
+            ) from error
 
     # One forward.
 
-    def _run(
+    def _forward_on(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
-    ) -> tuple[PredictionGraph, dict[CallKey, Any]]:
+    ) -> GraphForward:
         if self._forward is None:
-            self._forward = GraphForward(
-                self._detector, self._tap_points(inputs, metainfo)
-            )
+            points = self._tap_points(inputs, metainfo)
+            self._forward = GraphForward(self._detector, points)
+        return self._forward
+
+    def _run(
+        self,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        *,
+        from_heads: bool = False,
+    ) -> tuple[PredictionGraph, dict[CallKey, Any]]:
         recorded: dict[CallKey, Any] = {}
 
         def attach() -> Iterator[Any]:
             recorded.clear()
             yield from self._engine.attach_recording(recorded)
 
-        graph = self._forward.run(inputs, metainfo, attach=attach)
+        forward = self._forward_on(inputs, metainfo)
+        graph = forward.run(inputs, metainfo, attach=attach, from_heads=from_heads)
         return graph, recorded
+
+    def _crops_everything(self) -> bool:
+        """Whether the gradients of all boxes come from crops, and none from a graph."""
+        if self._pyramid is None or self._always_graph:
+            return False
+        return self._takes_crops and all(
+            level.outputs
+            and level.radius is not None
+            and level.tap not in self._no_crops
+            for level in self._pyramid.levels
+        )
+
+    @property
+    def _takes_crops(self) -> bool:
+        return (
+            self._method.kind == "gradient"
+            and self._method.elementwise
+            and not self.options.eigen_smooth
+            and max(self._max_shape) < 0
+        )
 
     def _tap_points(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
@@ -393,7 +485,7 @@ class BoxMapper:
             scalars = predictions.scores[indices]
         raw: dict[RawKey, torch.Tensor] = {}
         raw.update(graph.head_outputs.items())
-        anchors = locate_anchors(scalars, labels, raw) if raw else None
+        anchors = self._located(scalars, labels, raw, target) if raw else None
         if target in ("logit", "objectness"):
             if anchors is None:
                 raise VisConfigError(
@@ -407,11 +499,32 @@ class BoxMapper:
                     torch.stack(
                         [raw[HeadKey(*key)][place] for key, place in own]
                     ).mean()
+                    if own
+                    else scalars.new_zeros(())
                     for own in found
                 ]
             )
             anchors = locate_anchors(scalars, labels, raw)
-        return _Image(graph, forward, indices, labels, scalars, anchors, recorded)
+        has_graph = any(tap.requires_grad for tap in graph.taps.values())
+        return _Image(
+            graph, has_graph, forward, indices, labels, scalars, anchors, recorded
+        )
+
+    def _located(
+        self,
+        scalars: torch.Tensor,
+        labels: Sequence[int],
+        raw: Mapping[RawKey, torch.Tensor],
+        target: str,
+    ) -> list[Anchor]:
+        """Anchors, looked for first in the kinds of raw outputs that held one."""
+        kinds = self._kinds.setdefault(target, set())
+        likely = {key: tensor for key, tensor in raw.items() if _kind(key) in kinds}
+        anchors = locate_anchors(scalars, labels, likely) if likely else []
+        if not anchors or not all(anchor.entries for anchor in anchors):
+            anchors = locate_anchors(scalars, labels, raw)
+            kinds.update(_kind(key) for anchor in anchors for key in anchor.keys)
+        return anchors
 
     # Which map of which layer.
 
@@ -475,10 +588,14 @@ class BoxMapper:
         found: list[list[LayerMap]] = [[] for _ in range(count)]
         if self._layers is None:
             groups, rest = self._by_level(image)
+            maps = self._cropped_maps(image, groups)
             for level, members in groups:
                 view = _View(level.tap.title, level.tap, image.graph.taps[level.tap])
-                for k, saliency in self._level_maps(image, level, view, members):
-                    found[k].append(LayerMap(view.title, saliency))
+                left = [k for k in members if k not in maps]
+                maps.update(self._level_maps(image, level, view, left))
+                for k in members:
+                    if k in maps:
+                        found[k].append(LayerMap(view.title, maps[k]))
             for k in rest:
                 best = self._most_influential(image, k)
                 if best is not None:
@@ -525,8 +642,8 @@ class BoxMapper:
             )
         if self._layers is None:
             return (
-                f"the {target} has no gradient here, as where it is saturated; "
-                "target='logit' has one"
+                f"the {target} cannot be differentiated here: the score is saturated, "
+                "1 or 0 to the last digit"
             )
         layers = ", ".join(point.layer for point in self._layers)
         base = [
@@ -585,6 +702,11 @@ class BoxMapper:
         scalar = self._scalar(image, k)
         if scalar is None or not scalar.requires_grad:
             return {}
+        anchor = image.anchors[k] if image.anchors is not None else None
+        if not image.has_graph:
+            if anchor is not None and not anchor.entries:
+                return {}
+            raise _NeedsGraph
         second = self._method.second_order
         found = torch.autograd.grad(
             scalar,
@@ -611,74 +733,94 @@ class BoxMapper:
 
     def _level_maps(
         self, image: _Image, level: Level, view: _View, members: list[int]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Maps of boxes of one level."""
-        method = self._method
-        crops = (
-            method.kind == "gradient"
-            and method.elementwise
-            and not self.options.eigen_smooth
-            and max(self._max_shape) < 0
-            and level.radius is not None
-            and level.tap not in self._no_crops
-            and len(members) >= _MIN_CROPS
-        )
-        if crops:
-            maps = self._cropped_maps(image, level, view, members)
-            if maps is not None:
-                yield from zip(members, maps)
-                return
+    ) -> dict[int, np.ndarray]:
+        """Maps of boxes of one level, but by crops."""
         gradients = {}
-        if method.kind == "gradient":
+        if self._method.kind == "gradient" and members:
             for k in members:
                 own = self._gradients(image, k, [level.tap])
                 if level.tap in own:
                     gradients[k] = own[level.tap]
             members = list(gradients)
-        yield from self._view_maps(image, view, members, gradients, level).items()
+        return self._view_maps(image, view, members, gradients, level)
 
     def _cropped_maps(
-        self, image: _Image, level: Level, view: _View, members: list[int]
-    ) -> np.ndarray | None:
+        self, image: _Image, groups: Sequence[tuple[Level, list[int]]]
+    ) -> dict[int, np.ndarray]:
         """Maps by one backward pass through crops of what each box depends on.
 
-        Returns:
-            np.ndarray: ``(K, h, w)``; None if the crops give other raw outputs.
+        Boxes of a level that cannot be cropped are missing, and those of a level with
+        few boxes where a graph makes passes of their own cheaper.
         """
-        crops, offsets = self._crops(image, level, view, members)
-        anchors = self._anchors(image, members)
+        cropped: list[tuple[Level, list[int], torch.Tensor, list]] = []
+        totals = []
         with torch.enable_grad():
-            crops.requires_grad_()
-            outputs = self._replayed_crops(image, level, members, crops)
-            if outputs is None:
-                return None
-            total = crops.new_zeros(())
-            begins = torch.tensor(offsets, device=crops.device)
-            for key, output in outputs.items():
-                own = [
-                    (k, entries)
-                    for k, anchor in enumerate(anchors)
-                    for entries in anchor.entries
-                    if entries.key == key
-                ]
-                boxes = torch.tensor(
-                    [k for k, entries in own for _ in entries.values],
-                    device=crops.device,
-                )
-                _, channels, rows, columns = torch.cat([e.places for _, e in own]).t()
-                top, left = begins[boxes].t()
-                found = output[boxes, channels, rows - top, columns - left]
-                total = total + found @ torch.cat([e.gradient for _, e in own])
-                if not _agrees(found.detach(), torch.cat([e.values for _, e in own])):
+            for level, members in groups:
+                if (
+                    not self._takes_crops
+                    or level.radius is None
+                    or level.tap in self._no_crops
+                    or (image.has_graph and len(members) < _MIN_CROPS)
+                ):
+                    continue
+                value = image.graph.taps[level.tap]
+                crops, offsets = self._crops(image, level, value, members)
+                crops.requires_grad_()
+                outputs = self._replayed_crops(image, level, members, crops)
+                if outputs is None:
+                    continue
+                total = self._cropped_scalars(image, members, outputs, offsets)
+                if total is None:
                     self._no_crops.add(level.tap)
-                    return None
-            (gradient,) = torch.autograd.grad(total, crops)
-        parts = weigh(self._method.name, crops.detach(), gradient)
-        height, width = view.tensor.shape[-2:]
-        maps = np.zeros((len(members), height, width), np.float32)
-        for whole, part, (top, left) in zip(maps, parts, offsets):
-            whole[top : top + part.shape[0], left : left + part.shape[1]] = part
+                    continue
+                cropped.append((level, members, crops, offsets))
+                totals.append(total)
+            if not totals:
+                return {}
+            gradients = torch.autograd.grad(
+                torch.stack(totals).sum(), [crops for _, _, crops, _ in cropped]
+            )
+        maps: dict[int, np.ndarray] = {}
+        for (level, members, crops, offsets), gradient in zip(cropped, gradients):
+            parts = weigh(self._method.name, crops.detach(), gradient)
+            shape = image.graph.taps[level.tap].shape[-2:]
+            for k, part, (top, left) in zip(members, parts, offsets):
+                maps[k] = np.zeros(shape, np.float32)
+                maps[k][top : top + part.shape[0], left : left + part.shape[1]] = part
         return maps
+
+    def _cropped_scalars(
+        self,
+        image: _Image,
+        members: Sequence[int],
+        outputs: Mapping[HeadKey, torch.Tensor],
+        offsets: Sequence[tuple[int, int]],
+    ) -> torch.Tensor | None:
+        """To first order the sum of the boxes' scalars on their crops.
+
+        Returns:
+            Tensor: None if the crops give other raw outputs than the whole map.
+        """
+        anchors = self._anchors(image, members)
+        parts = []
+        for key, output in outputs.items():
+            own = [
+                (k, entries)
+                for k, anchor in enumerate(anchors)
+                for entries in anchor.entries
+                if entries.key == key
+            ]
+            numbers = [k for k, entries in own for _ in range(len(entries.values))]
+            boxes = torch.tensor(numbers, device=output.device)
+            begins = torch.tensor([offsets[k] for k in numbers], device=output.device)
+            places = torch.cat([entries.places for _, entries in own])
+            places = places.to(output.device)
+            rows, columns = (places[:, -2:] - begins).unbind(dim=1)
+            found = output[boxes, places[:, 1], rows, columns]
+            if not _agrees(found.detach(), torch.cat([e.values for _, e in own])):
+                return None
+            parts.append(found @ torch.cat([e.gradient for _, e in own]))
+        return torch.stack(parts).sum()
 
     def _replayed_crops(
         self, image: _Image, level: Level, members: list[int], crops: torch.Tensor
@@ -698,10 +840,10 @@ class BoxMapper:
         return None
 
     def _crops(
-        self, image: _Image, level: Level, view: _View, members: list[int]
+        self, image: _Image, level: Level, value: torch.Tensor, members: list[int]
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """``(K, C, a, b)``: what each box depends on, and where it begins."""
-        value = view.tensor.detach()[0]
+        value = value.detach()[0]
         height, width = value.shape[-2:]
         radius = level.radius or 0
         size_hw = min(2 * radius + 1, height), min(2 * radius + 1, width)
@@ -841,7 +983,7 @@ class BoxMapper:
             and level.tap not in self._no_crops
             and len(members) * (2 * level.radius + 1) ** 2 < height * width
         ):
-            crops, offsets = self._crops(image, level, view, members)
+            crops, offsets = self._crops(image, level, view.tensor, members)
             if self._replayed_crops(image, level, members, crops) is None:
                 crops = None
             else:
@@ -855,10 +997,14 @@ class BoxMapper:
                     crops = None
         rows: list[torch.Tensor] = []
         if crops is not None:
-            per_channel = crops.shape[0] * crops.shape[-2] * crops.shape[-1]
-            step = max(1, options.batch_size * height * width // per_channel)
+            # As many cells at once as a batch of whole maps has.
+            cells = crops.shape[0] * crops.shape[-2] * crops.shape[-1]
+            step = max(
+                1, scorer.batch_size(options.batch_size) * height * width // cells
+            )
+            step = min(step, max(1, _MAX_CROPS // len(crops)))
         else:
-            step = options.batch_size
+            step = scorer.batch_size(options.batch_size)
         chunks = [channels[i : i + step] for i in range(0, len(channels), step)]
         for chunk in track(chunks, f"ablation of {view.title}", self._show_progress):
             factors = maps.new_ones(len(chunk), maps.shape[1])
@@ -898,7 +1044,7 @@ class BoxMapper:
             self._links(image, members),
         )
         maps = view.maps(view.tensor.detach())[0]
-        step = self.options.batch_size
+        step = scorer.batch_size(self.options.batch_size)
         chunks = list(maps.split(step))
         rows = []
         for chunk in track(chunks, f"masks of {view.title}", self._show_progress):
@@ -930,6 +1076,7 @@ class BoxMapper:
     ) -> tuple[InstanceData, tuple[BoxExplanation, ...]]:
         """D-RISE: what masks let the detector still see the box."""
         options = self.options
+        batch_size = options.batch_size or _BLACK_BOX_BATCH
         network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
 
         def predict(batch: torch.Tensor) -> list[Any]:
@@ -949,11 +1096,13 @@ class BoxMapper:
                     options.num_masks,
                     network_hw,
                     seed=options.seed,
-                    batch_size=options.batch_size,
+                    batch_size=batch_size,
                     device=inputs.device,
                     dtype=inputs.dtype,
                 )
-                total = -(-options.num_masks // options.batch_size)
+                total = -(
+                    -options.num_masks // (options.batch_size or _BLACK_BOX_BATCH)
+                )
                 for masks in track(batches, "D-RISE", self._show_progress, total):
                     outputs = predict(inputs * masks)
                     yield (
@@ -997,16 +1146,22 @@ class BoxMapper:
         ]
         for mirrored, factor in _AUGMENTATIONS[1:]:
             inputs = graph.inputs.flip(-1) if mirrored else graph.inputs
-            other, recorded = self._run(inputs * factor, metainfo)
-            seen = _network_boxes(other.predictions, metainfo)
-            if mirrored:
-                width = graph.network_hw[1]
-                seen = seen[:, [2, 1, 0, 3]] * seen.new_tensor([-1, 1, -1, 1])
-                seen = seen + seen.new_tensor([width, 0, width, 0])
-            pairs = _matches(
-                graph.predictions, boxes, other.predictions, seen, explanations
-            )
-            again = self._explain(other, recorded, metainfo, list(pairs.values()))
+            pairs: dict[int, int] = {}
+
+            def choose(
+                other: InstanceData, mirrored: bool = mirrored, pairs: dict = pairs
+            ) -> list[int]:
+                seen = _network_boxes(other, metainfo)
+                if mirrored:
+                    width = graph.network_hw[1]
+                    seen = seen[:, [2, 1, 0, 3]] * seen.new_tensor([-1, 1, -1, 1])
+                    seen = seen + seen.new_tensor([width, 0, width, 0])
+                pairs.update(
+                    _matches(graph.predictions, boxes, other, seen, explanations)
+                )
+                return list(pairs.values())
+
+            _, again = self._explained(inputs * factor, metainfo, choose)
             for own, found in zip(pairs, again):
                 for layer_map in found.maps:
                     saliency = layer_map.saliency / layer_map.saliency.max()
@@ -1023,6 +1178,10 @@ class BoxMapper:
             )
             for explanation, own in zip(explanations, sums)
         ]
+
+
+class _NeedsGraph(Exception):
+    """Gradients are wanted of a forward whose graph begins at the heads."""
 
 
 class _WithProduct(torch.autograd.Function):
@@ -1055,6 +1214,18 @@ class _Scorer:
         self._links = links
         self._wanted = sorted({HeadKey(*key) for a in anchors for key in a.keys})
         self._one_by_one = False
+
+    def batch_size(self, wanted: int | None) -> int:
+        """The number of values that run at once: the wanted, or what is fast."""
+        if wanted is not None:
+            return wanted
+        if not isinstance(self._replay, SuffixReplay):
+            return 1
+        device = self._anchors[0].entries[0].values.device.type
+        most = _VALUES_AT_ONCE.get(device, _VALUES_AT_ONCE_ELSEWHERE)
+        least, greatest = _BATCH_SIZES
+        fitting = most // max(1, self._replay.plan.live_size)
+        return min(max(fitting, least), greatest)
 
     def recorded_scores(self) -> list[float]:
         """The scores as they were."""
@@ -1126,6 +1297,12 @@ class _Scorer:
         whole = crops.new_ones(1, crops.shape[1])
         found = self.cropped_scores(crops, whole, offsets)[0].double()
         return _agrees(found, torch.tensor(self.recorded_scores()).to(found))
+
+
+def _kind(key: RawKey) -> tuple:
+    """Raw outputs of one kind are those of all levels: class scores, for example."""
+    path, _, place = key
+    return path, place[:1]
 
 
 def _linear(anchor: Anchor, raw: Sequence[torch.Tensor]) -> torch.Tensor:

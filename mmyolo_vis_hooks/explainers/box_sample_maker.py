@@ -12,6 +12,8 @@ from mmengine.dataset import pseudo_collate
 from torch import nn
 
 from ..capture.model_state import preserve_rng_state
+from ..capture.nested import map_tensors
+from ..capture.prediction_graph import head_modules
 from ..capture.recorder import ForwardRecord
 from ..data.image_selector import SelectedImage
 from ..data.pipeline import network_divisor, prepare_data
@@ -19,8 +21,9 @@ from ..types import BoxSample
 from .box_mapper import BoxMapper
 from .sample_maker import SampleMaker, slot_of
 
+# Detectors with 900 queries choose them among as many cells.
 _TRIAL_STRIDE = 32
-_TRIAL_CELLS = 4
+_TRIAL_CELLS = 8
 
 
 class BoxSampleMaker(SampleMaker):
@@ -125,9 +128,18 @@ class BoxSampleMaker(SampleMaker):
 
 @contextlib.contextmanager
 def _everything_found(detector: nn.Module) -> Iterator[None]:
-    """Let weights that know nothing find boxes, a few and quickly."""
+    """Let weights that know nothing find boxes, a few and quickly.
+
+    They may give logits of any size, and scores without a gradient; before a
+    checkpoint is loaded that says nothing about the detector.
+    """
     changed = []
+    handles = []
     try:
+        for head in head_modules(detector).values():
+            handles.append(
+                head.register_forward_hook(lambda module, args, out: _moderate(out))
+            )
         for module in detector.modules():
             config = getattr(module, "test_cfg", None)
             for part in (config, (config or {}).get("rcnn")):
@@ -140,5 +152,19 @@ def _everything_found(detector: nn.Module) -> Iterator[None]:
                         part["max_per_img"] = 10
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for part, values in reversed(changed):
             part.update(values)
+
+
+def _moderate(output: Any) -> Any:
+    """Raw outputs scaled to at most 2, without NaN, still in the graph."""
+
+    def change(index: Any, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point() or not tensor.numel():
+            return tensor
+        tensor = tensor.nan_to_num()
+        return tensor * (2 / tensor.detach().abs().amax().clamp(min=1e-6))
+
+    return map_tensors(output, change)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..capture.layer_path import resolve_layers
-from ..errors import VisConfigError
+from ..errors import VisConfigError, VisError
 from ..explainers.box_mapper import BoxMapOptions, BoxMapper
 from ..explainers.box_sample_maker import BoxSampleMaker
 from ..explainers.boxam_explainer import BoxAMExplainer
@@ -79,8 +80,9 @@ class BoxAMVisHook(BaseVisHook):
             only, by name or index. Defaults to None.
         max_shape (int | Sequence[int]): Reduce activations to at most this height
             and width before they are weighted; -1 does not. Defaults to -1.
-        batch_size (int): How many changed activations or images the methods that
-            perturb run at once. Defaults to 8.
+        batch_size (int, optional): How many changed activations or images the methods
+            that perturb run at once; None takes what suits the network.
+            Defaults to None.
         ratio_channels_to_ablate (float): Share of the channels that ``ablationcam``
             tries, in (0, 1]. Defaults to 1.0.
         num_masks (int): Number of masks of ``drise``. Defaults to 1000.
@@ -118,7 +120,7 @@ class BoxAMVisHook(BaseVisHook):
         score_thr: float = 0.3,
         classes: Sequence[str | int] | str | int | None = None,
         max_shape: int | Sequence[int] = -1,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         ratio_channels_to_ablate: float = 1.0,
         num_masks: int = 1000,
         alpha: float = 0.6,
@@ -162,11 +164,12 @@ class BoxAMVisHook(BaseVisHook):
                 isinstance(wanted, (list, tuple))
                 and len(wanted) > 0
                 and all(
-                    isinstance(c, (str, int)) and not isinstance(c, bool)
+                    isinstance(c, str)
+                    or (isinstance(c, int) and not isinstance(c, bool) and c >= 0)
                     for c in wanted
                 )
             ),
-            "use names or indices of classes, or None for all",
+            "use names or indices of classes, counted from 0, or None for all",
         )
         self.classes: Sequence[str | int] | None = wanted
         self._options = BoxMapOptions(
@@ -224,7 +227,16 @@ class BoxAMVisHook(BaseVisHook):
             alignment=self.alignment,
             backend_args=self.backend_args,
         )
-        maker.prepare()
+        try:
+            maker.prepare()
+        except VisError:
+            raise
+        except Exception as error:
+            # The trial is on noise, before any checkpoint is loaded. What a detector
+            # makes of that need not be a mistake in the config.
+            if self.on_error == "raise":
+                raise
+            self._policy.record("try an explanation before the run", error)
         return maker
 
     def build_explainer(
@@ -245,14 +257,16 @@ def labels_of(
     labels = []
     for value in classes:
         if isinstance(value, int):
-            known = 0 <= value < len(class_names) or not class_names
+            known = value < len(class_names) or not class_names
             label = value
         else:
             known = value in class_names
             label = list(class_names).index(value) if known else -1
         if not known:
+            near = difflib.get_close_matches(str(value), class_names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
             raise VisConfigError(
-                f"classes: {value!r} is no class of the data set, which has "
+                f"classes: {value!r} is no class of the data set; {hint}It has "
                 f"{', '.join(map(repr, class_names)) or 'no names'}"
             )
         labels.append(label)

@@ -28,6 +28,7 @@ from ..errors import FeatureShapeError, VisConfigError, VisError
 
 # KernelPCA fills a matrix of cells x cells: 400 MB in float32.
 _MAX_KERNEL_CELLS = 10_000
+_MAX_VALUES_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -355,6 +356,10 @@ def weigh(
             )
     maps = np.zeros((values.shape[0], *values.shape[2:]), dtype=np.float32)
     with np.errstate(all="ignore"):
+        # One call costs more than the sums of a few crops.
+        together = method.elementwise and not eigen_smooth
+        if together and values.size <= _MAX_VALUES_AT_ONCE:
+            return _rectified(_ask(method, values, slopes), name)
         for index, value in enumerate(values):
             slope = None if slopes is None else slopes[index]
             maps[index] = _map(method, value, slope, eigen_smooth)

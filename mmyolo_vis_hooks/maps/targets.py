@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import VisConfigError, VisError
@@ -103,8 +104,9 @@ def locate_anchors(
 
     All of them are found by two backward passes, of the sum of the scalars and of
     their weighted sum: the ratio of both gradients is the weight, and so the number,
-    of the scalar that an element belongs to. Scalars that share elements, as boxes
-    of two classes from one anchor do, get a pass of their own.
+    of the scalar that an element belongs to. Scalars of one cell may share elements,
+    as boxes of two classes from one anchor do, and are looked for again, one of each
+    cell at a time.
 
     Args:
         scalars (Tensor): ``(K,)`` with a graph.
@@ -114,36 +116,67 @@ def locate_anchors(
     Returns:
         list[Anchor]: One per scalar.
     """
-    count = len(scalars)
-    found: list[list[RawEntries]] = [[] for _ in range(count)]
-    alone = set(range(count))
-    if count > 2:
-        alone = _locate_together(scalars, raw, found)
+    found: list[list[RawEntries]] = [[] for _ in range(len(scalars))]
+    alone = set(range(len(scalars)))
+    if len(alone) > 2:
+        alone, cells = _locate_together(scalars, sorted(alone), raw, found)
+        for group in _one_per_cell({k: own for k, own in cells.items() if k in alone}):
+            if len(group) > 2:
+                unclear, _ = _locate_together(scalars, group, raw, found)
+                alone -= set(group) - unclear
     for k in alone:
         found[k] = []
-        gradients = _raw_gradients(scalars[k], raw)
-        for key, gradient in gradients.items():
-            places = gradient.nonzero()
+        for key, gradient in _raw_gradients(scalars[k], raw).items():
+            places = _nonzero(gradient)
             if len(places):
                 found[k].append(_entries(key, raw[key], gradient, places))
     return [Anchor(label, tuple(f)) for label, f in zip(labels, found)]
 
 
+_Cell = tuple[int, ...]
+
+
+def _one_per_cell(cells: Mapping[int, set[_Cell]]) -> list[list[int]]:
+    """Groups of scalars no two of which share a cell."""
+    groups: list[list[int]] = []
+    taken: list[set[_Cell]] = []
+    for number, own in sorted(cells.items()):
+        for group, used in zip(groups, taken):
+            if not own & used:
+                group.append(number)
+                used |= own
+                break
+        else:
+            groups.append([number])
+            taken.append(set(own))
+    return groups
+
+
 def _locate_together(
     scalars: torch.Tensor,
+    members: Sequence[int],
     raw: Mapping[RawKey, torch.Tensor],
     found: list[list[RawEntries]],
-) -> set[int]:
-    """Fill ``found``; give the scalars for which that cannot be trusted."""
-    count = len(scalars)
-    numbers = torch.arange(1, count + 1, device=scalars.device, dtype=scalars.dtype)
-    once = _raw_gradients(scalars.sum(), raw)
-    weighted = _raw_gradients((scalars * numbers).sum(), raw)
-    seen: set[int] = set()
-    shared_cells: set[tuple[int, ...]] = set()
-    cells: dict[int, set[tuple[int, ...]]] = {}
+) -> tuple[set[int], dict[int, set[_Cell]]]:
+    """Fill ``found`` for some scalars.
+
+    Returns:
+        tuple: The members for which that cannot be trusted, and the cells where
+        elements of each were found.
+    """
+    count = len(members)
+    own_scalars = scalars[list(members)]
+    numbers = torch.arange(
+        1, count + 1, device=own_scalars.device, dtype=own_scalars.dtype
+    )
+    once = _raw_gradients(own_scalars.sum(), raw)
+    weighted = _raw_gradients((own_scalars * numbers).sum(), raw)
+    shared_cells: set[_Cell] = set()
+    cells: dict[int, set[_Cell]] = {}
+    for member in members:
+        found[member] = []
     for key, gradient in once.items():
-        places = (weighted[key] != 0).nonzero()
+        places = _nonzero(weighted[key])
         if not len(places):
             continue
         index = tuple(places.t())
@@ -153,33 +186,39 @@ def _locate_together(
         clear &= (number >= 1) & (number <= count)
         owners = torch.where(clear, number - 1, -1.0).long().tolist()
         # Cells of levels of different sizes are different cells.
-        positions = [
-            (*raw[key].shape[-2:], *place[-2:])
-            if len(place) == 4
-            else (raw[key].shape[-2:].numel(), *place[:-1])
-            for place in places.tolist()
-        ]
+        size = raw[key].shape[-2:]
         by_owner: dict[int, list[int]] = {}
-        for row, (owner, position) in enumerate(zip(owners, positions)):
+        for row, (owner, place) in enumerate(zip(owners, places.tolist())):
+            cell = (*size, *place[-2:]) if len(place) == 4 else (0, *place[:-1])
             if owner < 0:
-                shared_cells.add(position)
+                shared_cells.add(cell)
             else:
-                by_owner.setdefault(owner, []).append(row)
-                cells.setdefault(owner, set()).add(position)
-        for owner, rows in by_owner.items():
-            seen.add(owner)
-            found[owner].append(_entries(key, raw[key], gradient, places[rows]))
-    alone = set(range(count)) - seen
-    alone |= {owner for owner, own in cells.items() if own & shared_cells}
-    # Two scalars in one cell may share an element whose gradients look like a third's.
-    owners_of: dict[tuple[int, ...], list[int]] = {}
-    for owner, own in cells.items():
+                by_owner.setdefault(members[owner], []).append(row)
+                cells.setdefault(members[owner], set()).add(cell)
+        for member, rows in by_owner.items():
+            found[member].append(_entries(key, raw[key], gradient, places[rows]))
+    unclear = set(members) - set(cells)
+    owners_of: dict[_Cell, list[int]] = {}
+    for member, own in cells.items():
+        if own & shared_cells:
+            unclear.add(member)
         for cell in own:
-            owners_of.setdefault(cell, []).append(owner)
+            owners_of.setdefault(cell, []).append(member)
+    # Two scalars in one cell may share an element whose gradients look like a third's.
     for owners_here in owners_of.values():
         if len(owners_here) > 1:
-            alone.update(owners_here)
-    return alone
+            unclear.update(owners_here)
+    return unclear, cells
+
+
+def _nonzero(values: torch.Tensor) -> torch.Tensor:
+    """Indices ``(n, ndim)`` of what is not zero, as ``Tensor.nonzero``."""
+    if not values.is_cpu:
+        return values.nonzero()
+    # Half the time, and most of what a single box costs here.
+    flat = np.flatnonzero((values.detach() != 0).numpy())
+    places = np.stack(np.unravel_index(flat, tuple(values.shape)), axis=1)
+    return torch.from_numpy(places)
 
 
 def _raw_gradients(
@@ -227,11 +266,6 @@ def class_logits(anchor: Anchor) -> list[tuple[RawKey, tuple[int, ...]]]:
                 f"outputs of {entries.key[0]}; use target='score'"
             )
         logits.append((entries.key, places[0]))
-    if not logits:
-        raise VisError(
-            "a score has no gradient, since it is saturated, so its class logit "
-            "cannot be found"
-        )
     return logits
 
 
@@ -251,7 +285,7 @@ def objectness_logits(anchor: Anchor) -> list[tuple[RawKey, tuple[int, ...]]]:
         for entries in others
         if len(entries.places) == 1
     ]
-    if not places:
+    if not places and anchor.entries:
         raise VisConfigError(
             "target='objectness' cannot work: the scores of this detector depend on "
             "class scores only; use target='score' or 'logit'"
@@ -264,6 +298,8 @@ def _class_entries(anchor: Anchor) -> list[RawEntries]:
     first: dict[tuple[str, int], RawEntries] = {}
     for entries in anchor.entries:
         call = entries.key[:2]
+        if entries.key[2][:1] not in ((), (0,)):
+            continue  # the class score of this call is saturated
         if call not in first or entries.key[2] < first[call].key[2]:
             first[call] = entries
     return list(first.values())

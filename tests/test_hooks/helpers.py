@@ -1,4 +1,4 @@
-"""Runs of the toy detector with hooks, and what they left behind."""
+"""Runs of the toy detectors with hooks, and what they left behind."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import cv2
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmyolo_vis_hooks import FeatMapVisHook
+from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
+from mmyolo_vis_hooks.hooks.base_vis_hook import BaseVisHook
 
 
-@HOOKS.register_module()
-class SpyHook(FeatMapVisHook):
-    """A FeatMapVisHook that keeps the samples it drew."""
+class _KeepsSamples(BaseVisHook):
+    """Keeps the samples it drew."""
 
     samples: list
 
@@ -27,6 +27,16 @@ class SpyHook(FeatMapVisHook):
             return explain(sample)
 
         return explain_and_keep
+
+
+@HOOKS.register_module()
+class SpyHook(_KeepsSamples, FeatMapVisHook):
+    """A FeatMapVisHook that keeps the samples it drew."""
+
+
+@HOOKS.register_module()
+class BoxSpyHook(_KeepsSamples, BoxAMVisHook):
+    """A BoxAMVisHook that keeps the samples it drew."""
 
 
 def spy(**options: Any) -> dict:
@@ -42,8 +52,13 @@ def spy(**options: Any) -> dict:
     )
 
 
-def vis_hooks(runner: Runner) -> list[FeatMapVisHook]:
-    return [hook for hook in runner.hooks if isinstance(hook, FeatMapVisHook)]
+def box_spy(**options: Any) -> dict:
+    """Config of a BoxAMVisHook that raises and keeps its samples."""
+    return dict(dict(type="BoxSpyHook", on_error="raise", score_thr=0.2), **options)
+
+
+def vis_hooks(runner: Runner) -> list[Any]:
+    return [hook for hook in runner.hooks if isinstance(hook, BaseVisHook)]
 
 
 def pictures(work_dir: Path) -> dict[str, Any]:

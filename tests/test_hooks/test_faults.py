@@ -12,9 +12,11 @@ from mmengine.registry import HOOKS, VISBACKENDS
 from mmengine.runner import Runner
 from mmengine.visualization import LocalVisBackend
 
-from tests.test_hooks.helpers import log_of, pictures, spy, vis_hooks
+from mmyolo_vis_hooks.explainers.box_mapper import BoxMapper
+from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
 from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy import toy_config, write_dataset
+from tests.toy_boxes import box_config
 
 ALIGNMENTS = ("resize", "letterbox", "network")
 
@@ -213,6 +215,145 @@ def test_ctrl_c_in_our_own_forward_ends_the_run_in_order(tmp_path, toy_data):
     with pytest.raises(KeyboardInterrupt):
         runner.test()
     assert hooks_left(runner.model) == []
+
+
+METHODS = ("boxam", "ablationcam", "scorecam", "drise")
+
+
+def state_of(model) -> tuple:
+    """What an explanation may have changed and must put back."""
+    return (
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [id(p.grad) for p in model.parameters()],
+        [{k: v for k, v in vars(m).items() if callable(v)} for m in model.modules()],
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.overrides._len_torch_function_stack(),
+    )
+
+
+def explaining_runner(work_dir, toy_data, **options) -> Runner:
+    """A model with gradients, some of whose parameters need none."""
+    options = dict(dict(num_images=2, num_masks=16, on_error="log"), **options)
+    hook = box_spy(**options)
+    cfg = box_config(work_dir, [hook], data_root=toy_data, batch_size=1)
+    runner = Runner.from_cfg(cfg)
+    for parameter in runner.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    runner.model.neck.requires_grad_(False)
+    return runner
+
+
+def calls_of_the_head(work_dir, toy_data, **options) -> tuple[int, int]:
+    """How often a test calls the head: in the trial, and until the first picture."""
+    runner = explaining_runner(work_dir, toy_data, **options)
+    (vis_hook,) = vis_hooks(runner)
+    counts = []
+    original = vis_hook._draw_batch
+
+    def draw_batch(*args):
+        counts.append(runner.model.bbox_head.num_calls)
+        original(*args)
+        counts.append(runner.model.bbox_head.num_calls)
+
+    vis_hook._draw_batch = draw_batch
+    runner.test()
+    return counts[0], counts[1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a layer failed"), KeyboardInterrupt()])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_explanation_that_is_cut_off_anywhere_leaves_nothing(
+    tmp_path, toy_data, method, error
+):
+    before, after = calls_of_the_head(tmp_path / "calls", toy_data, method=method)
+    assert after > before
+    calls = range(before + 1, after + 1)
+    for call in sorted({*calls[:3], calls[len(calls) // 2], calls[-1]}):
+        runner = explaining_runner(tmp_path / f"{call}", toy_data, method=method)
+        model = runner.model
+        model.bbox_head.fail_at, model.bbox_head.fail_with = call, error
+        model.eval()
+        state = state_of(model)
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                runner.test()
+        else:
+            runner.test()
+        assert model.bbox_head.num_calls >= call
+        assert hooks_left(model) == []
+        assert state_of(model) == state
+        assert all(bool((p.grad == 1).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        MemoryError("no memory"),
+        NotImplementedError("no such operator"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_a_failing_explanation_is_counted_and_the_run_goes_on(
+    tmp_path, toy_data, monkeypatch, alignment, error
+):
+    explain = BoxMapper.explain
+    calls = []
+
+    def failing(self, inputs, metainfo):
+        calls.append(metainfo["img_id"])
+        if len(calls) in (1, 3):
+            raise error
+        return explain(self, inputs, metainfo)
+
+    monkeypatch.setattr(BoxMapper, "explain", failing)
+    runner = explaining_runner(tmp_path, toy_data, alignment=alignment, num_images=4)
+    metrics = runner.test()
+    assert metrics["coco/bbox_mAP"] > 0.05
+    assert len(calls) == 4
+    assert failures(runner) == 2
+    assert len(pictures(tmp_path)) == 2
+    log = log_of(tmp_path)
+    assert log.count("Traceback (most recent call last)") == 1
+    assert str(error) in log
+    assert "2 visualization step(s) failed: 2 x" in log
+    assert hooks_left(runner.model) == []
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_a_failing_explanation_ends_the_run_on_demand(
+    tmp_path, toy_data, monkeypatch, alignment
+):
+    def failing(self, inputs, metainfo):
+        raise torch.cuda.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(BoxMapper, "explain", failing)
+    runner = explaining_runner(
+        tmp_path, toy_data, alignment=alignment, on_error="raise"
+    )
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        runner.test()
+    assert hooks_left(runner.model) == []
+
+
+def test_the_picture_of_a_broken_backend_is_lost_alone(tmp_path, toy_data):
+    cfg = box_config(
+        tmp_path,
+        [box_spy(image_indices=[0, 2, 4], on_error="log")],
+        data_root=toy_data,
+        vis_backends=(dict(type="RaisingBackend"),),
+    )
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    assert sorted(pictures(tmp_path)) == sorted(
+        f"val.boxam.{i}_image_{e}.png" for i in (1, 5) for e in (1, 2)
+    )
+    assert failures(runner) == 2
 
 
 def test_nothing_is_written_beside_the_images(tmp_path, toy_data):

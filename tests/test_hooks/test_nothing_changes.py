@@ -15,8 +15,9 @@ from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from torch import nn
 
-from tests.test_hooks.helpers import pictures, spy, vis_hooks
+from tests.test_hooks.helpers import box_spy, pictures, spy, vis_hooks
 from tests.toy import toy_config
+from tests.toy_boxes import box_config
 
 ALIGNMENTS = ("resize", "letterbox", "network")
 
@@ -91,9 +92,9 @@ def hooks_left(model: nn.Module) -> list[str]:
     ]
 
 
-def train(work_dir, toy_data, hook, *, custom=(), **options):
-    hooks = [dict(type="WatchHook"), *custom, *([hook] if hook else [])]
-    cfg = toy_config(work_dir, hooks, data_root=toy_data, **options)
+def train(work_dir, toy_data, *vis_hooks, custom=(), make_config=toy_config, **options):
+    hooks = [dict(type="WatchHook"), *custom, *vis_hooks]
+    cfg = make_config(work_dir, hooks, data_root=toy_data, **options)
     runner = Runner.from_cfg(cfg)
     runner.train()
     (watch,) = [h for h in runner.hooks if isinstance(h, WatchHook)]
@@ -118,14 +119,17 @@ def same(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def plain_runs(tmp_path_factory, toy_data):
-    """Each variant without the hook, run once."""
+    """Each variant without a hook, run once."""
     found = {}
 
-    def get(variant):
-        if variant not in found:
+    def get(variant, make_config=toy_config):
+        key = variant, make_config
+        if key not in found:
             work_dir = tmp_path_factory.mktemp(f"plain_{variant}")
-            found[variant] = train(work_dir, toy_data, None, **VARIANTS[variant])
-        return found[variant]
+            found[key] = train(
+                work_dir, toy_data, make_config=make_config, **VARIANTS[variant]
+            )
+        return found[key]
 
     return get
 
@@ -137,10 +141,13 @@ def test_training_is_bit_identical(tmp_path, toy_data, plain_runs, variant, alig
     runner, notes, checkpoint, metrics = train(
         tmp_path, toy_data, hook, **VARIANTS[variant]
     )
-    _, plain_notes, plain_checkpoint, plain_metrics = plain_runs(variant)
     assert len(pictures(tmp_path)) == 6  # the hook did draw
-    assert hooks_left(runner.model) == []
+    assert_same_run(runner, notes, checkpoint, metrics, plain_runs(variant))
 
+
+def assert_same_run(runner, notes, checkpoint, metrics, plain_run):
+    _, plain_notes, plain_checkpoint, plain_metrics = plain_run
+    assert hooks_left(runner.model) == []
     assert len(notes) == len(plain_notes)
     assert same(notes, plain_notes)
     assert checkpoint["state_dict"].keys() == plain_checkpoint["state_dict"].keys()
@@ -149,6 +156,59 @@ def test_training_is_bit_identical(tmp_path, toy_data, plain_runs, variant, alig
     assert "coco/bbox_mAP" in metrics[-1]
     assert metrics[-1]["coco/bbox_mAP"] > 0.05
     assert metrics == plain_metrics
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_training_with_explanations_is_bit_identical(
+    tmp_path, toy_data, plain_runs, variant, alignment
+):
+    runner, *found = train(
+        tmp_path,
+        toy_data,
+        box_spy(alignment=alignment, num_images=3),
+        make_config=box_config,
+        **VARIANTS[variant],
+    )
+    (hook,) = vis_hooks(runner)
+    assert len(pictures(tmp_path)) == 6
+    assert any(e.maps for s in hook.samples for e in s.explanations)
+    assert_same_run(runner, *found, plain_runs(variant, box_config))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(method="drise", num_masks=16),
+        dict(method="ablationcam"),
+        dict(method="scorecam", target_layers=["neck"]),
+        dict(method="shapleycam", aug_smooth=True),
+        dict(target="x1", target_layers=["backbone"], alignment="network"),
+    ],
+    ids=str,
+)
+def test_no_way_of_explaining_changes_a_training(
+    tmp_path, toy_data, plain_runs, options
+):
+    runner, *found = train(
+        tmp_path, toy_data, box_spy(num_images=2, **options), make_config=box_config
+    )
+    (hook,) = vis_hooks(runner)
+    assert len(pictures(tmp_path)) == 4
+    assert any(e.maps for s in hook.samples for e in s.explanations)
+    assert_same_run(runner, *found, plain_runs("plain", box_config))
+
+
+@pytest.mark.parametrize("variant", ["ema", "amp"])
+def test_two_kinds_of_hooks_change_nothing_together(
+    tmp_path, toy_data, plain_runs, variant
+):
+    hooks = [spy(num_images=2, alignment="letterbox"), box_spy(num_images=2)]
+    runner, *found = train(
+        tmp_path, toy_data, *hooks, make_config=box_config, **VARIANTS[variant]
+    )
+    assert len(pictures(tmp_path)) == 8
+    assert_same_run(runner, *found, plain_runs(variant, box_config))
 
 
 def test_the_comparison_notices_a_change(tmp_path, toy_data, plain_runs):
@@ -222,6 +282,44 @@ def test_ema_weights_are_drawn(tmp_path, toy_data):
         setattr(ema_hook, name, lambda *args, **kwargs: None)
     assert torch.equal(maps_with(averaged), drawn)
     assert not torch.equal(maps_with(trained), drawn)
+
+
+def test_ema_weights_are_explained(tmp_path, toy_data):
+    """The map is that of the averaged weights, not of the training's."""
+    cfg = box_config(
+        tmp_path,
+        [dict(type="EMAHook", momentum=0.5, priority=49), box_spy(num_images=1)],
+        data_root=toy_data,
+        optim_wrapper=dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1)),
+    )
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    (hook,) = vis_hooks(runner)
+    drawn = hook.samples[-1]
+    checkpoint = torch.load(tmp_path / "epoch_2.pth", weights_only=False)
+    ema_hook = next(h for h in runner.hooks if type(h).__name__ == "EMAHook")
+    for name in ("before_val_epoch", "after_val_epoch"):
+        setattr(ema_hook, name, lambda *args, **kwargs: None)
+
+    def explained_with(state_dict):
+        runner.model.load_state_dict(state_dict)
+        hook.samples.clear()
+        runner.val()
+        return hook.samples[0]
+
+    trained = {
+        key.replace("module.", ""): value
+        for key, value in checkpoint["ema_state_dict"].items()
+        if key != "steps"
+    }
+    again = explained_with(checkpoint["state_dict"])
+    other = explained_with(trained)
+    assert drawn.explanations[0].maps
+    for sample, is_same in ((again, True), (other, False)):
+        scores = sample.detections.scores
+        assert np.array_equal(scores, drawn.detections.scores) == is_same
+        found, expected = (s.explanations[0].maps[0] for s in (sample, drawn))
+        assert np.array_equal(found.saliency, expected.saliency) == is_same
 
 
 def test_the_forward_runs_under_the_loops_autocast(tmp_path, toy_data):

@@ -15,8 +15,8 @@ from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.publishing import gather
 from mmyolo_vis_hooks.publishing.gather import RankSpool
 from mmyolo_vis_hooks.types import VisImage
-from tests.test_hooks.helpers import pictures, spy
-from tests.toy import toy_config
+from tests.test_hooks.helpers import box_spy, pictures, spy
+from tests.toy_boxes import box_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,13 +39,14 @@ def run_on_two_ranks(work_dir: Path, toy_data: Path, alignment: str, failing: in
 def test_two_ranks_give_the_pictures_of_one(tmp_path, toy_data, alignment):
     """Five images on two ranks: the sampler repeats one of them."""
     found = run_on_two_ranks(tmp_path / "two", toy_data, alignment, failing=-1)
-    hook = spy(alignment=alignment, num_images=-1)
-    cfg = toy_config(tmp_path / "one", [hook], data_root=toy_data, batch_size=1)
+    options = dict(alignment=alignment, num_images=-1)
+    hooks = [spy(**options), box_spy(**options)]
+    cfg = box_config(tmp_path / "one", hooks, data_root=toy_data, batch_size=1)
     cfg.test_dataloader.dataset.indices = 5
     cfg.test_evaluator = []
     Runner.from_cfg(cfg).test()
     expected = pictures(tmp_path / "one")
-    assert len(expected) == 5
+    assert len(expected) == 2 * 5
     assert found.keys() == expected.keys()
     for name, image in expected.items():
         np.testing.assert_array_equal(found[name], image)
@@ -54,7 +55,11 @@ def test_two_ranks_give_the_pictures_of_one(tmp_path, toy_data, alignment):
 def test_a_rank_that_cannot_draw_holds_nobody_up(tmp_path, toy_data):
     found = run_on_two_ranks(tmp_path, toy_data, "resize", failing=1)
     # Rank 0 had the first, third and fifth image.
-    assert sorted(found) == [f"test.featmap.{i}_image_0.png" for i in (1, 3, 5)]
+    assert sorted(found) == [
+        f"test.{name}.{i}_image_0.png"
+        for name in ("boxam", "featmap")
+        for i in (1, 3, 5)
+    ]
 
 
 def test_spool_is_emptied_and_needs_no_other_rank():

@@ -15,8 +15,9 @@ from mmyolo_vis_hooks.errors import ErrorPolicy, PublishError
 from mmyolo_vis_hooks.publishing.publisher import Publisher
 from mmyolo_vis_hooks.types import VisImage
 from tests import wandb_file
-from tests.test_hooks.helpers import pictures, spy
+from tests.test_hooks.helpers import box_spy, pictures, spy
 from tests.toy import toy_config
+from tests.toy_boxes import box_config
 
 BACKENDS = (
     dict(type="LocalVisBackend"),
@@ -61,6 +62,28 @@ def test_training_with_two_hooks_loses_nothing(tmp_path, toy_data):
         assert "coco/bbox_mAP" in row  # the row of the metrics
     media = list(tmp_path.rglob("files/media/images/**/*.png"))
     assert len(media) == 2 * len(tags)
+
+
+def test_explanations_go_to_every_backend(tmp_path, toy_data):
+    hooks = [
+        box_spy(image_indices=[0, 2, 5]),
+        spy(image_indices=[0]),
+        box_spy(image_indices=[2], method="gradcam"),
+    ]
+    cfg = box_config(tmp_path, hooks, data_root=toy_data, vis_backends=BACKENDS)
+    Runner.from_cfg(cfg).train()
+    tags = [f"boxam/{i}" for i in IDS] + ["featmap/1_image", "boxam_2/3_image"]
+
+    expected = {f"val.{t.replace('/', '.')}_{e}.png" for t in tags for e in (1, 2)}
+    assert set(pictures(tmp_path)) == expected
+    assert tensorboard_images(tmp_path) == {f"val/{t}": [1, 2] for t in tags}
+    rows = wandb_file.history_rows(tmp_path)
+    with_images = [row for row in rows if wandb_file.images(row)]
+    assert len(with_images) == 2
+    for row in with_images:
+        assert wandb_file.images(row) == {f"val/{t}" for t in tags}
+        assert "coco/bbox_mAP" in row
+    assert len(list(tmp_path.rglob("files/media/images/**/*.png"))) == 2 * len(tags)
 
 
 def test_test_run_has_a_row_of_its_own(tmp_path, toy_data):

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _measure import (
+    describe_machine,
+    format_bytes,
+    format_seconds,
+    num_cores,
+    peak,
+    positive,
+    reset_peak,
+    status,
+    warn_if_busy,
+)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -102,7 +111,7 @@ def measure(job: Job, picture_path: Path) -> Result:
         0, 256, (job.size_wh[1], job.size_wh[0], 3), dtype=np.uint8
     )
     _limit_memory(job.limit_bytes)
-    before = _reset_peak()
+    before = reset_peak()
     seconds: list[float] = []
     picture = np.empty(0)
     while len(seconds) < job.repeats and max(seconds, default=0) < LONG_RUN_S:
@@ -110,9 +119,9 @@ def measure(job: Job, picture_path: Path) -> Result:
         start = time.perf_counter()
         picture = draw(feature_map, image_rgb, job.reduction)
         seconds.append(time.perf_counter() - start)
-    peak = _peak() - before
+    peak_bytes = peak() - before
     np.save(picture_path, picture)
-    return Result(statistics.median(seconds), len(seconds), peak)
+    return Result(statistics.median(seconds), len(seconds), peak_bytes)
 
 
 def _ours() -> Callable[[Any, np.ndarray, str], np.ndarray]:
@@ -134,14 +143,6 @@ def _mmengine() -> Callable[[Any, np.ndarray, str], np.ndarray]:
     )
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status, bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
 def _limit_memory(limit_bytes: int) -> None:
     """Limit what is allocated from now on.
 
@@ -150,20 +151,10 @@ def _limit_memory(limit_bytes: int) -> None:
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _status("VmData") + limit_bytes
+    limit = status("VmData") + limit_bytes
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-
-
-def _reset_peak() -> int:
-    """Forget the peak so far; the resident memory now, bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
 
 
 def child_main(request: str, picture: str) -> None:
@@ -215,41 +206,11 @@ def compare(first: Path, second: Path) -> str:
     return f"within {difference.max()}"
 
 
-def format_bytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def format_seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
 def available_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise KeyError("MemAvailable")
-
-
-def describe_machine(threads: int, limit_bytes: int) -> str:
-    import importlib.metadata as metadata
-
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    versions = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("torch", "mmengine", "numpy")
-    )
-    return (
-        f"{model}, {num_cores()} cores, {threads} threads; memory limit of a child "
-        f"{format_bytes(limit_bytes)}; {versions}"
-    )
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -263,12 +224,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if min(width, height) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not positive")
     return width, height
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
-    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -386,10 +341,10 @@ def main() -> int:
     )
     table = Table(
         title="Overlay of a feature map at the image's full resolution",
-        caption=describe_machine(args.threads, limit)
-        + f"; median of {args.repeats} runs of this package and up to "
-        f"{max(1, args.repeats // 5)} of MMEngine; memory beyond the process that "
-        "holds map and image",
+        caption=describe_machine(args.threads)
+        + f"; memory limit of a child {format_bytes(limit)}; median of "
+        f"{args.repeats} runs of this package and up to {max(1, args.repeats // 5)} of "
+        "MMEngine; memory beyond the process that holds map and image",
     )
     table.add_column("image")
     for name in ("channels", "reduction", OURS, "memory", MMENGINE, "memory"):
@@ -403,12 +358,7 @@ def main() -> int:
         for channels in args.channels
         for reduction in args.reductions
     ]
-    load = os.getloadavg()[0]
-    if load > num_cores() / 2:
-        console.print(
-            f"Other programs keep this machine busy (load {load:.1f} on {num_cores()} "
-            "cores): times will be too long and vary."
-        )
+    warn_if_busy(console)
     lines, records = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, console=console, transient=True)
