@@ -1,8 +1,10 @@
 # VENV     the virtual environment that everything runs in
 # PYTHON   the interpreter that makes it: 3.9 to 3.12; by default the first one found
 # TORCH    what to ask pip for instead of the newest pair of torch and torchvision
+# JOBS     processes that share the tests; each of them needs 4 GB of memory
 VENV ?= .venv
 TORCH ?=
+JOBS ?= 2
 FITS := import sys, venv; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10 python3.9 \
@@ -15,7 +17,7 @@ RUN := "$(VENV)/bin/python"
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
-	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH= DEMO_ARGS= PYTEST_ARGS="
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH= JOBS=$(JOBS) DEMO_ARGS= PYTEST_ARGS="
 
 install: ## make or check the environment in VENV; all targets below do it first
 	@"$(PYTHON)" -c '$(FITS)' 2>/dev/null || { \
@@ -29,7 +31,7 @@ demo: install ## train a small detector and look into it; opens nothing by itsel
 	@$(RUN) tools/demo.py $(DEMO_ARGS)
 
 test: install ## all tests
-	@$(RUN) -m pytest $(PYTEST_ARGS)
+	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: install ## ruff: errors and formatting
 	@$(RUN) -m ruff check .

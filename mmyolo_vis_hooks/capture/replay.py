@@ -523,6 +523,8 @@ class ReplayEngine:
                 # What follows the target, but by no way that autograd knows.
                 held = frozenset(run.live_outputs) - live - run.holders
                 plan = replace(plan, live=live)
+            # A choice that the values of a batch make together is made for each.
+            batched = plan.has_batch_axis and not run.reads_values
             del run, outputs, ends
 
         def replayed(batch: torch.Tensor) -> tuple[_Run, list[torch.Tensor]]:
@@ -534,16 +536,6 @@ class ReplayEngine:
             run, same = replayed(value)
             for key, found in zip(wanted, same):
                 _compare(key, found, _element(recorded, key), "the recorded ones")
-            served = frozenset(run.served)
-            whole_calls, paths = run.undivided()
-            plan = replace(
-                plan,
-                served=served,
-                mutable=plan.mutable & (served | {target.call}),
-                paths=paths,
-                whole=whole_calls,
-                live_size=run.live_size,
-            )
             ripples = _rippled(value)
             whole = FullReplay(
                 self._network,
@@ -555,7 +547,19 @@ class ReplayEngine:
             _, other = replayed(ripples)
             for key, found, expected in zip(wanted, other, whole.run_one(ripples)):
                 _compare(key, found, expected, "those of a whole forward")
-            batched = plan.has_batch_axis
+            served = frozenset(run.served)
+            whole_calls, paths = run.undivided()
+            plan = replace(
+                plan,
+                served=served,
+                mutable=plan.mutable & (served | {target.call}),
+                paths=paths,
+                whole=whole_calls,
+                live_size=run.live_size,
+            )
+            _, again = replayed(ripples)
+            for key, found, expected in zip(wanted, again, other):
+                _compare(key, found, expected, "those with every call followed")
             if batched:
                 try:
                     _, both = replayed(torch.cat([value, ripples]))
@@ -682,6 +686,11 @@ class _Run:
             for output, shape in zip(found, self._plan.wanted_shapes)
         ]
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether Python was told values of tensors that depend on the target."""
+        return self._mode.reads_values
+
     def undivided(self) -> tuple[frozenset[CallKey], frozenset[str]]:
         """The outermost calls that can be left alone, and the modules of the others."""
         whole: set[CallKey] = set()
@@ -802,6 +811,11 @@ class _Run:
         return _detached(output, True) if key in self._plan.mutable else output
 
 
+_READING = frozenset(
+    ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy")
+)
+
+
 class _Following(TorchFunctionMode):
     """Follows which tensors depend on the target, and widens the others.
 
@@ -818,6 +832,7 @@ class _Following(TorchFunctionMode):
         super().__init__()
         self.batch_size = batch_size
         self._attached = attached
+        self.reads_values = False
         self._buffers = network.buffers
 
     def follows(self, values: Any) -> bool:
@@ -886,6 +901,7 @@ class _Following(TorchFunctionMode):
             return output
         if self._attached and name == "detach":
             func = torch.clone
+        self.reads_values |= name in _READING
         assigns = name in ("__setitem__", "copy_")
         in_place = assigns or _out_of_place(name) is not None
         if (

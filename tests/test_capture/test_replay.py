@@ -857,26 +857,43 @@ def test_randomness():
     assert len(messages) == 1
 
 
-def test_calls_that_depend_on_the_values_later():
+@pytest.mark.parametrize("beside", [False, True])
+def test_calls_that_depend_on_the_values_later(beside):
+    """For values that are far from all those of the trials."""
+
     def middle(net: Any, x: Tensor) -> Tensor:
+        # What does not depend on the layer keeps the module from running as a whole.
+        offset = net.empty(net.const) if beside else 0.0
         for _ in range(2 if float(x.max()) > 100 else 1):
             x = net.extra(x)
-        return x
+        return x + offset
 
     place = toy(middle)
+    net: Any = place.detector
+    net.const = torch.ones(1, 4, 1, 1)
     engine, messages = engine_of(place)
-    with frozen(place.detector), torch.no_grad():
+    with frozen(net), torch.no_grad():
         replay = engine.replay(place.forward, BODY, RAW, {})
         assert isinstance(replay, SuffixReplay)
+        assert not replay.plan.batched  # each value chooses for itself
         assert not messages
-        value = torch.full((1, 4, 8, 8), 200.0)
-        extra = place.detector.extra
+        high = torch.full((1, 4, 8, 8), 200.0)
+        expected = [
+            (net.extra(net.extra(high)) + beside) * 2,
+            (net.extra(high / 200) + beside) * 2,
+        ]
         for _ in range(2):
-            assert_near(replay.run(value), [extra(extra(value)) * 2])
-        assert_near(replay.run(value / 200), [extra(value / 200) * 2])
-        (message,) = messages
-        assert "depends on the values" in message
-        assert isinstance(engine.replay(place.forward, BODY, RAW, {}), FullReplay)
+            assert_near(replay.run(high), expected[:1])
+        assert_near(replay.run(high / 200), expected[1:])
+        assert_near(replay.run(torch.cat([high, high / 200])), [torch.cat(expected)])
+        again = engine.replay(place.forward, BODY, RAW, {})
+        if beside:
+            (message,) = messages
+            assert "depends on the values" in message
+            assert isinstance(again, FullReplay)
+        else:
+            assert not messages
+            assert isinstance(again, SuffixReplay)
 
 
 def test_an_image_that_takes_another_way():
