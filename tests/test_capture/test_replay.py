@@ -113,7 +113,7 @@ _TARGETS: dict[str, list[tuple[str, int, tuple]]] = {
         ("bbox_head.cls_convs.0.0.conv", 0, ()),
     ],
     "faster_rcnn": [
-        *_RESNET,
+        *_SHORT,
         ("roi_head.bbox_roi_extractor", 0, ()),
         ("roi_head.bbox_roi_extractor.roi_layers.1", 0, ()),
         ("roi_head.bbox_head.relu", 1, ()),
