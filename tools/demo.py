@@ -322,7 +322,7 @@ def check_pictures(
 
     task = progress.add_task("Laying maps out by epoch", total=None)
     history = trained["history"]
-    sheets = []
+    sheets: list[Path] = []
     in_training = 0
     for name, hook in vis_hooks(config).items():
         num_images = hook.get("num_images", 4)

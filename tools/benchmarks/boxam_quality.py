@@ -298,7 +298,7 @@ def sanity(detector: Any, dataset: Any, num_images: int) -> Iterator[tuple[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],  # type: ignore[union-attr]
+        description=__doc__.split("\n\n")[0],
     )
     default = [name for name in METHODS if name not in SLOW]
     parser.add_argument(
