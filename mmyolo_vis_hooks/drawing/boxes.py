@@ -118,7 +118,7 @@ def draw_detections(
     colors = [class_color(int(detections.labels[i]), palette) for i, _ in shown]
     labels = [
         _label_text(
-            _class_name(int(detections.labels[i]), class_names),
+            class_name(int(detections.labels[i]), class_names),
             float(detections.scores[i]),
             size,
             width,
@@ -180,7 +180,13 @@ def _draw_box(
         cv2.rectangle(image, (x1 + step, y1 + step), (x2 - step, y2 - step), color, 1)
 
 
-def _class_name(label: int, class_names: Sequence[str] | None) -> str:
+def class_name(label: int, class_names: Sequence[str] | None) -> str:
+    """Name of a class as it is drawn: its number where no font has the name.
+
+    Args:
+        label (int): Index of the class.
+        class_names (Sequence[str], optional): The names.
+    """
     if class_names is not None and 0 <= label < len(class_names):
         name = str(class_names[label])
         if is_drawable(name):

@@ -271,8 +271,6 @@ class BoxMapper:
         self._no_crops: set[TapKey] = set()
         self._unpruned: set[TapKey] = set()
         self._always_graph = False
-        # Of the raw outputs of a head, which ones a scalar depends on.
-        self._kinds: dict[str, set[tuple]] = {}
         if self._method.kind != "black_box" and layers is None:
             last_maps(detector)
 
@@ -485,7 +483,7 @@ class BoxMapper:
             scalars = predictions.scores[indices]
         raw: dict[RawKey, torch.Tensor] = {}
         raw.update(graph.head_outputs.items())
-        anchors = self._located(scalars, labels, raw, target) if raw else None
+        anchors = locate_anchors(scalars, labels, raw) if raw else None
         if target in ("logit", "objectness"):
             if anchors is None:
                 raise VisConfigError(
@@ -509,22 +507,6 @@ class BoxMapper:
         return _Image(
             graph, has_graph, forward, indices, labels, scalars, anchors, recorded
         )
-
-    def _located(
-        self,
-        scalars: torch.Tensor,
-        labels: Sequence[int],
-        raw: Mapping[RawKey, torch.Tensor],
-        target: str,
-    ) -> list[Anchor]:
-        """Anchors, looked for first in the kinds of raw outputs that held one."""
-        kinds = self._kinds.setdefault(target, set())
-        likely = {key: tensor for key, tensor in raw.items() if _kind(key) in kinds}
-        anchors = locate_anchors(scalars, labels, likely) if likely else []
-        if not anchors or not all(anchor.entries for anchor in anchors):
-            anchors = locate_anchors(scalars, labels, raw)
-            kinds.update(_kind(key) for anchor in anchors for key in anchor.keys)
-        return anchors
 
     # Which map of which layer.
 
@@ -1297,12 +1279,6 @@ class _Scorer:
         whole = crops.new_ones(1, crops.shape[1])
         found = self.cropped_scores(crops, whole, offsets)[0].double()
         return _agrees(found, torch.tensor(self.recorded_scores()).to(found))
-
-
-def _kind(key: RawKey) -> tuple:
-    """Raw outputs of one kind are those of all levels: class scores, for example."""
-    path, _, place = key
-    return path, place[:1]
 
 
 def _linear(anchor: Anchor, raw: Sequence[torch.Tensor]) -> torch.Tensor:

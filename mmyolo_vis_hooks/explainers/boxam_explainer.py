@@ -13,11 +13,10 @@ import cv2
 import numpy as np
 
 from ..data.geometry import FrameTransform
-from ..drawing.boxes import draw_detections
+from ..drawing.boxes import class_name, draw_detections
 from ..drawing.colorbar import colorbar
 from ..drawing.heatmap import colormap_lut, validate_overlay_options
 from ..drawing.montage import Cell, cell_size_hw, montage, resize_image
-from ..drawing.text import is_drawable
 from ..errors import VisConfigError
 from ..maps.saliency import FUSIONS, box_saliency, saliency_range
 from ..types import BoxExplanation, BoxSample, Detections, VisImage
@@ -260,7 +259,7 @@ class BoxAMExplainer:
             notes.append(explanation.warning or self._why_silent(explanation))
         return Cell(
             self._with_bar(panel, has_heat),
-            f"{self._class_name(label)} {score:.2f}",
+            f"{class_name(label, self.class_names)} {score:.2f}",
             _joined(notes),
         )
 
@@ -284,7 +283,7 @@ class BoxAMExplainer:
         label = int(sample.detections.labels[group[0].index])
         return Cell(
             self._with_bar(panel, num_silent < count),
-            f"{self._class_name(label)} ({_count(count)})",
+            f"{class_name(label, self.class_names)} ({_count(count)})",
             _joined(notes + sorted({e.warning for e in group if e.warning})),
         )
 
@@ -354,13 +353,6 @@ class BoxAMExplainer:
         if self.fusion == "product" and len(explanation.maps) > 1:
             return "the product of the layers is zero on the image"
         return "the map is zero on the image; its heat lies in the padding"
-
-    def _class_name(self, label: int) -> str:
-        if self.class_names is not None and 0 <= label < len(self.class_names):
-            name = str(self.class_names[label])
-            if is_drawable(name):
-                return name
-        return f"class {label}"
 
 
 @dataclass(frozen=True)
