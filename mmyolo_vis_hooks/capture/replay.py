@@ -122,6 +122,8 @@ class ReplayPlan:
         shape: Of the recorded target.
         wanted_shapes: Of the recorded wanted outputs.
         batched: Whether several values can run at once.
+        channels_last: Whether they may lie in memory with the channels last, which the
+            operators of MMCV take for another order of the values.
     """
 
     layout: CallLayout
@@ -134,6 +136,7 @@ class ReplayPlan:
     shape: torch.Size
     wanted_shapes: tuple[torch.Size, ...]
     batched: bool = True
+    channels_last: bool = False
     whole: frozenset[CallKey] = frozenset()
     live_size: int = 0
 
@@ -246,7 +249,7 @@ class SuffixReplay:
         return self._other.run(batch)
 
     def _run(self, batch: torch.Tensor) -> list[torch.Tensor]:
-        if batch.is_cpu and batch.ndim == 4 and len(batch) > 1:
+        if self.plan.channels_last and len(batch) > 1:
             # Half again as fast, and the convolutions pass the layout on.
             batch = batch.contiguous(memory_format=torch.channels_last)
         run = _Run(self._network, self.plan, self._recorded, batch)
@@ -560,13 +563,23 @@ class ReplayEngine:
             _, again = replayed(ripples)
             for key, found, expected in zip(wanted, again, other):
                 _compare(key, found, expected, "those with every call followed")
-            if batched:
+
+            def runs_as(pair: torch.Tensor) -> bool:
                 try:
-                    _, both = replayed(torch.cat([value, ripples]))
-                    batched = all(map(_is_batch_of, both, same, other))
+                    _, both = replayed(pair)
                 except Exception:  # whatever a network raises that was given one image
-                    batched = False
-        return replace(plan, batched=batched)
+                    return False
+                return all(map(_is_batch_of, both, same, other))
+
+            channels_last = False
+            if batched:
+                pair = torch.cat([value, ripples])
+                channels_last = value.is_cpu and value.ndim == 4
+                if channels_last:
+                    other_order = pair.contiguous(memory_format=torch.channels_last)
+                    channels_last = runs_as(other_order)
+                batched = channels_last or runs_as(pair)
+        return replace(plan, batched=batched, channels_last=channels_last)
 
     def _refuse(
         self,

@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from mmcv.ops import ModulatedDeformConv2dPack
 from torch import Tensor, nn
 
 from mmyolo_vis_hooks.capture.model_state import frozen
@@ -973,6 +974,35 @@ def test_half_precision_and_channels_last():
             assert replay.plan.batched
             assert_near(replay.run(value), list(recorded.values()))
         assert not messages
+
+
+@pytest.mark.parametrize("layer", ["backbone.layer1", "backbone.layer2.1.conv1"])
+def test_operators_of_mmcv_in_batches(layer):
+    """They take no layout in memory but one, and say nothing."""
+    family = build_family("retinanet")
+    detector: Any = copy.deepcopy(family.detector)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv = ModulatedDeformConv2dPack(128, 128, 3, padding=1)
+        nn.init.normal_(conv.conv_offset.weight, std=0.05)
+    detector.backbone.layer2[1].conv2 = conv.eval().requires_grad_(False)
+    place = Scene(detector, forward_of(detector, family.inputs, family.data_samples))
+    target = ReplayTarget(CallKey(layer, 0), ())
+    engine, messages = engine_of(place)
+    with frozen(detector), torch.no_grad():
+        recorded, value = whole_forward(place, target)
+        wanted = list(recorded)
+        replay = engine.replay(place.forward, target, wanted, {})
+        assert isinstance(replay, SuffixReplay)
+        assert replay.plan.batched
+        others = [value * factor for factor in (1.0, 0.8, 1.3)]
+        found = replay.run(torch.cat(others))
+        rows = [whole_forward(place, target, other)[0].values() for other in others]
+        for output, values in zip(found, zip(*rows)):
+            expected = torch.cat(values)
+            difference = float((output - expected).abs().max())
+            assert difference <= 1e-4 * float(expected.abs().max())
+    assert not messages
 
 
 def test_values_are_mapped_alike():
