@@ -45,7 +45,7 @@ type: install ## mypy
 	@$(RUN) -m mypy
 
 bench: install ## every script in tools/benchmarks
-	@for script in tools/benchmarks/*.py; do \
+	@for script in tools/benchmarks/[!_]*.py; do \
 	  echo "== $$script"; $(RUN) "$$script" || exit 1; done
 
 hooks: install ## run lint and type before each commit

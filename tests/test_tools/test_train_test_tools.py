@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,15 +100,20 @@ def trained(digits, tmp_path_factory) -> Path:
     return work_dir
 
 
+def drawn_by_hook(work_dir: Path, mode: str) -> dict[str, int]:
+    """Number of pictures by the name of the hook; all are of one mode."""
+    names = [name.split(".") for name in pictures(work_dir)]
+    assert {own[0] for own in names} == {mode}
+    return dict(sorted(Counter(own[1] for own in names).items()))
+
+
 def test_train_leaves_checkpoint_log_and_pictures(trained):
     checkpoint = load_checkpoint_safely(trained / "epoch_1.pth")
     assert checkpoint["meta"]["epoch"] == 1
     assert checkpoint["meta"]["iter"] == 2
     assert checkpoint["meta"]["dataset_meta"]["classes"] == tuple("0123456789")
     assert len(losses(trained)) == 2
-    drawn = pictures(trained)
-    assert len(drawn) == 4
-    assert all(name.startswith("val.featmap.") for name in drawn)
+    assert drawn_by_hook(trained, "val") == {"boxam": 4, "featmap": 4}
 
 
 def test_test_writes_predictions_and_pictures(digits, trained, tmp_path):
@@ -127,9 +133,7 @@ def test_test_writes_predictions_and_pictures(digits, trained, tmp_path):
     assert set(predictions[0]["pred_instances"]) == {"bboxes", "scores", "labels"}
     (metrics,) = (tmp_path / "run").glob("*/*.json")
     assert "coco/bbox_mAP_50" in json.loads(metrics.read_text())
-    drawn = pictures(tmp_path / "run")
-    assert len(drawn) == 4
-    assert all(name.startswith("test.featmap.") for name in drawn)
+    assert drawn_by_hook(tmp_path / "run", "test") == {"boxam": 4, "featmap": 4}
 
 
 def test_show_dir_json_prefix_and_deploy(digits, trained, tmp_path, monkeypatch):
@@ -153,7 +157,7 @@ def test_tta_runs_the_views_of_the_config(digits, trained, tmp_path, monkeypatch
         *options(digits, tmp_path / "run"),
     )
     assert len(pickle.loads(out.read_bytes())) == 4
-    assert len(pictures(tmp_path / "run")) == 4
+    assert drawn_by_hook(tmp_path / "run", "test") == {"boxam": 4, "featmap": 4}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have AmpOptimWrapper")
