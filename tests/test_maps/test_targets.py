@@ -10,6 +10,7 @@ import torch
 from mmyolo_vis_hooks.errors import VisConfigError, VisError
 from mmyolo_vis_hooks.maps.targets import (
     Anchor,
+    _nonzero,
     batch_axis,
     class_logits,
     gather,
@@ -78,6 +79,14 @@ def test_boxes_of_two_classes_from_one_anchor_are_told_apart(raw, together):
         for found, own in zip(anchor.entries, expected.entries):
             assert found.places.tolist() == own.places.tolist()
             assert torch.allclose(found.gradient, own.gradient, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 5, 6), (2, 7, 5, 6), (9, 4), (3, 1, 4, 2)])
+def test_indices_are_those_of_torch(shape):
+    torch.manual_seed(2)
+    values = torch.randn(shape) * (torch.rand(shape) > 0.7)
+    assert torch.equal(_nonzero(values), values.nonzero())
+    assert len(_nonzero(values * 0)) == 0
 
 
 def test_a_pass_costs_the_same_for_many_boxes(raw, monkeypatch):
