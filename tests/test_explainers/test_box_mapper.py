@@ -179,8 +179,8 @@ def test_many_boxes_of_a_level_take_one_pass_through_crops(name, cropped, monkey
     monkeypatch.setattr(BoxMapper, "_cropped_maps", spy)
     _, explanations = explain(family, topk=10)
     levels = [e.maps[0].layer for e in explanations if e.maps]
-    common = max(set(levels), key=levels.count)
-    assert levels.count(common) >= 3
+    # The finest: a crop of a map of a few cells is the map.
+    common = min(level for level in levels if levels.count(level) >= 3)
     shown = [k for k, e in enumerate(explanations) if e.maps]
     for k, level in zip(shown, levels):
         if level == common:
