@@ -363,25 +363,14 @@ class BoxMapper:
             with frozen(self._detector):
                 self._forward_on(inputs, metainfo)
                 graph, _ = self._run(inputs, metainfo)
-                self._try_target(graph, metainfo)
+                scores = graph.predictions.scores.detach()
+                if len(scores):
+                    self._image(graph, {}, metainfo, [int(scores.argmax())])
                 for view in self._views(graph, list(graph.taps)):
                     view.maps(view.tensor)
         finally:
             # Levels are measured on the first real image, whose maps are larger.
             self._forward, self._pyramid = None, None
-
-    def _try_target(self, graph: PredictionGraph, metainfo: Mapping[str, Any]) -> None:
-        if not len(graph.predictions.scores):
-            return
-        best = [int(graph.predictions.scores.detach().argmax())]
-        try:
-            self._image(graph, {}, metainfo, best)
-        except NotImplementedError as error:
-            raise VisError(
-                f"the scores of {type(self._detector).__name__} carry no gradients "
-                "back to the layers: its post-processing has a step that cannot be "
-                "differentiated (soft-NMS is one); use method='drise', which needs none"
-            ) from error
 
     # One forward.
 
