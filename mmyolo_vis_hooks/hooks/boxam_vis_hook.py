@@ -201,7 +201,8 @@ class BoxAMVisHook(BaseVisHook):
             alpha=alpha,
             colormap=colormap,
             score_thr=score_thr,
-            caption=f"{method} · {target}",
+            caption=f"{method} · {target}"
+            + (" · not of the box alone" * (not known.box_specific)),
         )
         # Wrong values fail now and not in the first validation.
         self._make_explainer()

@@ -546,6 +546,8 @@ def test_every_method_draws(tmp_path, toy_data, captions, method):
     notes = [note for title, note in captions if title.startswith("square")]
     assert len(notes) == 3
     assert all(note.startswith(f"{method} · score · ") for note in notes)
+    shared = "not of the box alone" in notes[0]
+    assert shared == (method in ("eigencam", "fem", "kpcacam"))
 
 
 @pytest.mark.parametrize("target", ["score", "logit", "x1", "y1", "x2", "y2"])
