@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,10 @@ from torch.overrides import TorchFunctionMode
 from ..errors import FeatureShapeError, VisError
 from .nested import OutputIndex, flatten_tensors, map_tensors
 from .recorder import image_tensors
+
+# After so many detections a raw output that no score depended on is taken for one
+# that none can depend on; a saturated one would have shown itself in a low score.
+_ENOUGH_DETECTIONS = 50
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,14 @@ class HeadKey(NamedTuple):
     path: str
     call_index: int
     output_index: OutputIndex
+
+
+_Kind = tuple[str, OutputIndex]
+
+
+def _kind(path: str, output_index: OutputIndex) -> _Kind:
+    """A head's kind of output, such as its class scores at all levels."""
+    return path, output_index[:1]
 
 
 @dataclass
@@ -105,7 +117,9 @@ class GraphForward:
         self._taps = tuple(taps)
         self.heads = head_modules(detector)
         self._keep_graph = False
-        self._has_backward = False
+        self._detections_seen = 0
+        self._touched: set[_Kind] = set()
+        self._idle: frozenset[_Kind] = frozenset()
         self._no_gradients = (
             f"the scores of {type(detector).__name__} carry no gradients back to the "
             "layers: its post-processing cuts the graph (soft-NMS does), or the layers "
@@ -120,6 +134,7 @@ class GraphForward:
         *,
         attach: Callable[[], Iterator[Any]] | None = None,
         from_heads: bool = False,
+        scores_only: bool = False,
     ) -> PredictionGraph:
         """Predict the detections of one image.
 
@@ -132,36 +147,65 @@ class GraphForward:
                 their handles. Defaults to None.
             from_heads (bool): Begin the graph at the raw outputs of the heads; the
                 taps are then recorded without one. Defaults to False.
+            scores_only (bool): With ``from_heads``, leave raw outputs out of the
+                graph of which it is known by then that no score depends on them, as
+                those that make boxes; boxes may carry no gradients then. Defaults to
+                False.
 
         Raises:
             VisError: If the detections carry no gradients.
             FeatureShapeError: If a tap did not run or holds no map.
         """
-        graph = self._run_once(inputs, metainfo, attach, from_heads)
+        idle = self._idle if from_heads and scores_only else frozenset()
+        graph = self._run_once(inputs, metainfo, attach, from_heads, idle)
         predictions = graph.predictions
         if len(predictions.scores) and not predictions.scores.requires_grad:
             if not self._keep_graph and self.heads:
                 self._keep_graph = True
-                graph = self._run_once(inputs, metainfo, attach, from_heads)
+                graph = self._run_once(inputs, metainfo, attach, from_heads, idle)
             if not graph.predictions.scores.requires_grad:
                 raise VisError(self._no_gradients)
-        if not self._has_backward:
-            self._check_backward(graph)
+        if self._detections_seen < _ENOUGH_DETECTIONS:
+            self._look_back(graph)
         return graph
 
-    def _check_backward(self, graph: PredictionGraph) -> None:
-        """Soft-NMS of MMCV makes a graph that cannot be walked back."""
-        nodes = [*graph.taps.values(), *graph.head_outputs.values()]
-        nodes = [node for node in nodes if node.requires_grad]
-        if not len(graph.predictions.scores) or not nodes:
+    def _look_back(self, graph: PredictionGraph) -> None:
+        """See which raw outputs the scores depend on, and that there is a way back.
+
+        Soft-NMS of MMCV makes a graph that cannot be walked back.
+        """
+        scores = graph.predictions.scores
+        nodes: dict[Any, torch.Tensor] = {**graph.taps, **graph.head_outputs}
+        nodes = {key: node for key, node in nodes.items() if node.requires_grad}
+        if not len(scores) or not nodes:
             return
+        # Unequal shares, so that no influence cancels another.
+        shares = torch.arange(1, len(scores) + 1, device=scores.device)
         try:
-            torch.autograd.grad(
-                graph.predictions.scores[0], nodes, retain_graph=True, allow_unused=True
+            gradients = torch.autograd.grad(
+                (scores * shares).sum(),
+                list(nodes.values()),
+                retain_graph=True,
+                allow_unused=True,
             )
         except NotImplementedError as error:
             raise VisError(self._no_gradients) from error
-        self._has_backward = True
+        self._detections_seen += len(scores)
+        for key, gradient in zip(nodes, gradients):
+            if isinstance(key, HeadKey) and gradient is not None and gradient.any():
+                self._touched.add(_kind(key.path, key.output_index))
+        if self._detections_seen >= _ENOUGH_DETECTIONS:
+            sizes: dict[_Kind, set[torch.Size]] = {}
+            for key, output in graph.head_outputs.items():
+                kind = _kind(key.path, key.output_index)
+                sizes.setdefault(kind, set()).add(output.shape[2:])
+            # A level on which no box was found yet is no kind.
+            everywhere = set().union(*sizes.values())
+            self._idle = frozenset(
+                kind
+                for kind, own in sizes.items()
+                if kind not in self._touched and own == everywhere
+            )
 
     def _run_once(
         self,
@@ -169,6 +213,7 @@ class GraphForward:
         metainfo: Mapping[str, Any],
         attach: Callable[[], Iterator[Any]] | None,
         from_heads: bool,
+        idle: Collection[_Kind],
     ) -> PredictionGraph:
         # Tensors of inference mode take part in no graph; their copies do.
         inputs = inputs.clone() if inputs.is_inference() else inputs.detach()
@@ -183,7 +228,7 @@ class GraphForward:
             for tap in self._taps:
                 handles.append(_attach_tap(tap, graph, calls, not from_heads))
             for path, head in self.heads.items():
-                hook = _head_hook(path, graph, mode, calls, from_heads)
+                hook = _head_hook(path, graph, mode, calls, from_heads, idle)
                 handles.append(head.register_forward_hook(hook))
             if attach is not None:
                 handles.extend(attach())
@@ -254,18 +299,19 @@ def _head_hook(
     mode: _KeepGraph,
     calls: Counter[str],
     from_heads: bool,
+    idle: Collection[_Kind],
 ) -> Callable:
+    def begun(index: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.detach().requires_grad_(_kind(path, index) not in idle)
+
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         call_index = calls["head " + path]
         calls["head " + path] += 1
         if from_heads:
             torch.set_grad_enabled(True)
-            output = map_tensors(
-                output,
-                lambda _, t: (
-                    t.detach().requires_grad_() if t.is_floating_point() else t
-                ),
-            )
+            output = map_tensors(output, begun)
         for index, tensor in flatten_tensors(output):
             if tensor.is_floating_point():
                 graph.head_outputs[HeadKey(path, call_index, index)] = tensor

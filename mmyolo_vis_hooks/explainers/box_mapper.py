@@ -396,7 +396,13 @@ class BoxMapper:
             yield from self._engine.attach_recording(recorded)
 
         forward = self._forward_on(inputs, metainfo)
-        graph = forward.run(inputs, metainfo, attach=attach, from_heads=from_heads)
+        graph = forward.run(
+            inputs,
+            metainfo,
+            attach=attach,
+            from_heads=from_heads,
+            scores_only=self._explains_scores,
+        )
         return graph, recorded
 
     def _crops_everything(self) -> bool:
@@ -409,6 +415,11 @@ class BoxMapper:
             and level.tap not in self._no_crops
             for level in self._pyramid.levels
         )
+
+    @property
+    def _explains_scores(self) -> bool:
+        options = self.options
+        return options.target not in BOX_SIDES and options.method != "odam_combined"
 
     @property
     def _takes_crops(self) -> bool:

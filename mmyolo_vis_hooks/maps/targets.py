@@ -23,6 +23,8 @@ RawKey = tuple[str, int, tuple[Any, ...]]
 """Path of a head, number of its call, and place in its nested output."""
 
 _RATIO_TOLERANCE = 1e-3
+# Up to here one look at everything is faster than a look at the cells before.
+_FEW_VALUES = 100_000
 
 
 def validate_target(target: Any) -> None:
@@ -213,7 +215,12 @@ def _locate_together(
 def _nonzero(values: torch.Tensor) -> torch.Tensor:
     """Indices ``(n, ndim)`` of what is not zero, as ``Tensor.nonzero``."""
     values = values.detach()
-    if values.is_cpu and values.ndim == 4 and values.shape[0] == 1:
+    if (
+        values.is_cpu
+        and values.ndim == 4
+        and values.shape[0] == 1
+        and values.numel() > _FEW_VALUES
+    ):
         # Cells first: to look at each channel is most of what a box costs here.
         rows, columns = values.abs().sum(dim=1)[0].nonzero().unbind(dim=1)
         channels, cells = values[0][:, rows, columns].nonzero().unbind(dim=1)

@@ -81,7 +81,9 @@ def test_boxes_of_two_classes_from_one_anchor_are_told_apart(raw, together):
             assert torch.allclose(found.gradient, own.gradient, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 5, 6), (2, 7, 5, 6), (9, 4), (3, 1, 4, 2)])
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 5, 6), (1, 80, 40, 40), (2, 7, 5, 6), (9, 4), (3, 1, 4, 2)]
+)
 def test_indices_are_those_of_torch(shape):
     torch.manual_seed(2)
     values = torch.randn(shape) * (torch.rand(shape) > 0.7)
