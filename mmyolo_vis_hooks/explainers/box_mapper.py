@@ -74,7 +74,7 @@ _MAX_CROPS = 1024
 _BLACK_BOX_BATCH = 8
 # Values that the modules of a replay may put out at once. A CPU is fastest while
 # they stay in its caches; a GPU wants to be filled.
-_VALUES_AT_ONCE = {"cpu": 110_000_000}
+_VALUES_AT_ONCE = {"cpu": 90_000_000}
 _VALUES_AT_ONCE_ELSEWHERE = 2_000_000_000
 _BATCH_SIZES = (4, 32)
 # Test-time augmentation of pytorch-grad-cam: mirrored or not, three brightnesses.

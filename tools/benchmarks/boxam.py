@@ -43,6 +43,7 @@ from _measure import (
     describe_machine,
     format_bytes,
     format_seconds,
+    num_cores,
     peak,
     positive,
     reset_peak,
@@ -729,7 +730,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=positive, default=25)
     parser.add_argument("--quick", action="store_true", help="3 rounds")
-    parser.add_argument("--threads", type=positive, default=1, help="of torch")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=num_cores(),
+        help="of torch; a run has one per core",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args(argv)
 
