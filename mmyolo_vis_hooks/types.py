@@ -135,3 +135,21 @@ class VisImage:
 
     image_id: str
     image_rgb: np.ndarray
+
+
+@dataclass(frozen=True)
+class OverlayMap:
+    """A map that can be laid over an image in any strength, such as on a page.
+
+    Attributes:
+        title: Layer, or class and score of a box.
+        note: Shape, range or method.
+        levels: ``(h, w)`` uint8 over the whole image, 0 the weakest and 255 the
+            strongest value.
+        detection: Which detection of the sample the map is of; None if of none.
+    """
+
+    title: str
+    note: str
+    levels: np.ndarray
+    detection: int | None = None

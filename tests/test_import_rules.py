@@ -22,6 +22,7 @@ LEVELS = {
     "metrics": 1,
     "publishing": 1,
     "explainers": 2,
+    "inference": 2,
     "hooks": 3,
 }
 # A record that travels carries the geometry of its frame.

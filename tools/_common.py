@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.hub import get_config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, RUNNERS, DefaultScope
 from mmengine.runner import Runner, autocast
@@ -58,13 +59,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="folder of logs, checkpoints and pictures; "
         "work_dirs/NAME_OF_THE_CONFIG if neither this nor the config says it",
     )
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        metavar="KEY=VALUE",
-        help="settings that replace those of the config: a.b=1 c=x,y d='[(1,2),(3,4)]'",
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
@@ -78,6 +73,36 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add the option that changes settings of the config."""
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="settings that replace those of the config: a.b=1 c=x,y d='[(1,2),(3,4)]'",
+    )
+
+
+def read_config(name: str) -> Config:
+    """Read a config file, or one that a package brings: ``mmyolo::yolov5/....py``.
+
+    Args:
+        name: Path, or package and path within its configs.
+
+    Raises:
+        ToolError: If there is no such config, or it cannot be read.
+    """
+    try:
+        if "::" in name and not os.path.isfile(name):
+            return get_config(name)
+        if not os.path.isfile(name):
+            raise ToolError(f"there is no config file {name}")
+        return Config.fromfile(name)
+    except (OSError, SyntaxError, KeyError, ImportError, ValueError) as error:
+        raise ToolError(f"the config {name} cannot be read: {error}") from error
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config with the settings of the command line in it.
 
@@ -87,12 +112,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         ToolError: If there is no such config, or it cannot be read.
     """
-    if not os.path.isfile(args.config):
-        raise ToolError(f"there is no config file {args.config}")
-    try:
-        config = Config.fromfile(args.config)
-    except (OSError, SyntaxError, KeyError, ModuleNotFoundError) as error:
-        raise ToolError(f"{args.config} cannot be read: {error}") from error
+    config = read_config(args.config)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
     if args.cfg_options:

@@ -6,9 +6,11 @@ import bisect
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
+
+import numpy as np
 
 from ..errors import VisConfigError
 
@@ -26,6 +28,8 @@ class SelectedImage:
         img_path: Its file, or None for a dataset that holds images in memory.
         dataset: The dataset that loads it, below all wrappers.
         index: Its index in ``dataset``.
+        image_rgb: ``(H, W, 3)`` uint8, RGB, where it is decoded already; None is
+            read from ``img_path``.
     """
 
     image_id: str
@@ -33,6 +37,7 @@ class SelectedImage:
     img_path: str | None
     dataset: Any
     index: int
+    image_rgb: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 class ImageSelector:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mmcv
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from mmengine.fileio import get
 
-from ..errors import VisError
+from ..errors import VisConfigError, VisError
 from ..types import Detections
 
 
@@ -111,3 +112,30 @@ def palette_of(metainfo: Mapping[str, Any]) -> list[tuple[int, ...]] | None:
         return None
     colors = [palette] if isinstance(palette[0], int) else palette
     return [tuple(color) for color in colors]
+
+
+def labels_of(
+    classes: Sequence[str | int], class_names: Sequence[str]
+) -> tuple[int, ...]:
+    """Indices of classes that are given by name or index.
+
+    Raises:
+        VisConfigError: If the data set has no such class.
+    """
+    labels = []
+    for value in classes:
+        if isinstance(value, int):
+            known = value < len(class_names) or not class_names
+            label = value
+        else:
+            known = value in class_names
+            label = list(class_names).index(value) if known else -1
+        if not known:
+            near = difflib.get_close_matches(str(value), class_names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise VisConfigError(
+                f"classes: {value!r} is no class of the data set; {hint}It has "
+                f"{', '.join(map(repr, class_names)) or 'no names'}"
+            )
+        labels.append(label)
+    return tuple(labels)

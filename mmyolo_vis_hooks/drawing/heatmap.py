@@ -131,6 +131,21 @@ def stretch_to_levels(values: np.ndarray) -> np.ndarray:
     return stretched
 
 
+def heat_levels(values: np.ndarray) -> np.ndarray:
+    """The levels that :func:`color_heatmap` gives colours.
+
+    Args:
+        values (np.ndarray): ``(H, W)`` or ``(3, H, W)``, floating point, finite.
+
+    Returns:
+        np.ndarray: ``(H, W)`` uint8.
+    """
+    if values.ndim == 2:
+        return stretch_to_levels(values).astype(np.uint8)
+    picture_bgr = stretch_to_levels(np.ascontiguousarray(values.transpose(1, 2, 0)))
+    return cv2.cvtColor(picture_bgr.astype(np.uint8), cv2.COLOR_BGR2GRAY)
+
+
 def color_heatmap(
     values: np.ndarray, colormap: str | int = "jet", *, soft_steps: bool = False
 ) -> np.ndarray:

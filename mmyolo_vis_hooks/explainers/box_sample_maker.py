@@ -63,6 +63,18 @@ class BoxSampleMaker(SampleMaker):
             fp16 (bool): Not looked at: gradients are taken in full precision.
         """
         data = prepare_data(image.dataset, image.index, pipeline)
+        return self.run_data(image, data, fp16=fp16)
+
+    def run_data(  # type: ignore[override]
+        self, image: SelectedImage, data: dict[str, Any], *, fp16: bool = False
+    ) -> BoxSample:
+        """Explain what a test pipeline gave for an image.
+
+        Args:
+            image (SelectedImage): The image.
+            data (dict): ``inputs`` and ``data_samples``.
+            fp16 (bool): Not looked at: gradients are taken in full precision.
+        """
         with torch.no_grad(), preserve_rng_state():
             batch = self._detector.data_preprocessor(  # type: ignore[operator]
                 pseudo_collate([data]), False

@@ -19,8 +19,12 @@ from ..drawing.heatmap import colormap_lut, validate_overlay_options
 from ..drawing.montage import Cell, cell_size_hw, montage, resize_image
 from ..errors import VisConfigError
 from ..maps.saliency import FUSIONS, box_saliency, saliency_range
-from ..types import BoxExplanation, BoxSample, Detections, VisImage
-from .featmap_explainer import resized_frame, validate_panel_options
+from ..types import BoxExplanation, BoxSample, Detections, OverlayMap, VisImage
+from .featmap_explainer import (
+    MAX_OVERLAY_SIZE,
+    resized_frame,
+    validate_panel_options,
+)
 
 SCOPES = ("box", "class", "image")
 """What has a panel of its own below the image."""
@@ -167,6 +171,48 @@ class BoxAMExplainer:
                 )
         second = self._map_cell(image_map, silent, drawing)
         return VisImage(sample.image_id, layout.stack([first, second], panels))
+
+    def overlay_maps(
+        self, sample: BoxSample, max_size: int = MAX_OVERLAY_SIZE
+    ) -> tuple[OverlayMap, ...]:
+        """The maps by themselves: of all explained boxes, then of each box or class.
+
+        Args:
+            sample (BoxSample): As for a picture.
+            max_size (int): Longest side of a map, pixels. Defaults to 480.
+        """
+        groups = self._groups(sample)
+        if not groups:
+            return ()
+        drawing = _Drawing.of(sample, max_size, 0)
+        image_map = np.zeros(drawing.picture_rgb.shape[:2], np.float32)
+        maps: list[OverlayMap] = []
+        for group in groups:
+            group_map = np.zeros_like(image_map)
+            for explanation in group:
+                np.maximum(
+                    group_map, self._box_map(explanation, drawing), out=group_map
+                )
+            np.maximum(image_map, group_map, out=image_map)
+            if self.scope == "image":
+                continue
+            first = group[0]
+            label = int(sample.detections.labels[first.index])
+            name = class_name(label, self.class_names)
+            notes = [self.caption]
+            if self.scope == "class":
+                title = f"{name} ({_count(len(group))})"
+            else:
+                title = f"{name} {float(sample.detections.scores[first.index]):.2f}"
+                notes += self._layer_notes(first, sample.frame)
+                if first.warning or not group_map.any():
+                    notes.append(first.warning or self._why_silent(first))
+            levels = np.rint(group_map * 255).astype(np.uint8)
+            maps.append(OverlayMap(title, _joined(notes), levels, first.index))
+        count = len(sample.explanations)
+        title = f"{count} explained {'box' if count == 1 else 'boxes'}"
+        joint = np.rint(image_map * 255).astype(np.uint8)
+        return (OverlayMap(title, self.caption, joint), *maps)
 
     def _groups(self, sample: BoxSample) -> list[list[BoxExplanation]]:
         """The explanations that share a panel, in the order of their best box.

@@ -12,7 +12,11 @@ import torch
 
 from ..data.geometry import FrameTransform
 from ..drawing.boxes import draw_detections
-from ..drawing.heatmap import overlay_heatmap, validate_overlay_options
+from ..drawing.heatmap import (
+    heat_levels,
+    overlay_heatmap,
+    validate_overlay_options,
+)
 from ..drawing.montage import (
     MIN_CELL_SIZE,
     Cell,
@@ -27,9 +31,11 @@ from ..maps.feature_map import (
     reduce_feature_map,
     validate_reduction_options,
 )
-from ..types import Activation, Detections, VisImage, VisSample
+from ..types import Activation, Detections, OverlayMap, VisImage, VisSample
 
 _TILE_GAP = 4
+MAX_OVERLAY_SIZE = 480
+"""Longest side, in pixels, of a map that a page lays over an image."""
 
 
 class FeatMapExplainer:
@@ -119,6 +125,32 @@ class FeatMapExplainer:
             cells.append(self._layer_cell(activation, sample, background, map_frame))
         return VisImage(sample.image_id, montage(cells))
 
+    def overlay_maps(
+        self, sample: VisSample, max_size: int = MAX_OVERLAY_SIZE
+    ) -> tuple[OverlayMap, ...]:
+        """The maps of the panel by themselves, one per activation and shown channel.
+
+        Args:
+            sample (VisSample): As for a panel.
+            max_size (int): Longest side of a map, pixels. Defaults to 480.
+
+        Raises:
+            VisConfigError, FeatureShapeError: As for a panel.
+        """
+        size_hw = cell_size_hw(sample.image_rgb.shape[:2], max_size)
+        frame = resized_frame(sample.frame, size_hw)
+        maps = []
+        for activation in sample.activations:
+            reduced = self._reduced(activation, sample)
+            note = self._note(reduced)
+            for number, tile in enumerate(reduced.resampled_tiles(frame)):
+                levels = heat_levels(tile)
+                title = activation.title
+                if self._has_tiles:
+                    title += f" · channel {reduced.channels[number]}"
+                maps.append(OverlayMap(title, note, levels))
+        return tuple(maps)
+
     def _sizes(
         self, image_hw: tuple[int, int]
     ) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -169,8 +201,20 @@ class FeatMapExplainer:
         background: np.ndarray,
         map_frame: FrameTransform,
     ) -> Cell:
+        reduced = self._reduced(activation, sample)
+        tiles = _overlay_tiles(
+            reduced, background, map_frame, self.alpha, self.colormap
+        )
+        picture = (
+            _labelled_block(tiles, reduced, self.arrangement, _TILE_GAP)
+            if self._has_tiles
+            else tiles[0]
+        )
+        return Cell(picture, activation.title, self._note(reduced))
+
+    def _reduced(self, activation: Activation, sample: VisSample) -> ReducedMaps:
         try:
-            reduced = reduce_feature_map(
+            return reduce_feature_map(
                 activation.feature_map,
                 sample.frame,
                 channel_reduction=self.channel_reduction,
@@ -181,15 +225,6 @@ class FeatMapExplainer:
             # Both errors of the reduction derive from ValueError; only the layer's
             # name is missing in them.
             raise type(error)(f"layer {activation.title!r}: {error}") from error
-        tiles = _overlay_tiles(
-            reduced, background, map_frame, self.alpha, self.colormap
-        )
-        picture = (
-            _labelled_block(tiles, reduced, self.arrangement, _TILE_GAP)
-            if self._has_tiles
-            else tiles[0]
-        )
-        return Cell(picture, activation.title, self._note(reduced))
 
     def _note(self, reduced: ReducedMaps) -> str:
         if self._has_tiles:

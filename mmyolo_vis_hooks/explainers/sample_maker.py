@@ -58,6 +58,18 @@ class SampleMaker:
             fp16 (bool): Run under autocast.
         """
         data = prepare_data(image.dataset, image.index, pipeline)
+        return self.run_data(image, data, fp16=fp16)
+
+    def run_data(
+        self, image: SelectedImage, data: dict[str, Any], *, fp16: bool = False
+    ) -> VisSample:
+        """Run the detector on what a test pipeline gave for an image, and record it.
+
+        Args:
+            image (SelectedImage): The image.
+            data (dict): ``inputs`` and ``data_samples``.
+            fp16 (bool): Run under autocast.
+        """
         with (
             torch.no_grad(),
             preserve_model_state(self._detector),
@@ -136,6 +148,8 @@ class SampleMaker:
         return image_rgb, frame, detections
 
     def _load(self, image: SelectedImage) -> np.ndarray:
+        if image.image_rgb is not None:
+            return image.image_rgb
         if image.img_path is None:
             raise VisError(
                 f"the dataset names no file for image {image.image_id}; use "

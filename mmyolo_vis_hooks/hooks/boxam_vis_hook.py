@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,12 +12,13 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..capture.layer_path import resolve_layers
-from ..errors import VisConfigError, VisError
+from ..data.samples import labels_of
+from ..errors import VisError
 from ..explainers.box_mapper import BoxMapOptions, BoxMapper
 from ..explainers.box_sample_maker import BoxSampleMaker
 from ..explainers.boxam_explainer import BoxAMExplainer
 from ..explainers.sample_maker import SampleMaker
-from ..maps.cam_methods import method_of
+from ..maps.cam_methods import caption_of, method_of
 from .base_vis_hook import (
     BaseVisHook,
     Explainer,
@@ -201,8 +201,7 @@ class BoxAMVisHook(BaseVisHook):
             alpha=alpha,
             colormap=colormap,
             score_thr=score_thr,
-            caption=f"{method} · {target}"
-            + (" · not of the box alone" * (not known.box_specific)),
+            caption=caption_of(method, target),
         )
         # Wrong values fail now and not in the first validation.
         self._make_explainer()
@@ -245,30 +244,3 @@ class BoxAMVisHook(BaseVisHook):
     ) -> Explainer:
         """Give the explainer with the options of this hook."""
         return self._make_explainer(class_names=class_names, palette=palette)
-
-
-def labels_of(
-    classes: Sequence[str | int], class_names: Sequence[str]
-) -> tuple[int, ...]:
-    """Indices of classes that are given by name or index.
-
-    Raises:
-        VisConfigError: If the data set has no such class.
-    """
-    labels = []
-    for value in classes:
-        if isinstance(value, int):
-            known = value < len(class_names) or not class_names
-            label = value
-        else:
-            known = value in class_names
-            label = list(class_names).index(value) if known else -1
-        if not known:
-            near = difflib.get_close_matches(str(value), class_names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise VisConfigError(
-                f"classes: {value!r} is no class of the data set; {hint}It has "
-                f"{', '.join(map(repr, class_names)) or 'no names'}"
-            )
-        labels.append(label)
-    return tuple(labels)

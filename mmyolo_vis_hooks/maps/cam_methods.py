@@ -241,6 +241,12 @@ _METHODS = (
 METHODS: dict[str, CamMethod] = {method.name: method for method in _METHODS}
 
 
+def caption_of(method: str, target: str) -> str:
+    """What pictures say of a method and a target: ``'boxam · score'``."""
+    shared = "" if method_of(method).box_specific else " · not of the box alone"
+    return f"{method} · {target}{shared}"
+
+
 def method_of(name: Any) -> CamMethod:
     """Look up a method by name.
 

@@ -1,0 +1,225 @@
+"""Images of files, folders, addresses and videos, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.fileio import get
+
+from ..errors import VisError
+
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".dib", ".jpe", ".jpeg", ".jpg", ".jp2", ".pbm", ".pgm", ".png", ".ppm"}
+    | {".tif", ".tiff", ".webp"}
+)
+VIDEO_SUFFIXES = frozenset(
+    {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv"}
+    | {".webm", ".wmv"}
+)
+_MAX_NAME_LENGTH = 120
+
+
+class ImageReadError(VisError):
+    """A file or an address gives no image."""
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """One image, decoded, or the reason why it could not be.
+
+    Attributes:
+        name: Unique among all images of the source, safe in file names.
+        title: Its path or address; of a frame with the number, from 0.
+        image_bgr: ``(H, W, 3)`` uint8, BGR; None if it could not be read.
+        error: Why not.
+    """
+
+    name: str
+    title: str
+    image_bgr: np.ndarray | None
+    error: ImageReadError | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    title: str
+    location: str
+    is_video: bool
+    count: int = 1
+
+
+class ImageSource:
+    """All images that some arguments of a command name.
+
+    Args:
+        sources (Sequence[str]): Image files, videos, folders, which are searched
+            with all folders in them, and addresses (``https://``, ``s3://``).
+        exclude (str, optional): A folder whose images are left out, such as the one
+            that results are written to. Defaults to None.
+
+    Raises:
+        ImageReadError: If something does not exist, a folder holds no image, a video
+            cannot be opened, or the only image is none.
+    """
+
+    def __init__(self, sources: Sequence[str], exclude: str | None = None) -> None:
+        taken: set[str] = set()
+        self._entries: list[_Entry] = []
+        for source in sources:
+            for stem, title in _find(source, exclude):
+                is_video = Path(urlparse(title).path).suffix.lower() in VIDEO_SUFFIXES
+                count = _count_frames(title) if is_video else 1
+                name = _unique(safe_name(stem), taken)
+                self._entries.append(_Entry(name, title, title, is_video, count))
+        self._first: np.ndarray | None = None
+        if len(self._entries) == 1 and not self._entries[0].is_video:
+            # Before a model is built for it.
+            self._first = read_image(self._entries[0].location)
+
+    def __len__(self) -> int:
+        """How many images there are; of a video what its header says."""
+        return sum(entry.count for entry in self._entries)
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether frames of videos are among them."""
+        return any(entry.is_video for entry in self._entries)
+
+    def first(self) -> np.ndarray:
+        """The first image that can be read, ``(H, W, 3)`` uint8, BGR.
+
+        Raises:
+            ImageReadError: If none can.
+        """
+        if self._first is not None:
+            return self._first
+        error: ImageReadError | None = None
+        for image in self:
+            if image.image_bgr is not None:
+                return image.image_bgr
+            error = error or image.error
+        raise error or ImageReadError("there is no image")
+
+    def __iter__(self) -> Iterator[SourceImage]:
+        for entry in self._entries:
+            if entry.is_video:
+                yield from _frames(entry)
+                continue
+            try:
+                image = self._first
+                image = read_image(entry.location) if image is None else image
+            except ImageReadError as error:
+                yield SourceImage(entry.name, entry.title, None, error)
+            else:
+                yield SourceImage(entry.name, entry.title, image)
+
+
+def read_image(location: str) -> np.ndarray:
+    """Read an image as the test pipelines do: turned as its EXIF data says.
+
+    Args:
+        location (str): Path or address.
+
+    Returns:
+        np.ndarray: ``(H, W, 3)`` uint8, BGR.
+
+    Raises:
+        ImageReadError: If it cannot be read or is no image.
+    """
+    try:
+        content = get(location)
+    except Exception as error:  # each file backend has errors of its own
+        raise ImageReadError(f"cannot read {location}: {error}") from error
+    image = None
+    if content:
+        # More pixels than OpenCV takes, or a damaged header.
+        with contextlib.suppress(cv2.error):
+            image = mmcv.imfrombytes(content)
+    if image is None:
+        raise ImageReadError(f"{location} is no image that OpenCV can decode")
+    return image
+
+
+def safe_name(name: str) -> str:
+    """A name for files: letters, digits, ``_`` and ``-`` of any script."""
+    return re.sub(r"[^\w-]", "_", name)[:_MAX_NAME_LENGTH] or "_"
+
+
+def _find(source: str, exclude: str | None) -> Iterator[tuple[str, str]]:
+    """Name and location of each file that an argument stands for."""
+    if "://" in source:
+        path = unquote(urlparse(source).path)
+        yield Path(path).stem or urlparse(source).netloc, source
+        return
+    if os.path.isdir(source):
+        found = list(_walk(source, exclude))
+        if not found:
+            kinds = " ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+            raise ImageReadError(f"the folder {source} holds no image ({kinds})")
+        for path in found:
+            yield os.path.splitext(os.path.relpath(path, source))[0], path
+        return
+    if not os.path.isfile(source):
+        raise ImageReadError(f"there is no image, folder or video {source}")
+    yield Path(source).stem, source
+
+
+def _walk(folder: str, exclude: str | None) -> Iterator[str]:
+    left_out = os.path.realpath(exclude) if exclude else None
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if os.path.realpath(os.path.join(parent, name)) != left_out
+        )
+        for name in sorted(files):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+                yield os.path.join(parent, name)
+
+
+def _count_frames(location: str) -> int:
+    video = cv2.VideoCapture(location)
+    try:
+        if not video.isOpened():
+            raise ImageReadError(f"{location} is no video that OpenCV can open")
+        return max(1, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+    finally:
+        video.release()
+
+
+def _frames(entry: _Entry) -> Iterator[SourceImage]:
+    video = cv2.VideoCapture(entry.location)
+    number = 0
+    try:
+        while True:
+            there, image = video.read()
+            if not there:
+                break
+            name = f"{entry.name}_{number:06d}"
+            yield SourceImage(name, f"{entry.title} frame {number}", image)
+            number += 1
+    finally:
+        video.release()
+    if not number:
+        error = ImageReadError(f"{entry.title} holds no frame that can be decoded")
+        yield SourceImage(entry.name, entry.title, None, error)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    # Some file systems take 'A' and 'a' for the same.
+    candidate, count = name, 1
+    while candidate.lower() in taken:
+        count += 1
+        candidate = f"{name}-{count}"
+    taken.add(candidate.lower())
+    return candidate
