@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 
 import cv2
 import numpy as np
@@ -81,9 +80,7 @@ class TestRender:
     def test_a_sigma_far_beyond_the_image_gives_its_mean(self, image_hw):
         saliency = random_map(4, 6)
         frame = FrameTransform.stretch(image_hw, (4, 6))
-        start = time.perf_counter()
         rendered = render_saliency(saliency, frame, sigma_px=1e9)
-        assert time.perf_counter() - start < 1
         assert rendered.max() - rendered.min() < 1e-5
         assert saliency.min() < rendered.max() < saliency.max()
 
