@@ -1,0 +1,558 @@
+"""What ``featmap_vis_demo.py`` and ``boxam_vis_demo.py`` share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.visualization import Visualizer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch import nn
+
+from _common import (
+    ToolError,
+    add_cfg_options,
+    check_checkpoint,
+    read_config,
+    run_tool,
+)
+from _layers import print_layers
+from mmyolo_vis_hooks.capture.layer_path import resolve_layers
+from mmyolo_vis_hooks.data.image_selector import SelectedImage
+from mmyolo_vis_hooks.drawing.boxes import class_name
+from mmyolo_vis_hooks.drawing.montage import cell_size_hw, resize_image
+from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
+from mmyolo_vis_hooks.explainers.sample_maker import ALIGNMENTS, SampleMaker
+from mmyolo_vis_hooks.inference.detector import (
+    DatasetInfo,
+    build_detector,
+    build_pipeline,
+    check_device,
+    classes_and_palette,
+    load_weights,
+    read_dataset,
+)
+from mmyolo_vis_hooks.inference.image_source import ImageSource, SourceImage
+from mmyolo_vis_hooks.inference.overlap import WriteBehind, read_ahead
+from mmyolo_vis_hooks.publishing.html_page import (
+    HtmlPage,
+    PageBox,
+    PageEntry,
+    PagePanel,
+)
+
+OUT_DIR = "./output"
+_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_PAGE_IMAGE_SIZE = 960
+_JPEG_QUALITY = 92
+
+logger = logging.getLogger("mmyolo_vis_hooks")
+
+
+def make_demo_parser(description: str, layers: Sequence[str] | None) -> Any:
+    """Make a parser with the options of both tools.
+
+    Args:
+        description: First line of the help.
+        layers: Default of ``--target-layers``.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=_HelpFormatter
+    )
+    parser.add_argument(
+        "img",
+        nargs="+",
+        help="images, videos, folders (with all folders in them) or addresses",
+    )
+    parser.add_argument(
+        "config",
+        help="config file of the detector, or mmyolo::FOLDER/FILE.py for one that "
+        "MMYOLO brings (mmdet:: likewise)",
+    )
+    parser.add_argument("checkpoint", help="its weights, a path or an address")
+    parser.add_argument(
+        "--target-layers",
+        nargs="+",
+        default=layers,
+        metavar="LAYER",
+        help="module paths such as backbone, neck, backbone.stage4 or "
+        "'neck.out_layers[2]'; --preview-model lists them"
+        + (" (default: for each box the map on which it was decided)" * (not layers)),
+    )
+    parser.add_argument(
+        "--preview-model",
+        action="store_true",
+        help="list the layers with the shapes that the first image gives, and end",
+    )
+    parser.add_argument(
+        "--out-dir",
+        help="folder of the pictures and of index.html, a page to look through them "
+        f"(default: {OUT_DIR}, unless --out-file or --show is given)",
+    )
+    parser.add_argument("--out-file", help="file of the picture, for a single image")
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="show each picture in a window and wait for a key",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda:0" if torch.cuda.is_available() else "cpu",
+        help="where the network runs: cuda:0 is the first GPU",
+    )
+    parser.add_argument(
+        "--score-thr",
+        type=float,
+        default=0.3,
+        help="only boxes with a higher score are drawn",
+    )
+    parser.add_argument(
+        "--alignment",
+        choices=ALIGNMENTS,
+        default="resize",
+        help="what the network looks at: resize, the image scaled so that it needs no "
+        "padding; letterbox, the config's own input, with the maps put back to "
+        "the image; network, the same, drawn on the padded input",
+    )
+    add_cfg_options(parser)
+    return parser
+
+
+def run_demo(main: Callable[[], None]) -> None:
+    """Run a tool as :func:`run_tool` does; Ctrl-C ends it with one word."""
+    try:
+        run_tool(main)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # as shells report it
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if "(default" in text or action.default in (None, False):
+            return text
+        return super()._get_help_string(action)
+
+
+@dataclass
+class Demo:
+    """One run of a tool, from checked arguments to a network that is ready.
+
+    Attributes:
+        args: The command line.
+        config: The detector's config, with the settings of the command line.
+        source: The images.
+        dataset: What the config says of the test data.
+        device: Where the network runs.
+    """
+
+    args: argparse.Namespace
+    config: Config
+    source: ImageSource
+    dataset: DatasetInfo
+    device: torch.device
+    class_names: tuple[str, ...] = ()
+    palette: Any = None
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Demo:
+        """Check everything that needs no network.
+
+        Raises:
+            ToolError, VisError: With what is wrong and the remedy.
+        """
+        if args.out_dir is None and args.out_file is None and not args.show:
+            args.out_dir = OUT_DIR
+        source = ImageSource(args.img, exclude=args.out_dir)
+        if args.out_file is not None:
+            _check_out_file(args.out_file, source, args.img)
+        if args.show and not _has_display():
+            raise ToolError(
+                "--show opens windows, and this machine has no display; leave it out "
+                "and look at the files in --out-dir"
+            )
+        config = read_config(args.config)
+        if args.cfg_options:
+            config.merge_from_dict(args.cfg_options)
+        dataset = read_dataset(config)
+        device = check_device(args.device)
+        if not args.preview_model:
+            check_checkpoint(args.checkpoint, "checkpoint")
+            if args.out_dir is not None:
+                _check_inputs_stay(args.img, args.out_dir)
+                _check_folder(args.out_dir, "--out-dir")
+            if args.out_file is not None:
+                _check_folder(os.path.dirname(args.out_file) or ".", "--out-file")
+        return cls(args, config, source, dataset, device)
+
+    def build(self) -> nn.Module:
+        """Build the detector, check the layers, and load the weights.
+
+        Raises:
+            VisError: If a layer is unknown, or the weights do not fit.
+            ToolError: If the weights cannot be read.
+        """
+        detector = build_detector(self.config, self.device)
+        if not self.args.preview_model:
+            resolve_layers(detector, self.args.target_layers or ())
+        metainfo: Any = {}
+        if not self.args.preview_model:
+            checkpoint = self.args.checkpoint
+            try:
+                metainfo = load_weights(detector, checkpoint)
+            except OSError as error:  # those of addresses derive from it, too
+                raise ToolError(
+                    f"the checkpoint {checkpoint} cannot be read: {error}"
+                ) from error
+        self.class_names, self.palette = classes_and_palette(
+            metainfo, self.dataset.metainfo
+        )
+        return detector
+
+    def preview(self, detector: nn.Module) -> None:
+        """Print the layers, with the shapes for the first image."""
+        pipeline = build_pipeline(
+            self.config, self.dataset, detector, self.args.alignment
+        )
+        print_layers(detector, pipeline, self.source.first())
+
+    def run(self, detector: nn.Module, maker: SampleMaker, explainer: Any) -> int:
+        """Make a picture of every image.
+
+        Args:
+            detector: In eval mode, with its weights.
+            maker: Makes the samples that the explainer draws.
+            explainer: Has ``overlay_maps`` and can be called.
+
+        Returns:
+            int: Status of the process: 1 if an image failed.
+
+        Raises:
+            KeyboardInterrupt: At Ctrl-C, once what was finished is on the page.
+        """
+        pipeline = build_pipeline(
+            self.config, self.dataset, detector, self.args.alignment
+        )
+        page = None
+        if self.args.out_dir is not None:
+            page = HtmlPage(
+                self.args.out_dir,
+                title=f"{self.args.title} · {os.path.basename(self.args.config)}",
+                colormap=explainer.colormap,
+                fade=self.args.fade,
+                alpha=explainer.alpha,
+            )
+        done = 0
+        interrupted = False
+        writer = WriteBehind()
+        try:
+            with _progress(len(self.source)) as advance:
+                for picture in self._pictures(pipeline, maker, explainer, page, writer):
+                    advance()
+                    done += picture is not None
+                    if self.args.show and picture is not None:
+                        Visualizer().show(picture.image_rgb, win_name=picture.name)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            # What is there can be looked at, also after Ctrl-C.
+            writer.close()
+            if page is not None and len(page):
+                page.write()
+        # Some may be written that the loop has not come to.
+        status = self._report(done if page is None else len(page))
+        if interrupted:
+            raise KeyboardInterrupt
+        return status
+
+    def _pictures(
+        self,
+        pipeline: Callable,
+        maker: SampleMaker,
+        explainer: Any,
+        page: HtmlPage | None,
+        writer: WriteBehind,
+    ) -> Iterator[_Picture | None]:
+        """Finished pictures, in the order of the images; None for one that failed."""
+        any_drawn = False
+
+        def failed(image: SourceImage, error: Exception) -> None:
+            mistakes = (VisConfigError, FeatureShapeError)
+            if isinstance(error, mistakes) and not any_drawn:
+                raise error  # it will be the same for every image
+            self._failed(image, error)
+
+        def prepared() -> Iterator[tuple[int, SourceImage, Any]]:
+            for number, image in enumerate(self.source):
+                result: Any = image.error
+                if image.image_bgr is not None:
+                    try:
+                        result = load_image(pipeline, number, image)
+                    except Exception as error:  # of a step of the pipeline
+                        result = error
+                yield number, image, result
+
+        def finished(results: Iterator[tuple[SourceImage, Any]]) -> Any:
+            nonlocal any_drawn
+            for image, result in results:
+                if isinstance(result, Exception):
+                    failed(image, result)
+                    yield None
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    any_drawn = True
+                    yield result
+
+        for number, image, result in read_ahead(prepared()):
+            if isinstance(result, Exception):
+                self._failed(image, result)
+                yield None
+                continue
+            selected, data = result
+            try:
+                sample = maker.run_data(selected, data)
+            except Exception as error:
+                failed(image, error)
+                yield None
+                continue
+            work = partial(self._finish, number, image.title, sample, explainer, page)
+            yield from finished(writer.submit(image, work))
+        yield from finished(writer.drain())
+
+    def _finish(
+        self,
+        number: int,
+        title: str,
+        sample: Any,
+        explainer: Any,
+        page: HtmlPage | None,
+    ) -> _Picture:
+        """Draw, encode and write one picture; runs beside the network."""
+        picture_rgb = explainer(sample).image_rgb
+        file = self.args.out_file
+        if self.args.out_dir is not None:
+            file = file or os.path.join(self.args.out_dir, f"{sample.image_id}.jpg")
+        if file is not None:
+            write_image(file, picture_rgb)
+        if page is not None:
+            page.add(self._entry(number, title, sample, explainer, file))
+        # Windows are opened by the main thread.
+        return _Picture(title, picture_rgb if self.args.show else None)
+
+    def _entry(
+        self, number: int, title: str, sample: Any, explainer: Any, file: str
+    ) -> PageEntry:
+        detections = sample.detections
+        shown = np.flatnonzero(detections.scores > self.args.score_thr).tolist()
+        boxes = [
+            PageBox(
+                class_name(int(detections.labels[i]), self.class_names),
+                float(detections.scores[i]),
+                _four(detections.boxes_xyxy[i]),
+            )
+            for i in shown
+        ]
+        places: dict[int | None, int] = {index: n for n, index in enumerate(shown)}
+        image_h, image_w = sample.image_rgb.shape[:2]
+        size_hw = cell_size_hw((image_h, image_w), _PAGE_IMAGE_SIZE, 1)
+        return PageEntry(
+            name=sample.image_id,
+            title=title,
+            image_rgb=resize_image(sample.image_rgb, size_hw),
+            image_hw=(image_h, image_w),
+            boxes=tuple(boxes),
+            panels=tuple(
+                PagePanel(m.title, m.note, m.levels, places.get(m.detection))
+                for m in explainer.overlay_maps(sample)
+            ),
+            picture=os.path.relpath(file, self.args.out_dir),
+            note="" if boxes else f"no box with score > {self.args.score_thr:g}",
+            order=number,
+        )
+
+    def _failed(self, image: SourceImage, error: Exception) -> None:
+        logger.debug("%s failed", image.title, exc_info=error)
+        message = str(error) or type(error).__name__
+        if not isinstance(error, (VisError, OSError)):
+            message = f"{type(error).__name__}: {message}"
+        self.failures.append((image.title, message.splitlines()[0]))
+
+    def _report(self, done: int) -> int:
+        console = Console(stderr=True)
+        count = "1 picture" if done == 1 else f"{done} pictures"
+        text = ""
+        if done and self.args.out_dir is not None:
+            page = os.path.join(self.args.out_dir, "index.html")
+            text = f"{count} in {self.args.out_file or self.args.out_dir}; open {page}"
+        elif done and self.args.out_file is not None:
+            text = f"{count}: {self.args.out_file}"
+        if text:
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+        for title, message in self.failures:
+            text = message if title in message else f"{title}: {message}"
+            print(f"error: {text}", file=sys.stderr)
+        if self.failures:
+            print(
+                f"error: {len(self.failures)} of {done + len(self.failures)} images "
+                "could not be drawn",
+                file=sys.stderr,
+            )
+        return 1 if self.failures else 0
+
+
+def _four(box_xyxy: np.ndarray) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = box_xyxy.tolist()
+    return x1, y1, x2, y2
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str
+    image_rgb: Any
+
+
+def load_image(
+    pipeline: Callable, number: int, image: SourceImage
+) -> tuple[SelectedImage, dict[str, Any]]:
+    """What the pipeline gives for a decoded image, and what is drawn on.
+
+    Raises:
+        VisError: If the pipeline gives nothing.
+    """
+    data = pipeline(
+        dict(img=image.image_bgr, img_id=number, img_path=image.title, instances=[])
+    )
+    if data is None or image.image_bgr is None:
+        raise VisError(f"the test pipeline gave nothing for {image.title}")
+    image_rgb = cv2.cvtColor(image.image_bgr, cv2.COLOR_BGR2RGB)
+    selected = SelectedImage(
+        image.name, number, image.title, None, number, image_rgb=image_rgb
+    )
+    return selected, data
+
+
+def write_image(file: str, image_rgb: np.ndarray) -> None:
+    """Write a picture whole or not at all.
+
+    Args:
+        file: Its suffix says the format.
+        image_rgb: ``(H, W, 3)`` uint8, RGB.
+
+    Raises:
+        ToolError: If it cannot be written.
+    """
+    suffix = os.path.splitext(file)[1].lower()
+    options = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if "jp" in suffix else []
+    whole, content = cv2.imencode(suffix, image_rgb[..., ::-1], options)
+    if not whole:
+        raise ToolError(f"OpenCV cannot write a picture of {suffix}: {file}")
+    temporary = f"{file}.part"
+    try:
+        with open(temporary, "wb") as opened:
+            opened.write(content.tobytes())
+        os.replace(temporary, file)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise ToolError(f"cannot write {file}: {error.strerror}") from error
+
+
+class _progress:
+    """A bar for more than one image; gives the function that moves it on."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=total < 2,
+        )
+
+    def __enter__(self) -> Callable[[], None]:
+        self._bar.start()
+        task = self._bar.add_task("images", total=self._total)
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            # The header of a video may promise too few frames.
+            self._bar.update(task, completed=done, total=max(done, self._total))
+
+        return advance
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+
+
+def _check_out_file(file: str, source: ImageSource, images: Sequence[str]) -> None:
+    if len(source) > 1 or source.has_videos:
+        raise ToolError(
+            f"--out-file {file} is for one image, and there are {len(source)}; use "
+            "--out-dir, where each has a file of its own"
+        )
+    if os.path.splitext(file)[1].lower() not in _PICTURE_SUFFIXES:
+        raise ToolError(
+            f"--out-file {file}: its suffix must say the format, one of "
+            f"{', '.join(_PICTURE_SUFFIXES)}"
+        )
+    if os.path.isdir(file):
+        raise ToolError(f"--out-file {file} is a folder; use --out-dir for one")
+    if os.path.realpath(file) in map(os.path.realpath, images):
+        raise ToolError(f"--out-file {file} is the image itself; give another file")
+
+
+def _check_inputs_stay(images: Sequence[str], folder: str) -> None:
+    """Make sure that no picture gets the name of an image that is still needed."""
+    target = os.path.realpath(folder)
+    for image in images:
+        path = os.path.realpath(image)
+        is_there = os.path.dirname(path) == target and path.lower().endswith(".jpg")
+        if path == target or (os.path.isfile(path) and is_there):
+            raise ToolError(
+                f"--out-dir {folder} is where {image} lies, which a picture might "
+                "overwrite; give another folder"
+            )
+
+
+def _check_folder(folder: str, option: str) -> None:
+    """Make a folder and see whether files can be written to it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ToolError(
+            f"cannot write to the folder {folder}: {error.strerror}; give another "
+            f"one with {option}"
+        ) from error
+
+
+def _has_display() -> bool:
+    return not sys.platform.startswith("linux") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )

@@ -1,0 +1,75 @@
+"""Layers that can be targeted: ``python tools/list_layers.py CONFIG``."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from _common import ToolError, add_cfg_options, read_config, run_tool
+from _layers import print_layers
+from mmyolo_vis_hooks.inference.detector import (
+    build_detector,
+    build_pipeline,
+    check_device,
+    read_dataset,
+)
+from mmyolo_vis_hooks.inference.image_source import read_image
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="List the layers of a detector with the shapes, strides and "
+        "parameters that an image gives"
+    )
+    parser.add_argument(
+        "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
+    )
+    parser.add_argument("--img", help="image that says the size; --size is not needed")
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        default=[480, 640],
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the image before the test pipeline (default: 480 640)",
+    )
+    parser.add_argument(
+        "--depth", type=int, default=3, help="deepest level to list (default: 3)"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also list what cannot be targeted, with the reason",
+    )
+    parser.add_argument(
+        "--alignment",
+        choices=["resize", "letterbox", "network"],
+        default="resize",
+        help="what the network looks at (default: resize, the Resize-only input)",
+    )
+    add_cfg_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if min(args.size) < 1:
+        raise ToolError(f"--size {args.size} is no height and width; use 480 640")
+    if args.depth < 1:
+        raise ToolError(f"--depth {args.depth} lists nothing; use 1 or more")
+    height, width = args.size
+    image = np.full((height, width, 3), 114, np.uint8)
+    if args.img is not None:
+        image = read_image(args.img)
+    config = read_config(args.config)
+    if args.cfg_options:
+        config.merge_from_dict(args.cfg_options)
+    dataset = read_dataset(config)
+    detector = build_detector(config, check_device("cpu"))
+    pipeline = build_pipeline(config, dataset, detector, args.alignment)
+    print_layers(detector, pipeline, image, depth=args.depth, all_layers=args.all)
+
+
+if __name__ == "__main__":
+    run_tool(main)
