@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
@@ -99,8 +99,25 @@ def read_config(name: str) -> Config:
         if not os.path.isfile(name):
             raise ToolError(f"there is no config file {name}")
         return Config.fromfile(name)
+    except AssertionError as error:  # MMEngine's answer for such a package
+        raise ToolError(
+            f"the config {name} cannot be read: {error}; after '::' comes a path in "
+            "the configs of an installed package, as in mmyolo::yolov8/FILE.py"
+        ) from error
     except (OSError, SyntaxError, KeyError, ImportError, ValueError) as error:
         raise ToolError(f"the config {name} cannot be read: {error}") from error
+
+
+def merge_options(config: Config, options: dict[str, Any] | None) -> None:
+    """Put the settings of ``--cfg-options`` into a config.
+
+    Raises:
+        ToolError: If one leads to no place in the config.
+    """
+    try:
+        config.merge_from_dict(options or {})
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ToolError(f"--cfg-options does not fit the config: {error}") from error
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -115,8 +132,7 @@ def load_config(args: argparse.Namespace) -> Config:
     config = read_config(args.config)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
-    if args.cfg_options:
-        config.merge_from_dict(args.cfg_options)
+    merge_options(config, args.cfg_options)
     if args.work_dir:
         config.work_dir = args.work_dir
     elif config.get("work_dir") is None:

@@ -31,6 +31,7 @@ from _common import (
     ToolError,
     add_cfg_options,
     check_checkpoint,
+    merge_options,
     read_config,
     run_tool,
 )
@@ -163,6 +164,10 @@ class Demo:
         source: The images.
         dataset: What the config says of the test data.
         device: Where the network runs.
+        pipeline: What makes an image the network's input.
+        class_names: Of the weights, or else of the config.
+        palette: Colours of the classes.
+        failures: Images that could not be drawn, and why.
     """
 
     args: argparse.Namespace
@@ -170,6 +175,7 @@ class Demo:
     source: ImageSource
     dataset: DatasetInfo
     device: torch.device
+    pipeline: Any = None
     class_names: tuple[str, ...] = ()
     palette: Any = None
     failures: list[tuple[str, str]] = field(default_factory=list)
@@ -192,8 +198,7 @@ class Demo:
                 "and look at the files in --out-dir"
             )
         config = read_config(args.config)
-        if args.cfg_options:
-            config.merge_from_dict(args.cfg_options)
+        merge_options(config, args.cfg_options)
         dataset = read_dataset(config)
         device = check_device(args.device)
         if not args.preview_model:
@@ -213,6 +218,9 @@ class Demo:
             ToolError: If the weights cannot be read.
         """
         detector = build_detector(self.config, self.device)
+        self.pipeline = build_pipeline(
+            self.config, self.dataset, detector, self.args.alignment
+        )
         if not self.args.preview_model:
             resolve_layers(detector, self.args.target_layers or ())
         metainfo: Any = {}
@@ -231,16 +239,12 @@ class Demo:
 
     def preview(self, detector: nn.Module) -> None:
         """Print the layers, with the shapes for the first image."""
-        pipeline = build_pipeline(
-            self.config, self.dataset, detector, self.args.alignment
-        )
-        print_layers(detector, pipeline, self.source.first())
+        print_layers(detector, self.pipeline, self.source.first())
 
-    def run(self, detector: nn.Module, maker: SampleMaker, explainer: Any) -> int:
+    def run(self, maker: SampleMaker, explainer: Any) -> int:
         """Make a picture of every image.
 
         Args:
-            detector: In eval mode, with its weights.
             maker: Makes the samples that the explainer draws.
             explainer: Has ``overlay_maps`` and can be called.
 
@@ -250,9 +254,6 @@ class Demo:
         Raises:
             KeyboardInterrupt: At Ctrl-C, once what was finished is on the page.
         """
-        pipeline = build_pipeline(
-            self.config, self.dataset, detector, self.args.alignment
-        )
         page = None
         if self.args.out_dir is not None:
             page = HtmlPage(
@@ -267,7 +268,7 @@ class Demo:
         writer = WriteBehind()
         try:
             with _progress(len(self.source)) as advance:
-                for picture in self._pictures(pipeline, maker, explainer, page, writer):
+                for picture in self._pictures(maker, explainer, page, writer):
                     advance()
                     done += picture is not None
                     if self.args.show and picture is not None:
@@ -287,7 +288,6 @@ class Demo:
 
     def _pictures(
         self,
-        pipeline: Callable,
         maker: SampleMaker,
         explainer: Any,
         page: HtmlPage | None,
@@ -307,7 +307,7 @@ class Demo:
                 result: Any = image.error
                 if image.image_bgr is not None:
                     try:
-                        result = load_image(pipeline, number, image)
+                        result = load_image(self.pipeline, number, image)
                     except Exception as error:  # of a step of the pipeline
                         result = error
                 yield number, image, result

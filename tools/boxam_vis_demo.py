@@ -163,7 +163,7 @@ def main() -> None:
     explainer = BoxAMExplainer(
         **drawing, class_names=demo.class_names, palette=demo.palette
     )
-    sys.exit(demo.run(detector, maker, explainer))
+    sys.exit(demo.run(maker, explainer))
 
 
 def _sample_maker(

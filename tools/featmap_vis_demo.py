@@ -75,7 +75,7 @@ def main() -> None:
     explainer = FeatMapExplainer(
         **options, class_names=demo.class_names, palette=demo.palette
     )
-    sys.exit(demo.run(detector, maker, explainer))
+    sys.exit(demo.run(maker, explainer))
 
 
 if __name__ == "__main__":

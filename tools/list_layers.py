@@ -6,7 +6,7 @@ import argparse
 
 import numpy as np
 
-from _common import ToolError, add_cfg_options, read_config, run_tool
+from _common import ToolError, add_cfg_options, merge_options, read_config, run_tool
 from _layers import print_layers
 from mmyolo_vis_hooks.inference.detector import (
     build_detector,
@@ -63,8 +63,7 @@ def main() -> None:
     if args.img is not None:
         image = read_image(args.img)
     config = read_config(args.config)
-    if args.cfg_options:
-        config.merge_from_dict(args.cfg_options)
+    merge_options(config, args.cfg_options)
     dataset = read_dataset(config)
     detector = build_detector(config, check_device("cpu"))
     pipeline = build_pipeline(config, dataset, detector, args.alignment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,14 +86,19 @@ def _innermost(dataset: Any) -> Mapping[str, Any]:
         "dataset" in dataset or "datasets" in dataset
     ):
         parts = dataset.get("datasets")
-        dataset = parts[0] if parts else dataset["dataset"]
+        dataset = parts[0] if parts else dataset.get("dataset")
     return dataset if isinstance(dataset, Mapping) else {}
 
 
 def _metainfo_of(config: Config, dataset: Mapping[str, Any]) -> dict[str, Any]:
-    with default_scope(config):
-        kind = dataset.get("type")
-        known = DATASETS.get(kind) if isinstance(kind, str) else kind
+    known = dataset.get("type")
+    if isinstance(known, str):
+        # Unlike build(), get() of the root registry does not look into the scope.
+        with (
+            default_scope(config),
+            DATASETS.switch_scope_and_registry(None) as registry,
+        ):
+            known = registry.get(known)
     return {**getattr(known, "METAINFO", {}), **(dataset.get("metainfo") or {})}
 
 
@@ -187,8 +193,14 @@ def build_detector(config: Config, device: torch.device) -> nn.Module:
         raise VisConfigError(
             "the config has no model=dict(type=...); give the config of a detector"
         )
-    with default_scope(config):
-        detector = MODELS.build(config.model)
+    try:
+        with default_scope(config):
+            detector = MODELS.build(config.model)
+    except (KeyError, TypeError, AttributeError, ImportError) as error:
+        raise VisConfigError(
+            f"model={config.model.get('type')!r} cannot be built: {error}; mend the "
+            "config, or install the package that it needs"
+        ) from error
     if device.type == "cpu":
         detector = revert_sync_batchnorm(detector)
     return detector.to(device).eval()
@@ -212,12 +224,22 @@ def load_weights(detector: nn.Module, checkpoint: str) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{checkpoint} holds a {type(loaded).__name__}, no weights"
         )
-    weights = loaded.get("state_dict", loaded)
-    weights = {
-        key[len("module.") :] if key.startswith("module.") else key: value
-        for key, value in weights.items()
+    saved = loaded.get("state_dict", loaded)
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(
+            f"{checkpoint} has a {type(saved).__name__} as state_dict, no weights"
+        )
+    weights: OrderedDict[str, Any] = OrderedDict(
+        (_bare(key), value)
+        for key, value in saved.items()
         if isinstance(value, torch.Tensor)
-    }
+    )
+    # With the versions of the modules: some rename what seems to be older.
+    versions = getattr(saved, "_metadata", None)
+    if isinstance(versions, Mapping):
+        weights._metadata = {  # type: ignore[attr-defined]
+            _bare(f"{key}.")[:-1]: value for key, value in versions.items()
+        }
     own = detector.state_dict()
     wrong = [
         f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
@@ -253,6 +275,10 @@ def load_weights(detector: nn.Module, checkpoint: str) -> Mapping[str, Any]:
     if not dataset_meta and meta.get("CLASSES"):
         dataset_meta = {"classes": meta["CLASSES"], "palette": meta.get("PALETTE")}
     return {str(key).lower(): value for key, value in dataset_meta.items()}
+
+
+def _bare(key: str) -> str:
+    return key[len("module.") :] if key.startswith("module.") else key
 
 
 def _some(keys: Sequence[str]) -> str:

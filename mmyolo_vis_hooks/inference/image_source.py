@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.parse import unquote, urlparse
 import cv2
 import mmcv
 import numpy as np
-from mmengine.fileio import get
+from mmengine.fileio import get_file_backend
 
 from ..errors import VisError
 
@@ -25,7 +26,10 @@ VIDEO_SUFFIXES = frozenset(
     {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv"}
     | {".webm", ".wmv"}
 )
-_MAX_NAME_LENGTH = 120
+# File systems take 255 bytes; a number and a suffix come behind a name.
+_MAX_NAME_BYTES = 180
+
+_FRAME_NUMBER = re.compile(r"_\d{6,}$")
 
 
 class ImageReadError(VisError):
@@ -73,14 +77,15 @@ class ImageSource:
     """
 
     def __init__(self, sources: Sequence[str], exclude: str | None = None) -> None:
-        taken: set[str] = set()
+        names = _UniqueNames()
         self._entries: list[_Entry] = []
         for source in sources:
-            for stem, title in _find(source, exclude):
-                is_video = Path(urlparse(title).path).suffix.lower() in VIDEO_SUFFIXES
-                count = _count_frames(title) if is_video else 1
-                name = _unique(safe_name(stem), taken)
-                self._entries.append(_Entry(name, title, title, is_video, count))
+            for stem, location in _find(source, exclude):
+                is_video = _suffix(location) in VIDEO_SUFFIXES
+                count = _count_frames(location) if is_video else 1
+                name = names.take(safe_name(stem), is_video)
+                title = _printable(location)
+                self._entries.append(_Entry(name, title, location, is_video, count))
         self._first: np.ndarray | None = None
         if len(self._entries) == 1 and not self._entries[0].is_video:
             # Before a model is built for it.
@@ -137,22 +142,39 @@ def read_image(location: str) -> np.ndarray:
         ImageReadError: If it cannot be read or is no image.
     """
     try:
-        content = get(location)
+        # Not mmengine's get(), which fails for an address in the query of another.
+        scheme = location.partition("://")[0] + "://" if "://" in location else ""
+        content = get_file_backend(scheme).get(location)
     except Exception as error:  # each file backend has errors of its own
-        raise ImageReadError(f"cannot read {location}: {error}") from error
+        raise ImageReadError(f"cannot read {_printable(location)}: {error}") from error
     image = None
     if content:
         # More pixels than OpenCV takes, or a damaged header.
         with contextlib.suppress(cv2.error):
             image = mmcv.imfrombytes(content)
     if image is None:
-        raise ImageReadError(f"{location} is no image that OpenCV can decode")
+        raise ImageReadError(
+            f"{_printable(location)} is no image that OpenCV can decode"
+        )
     return image
 
 
 def safe_name(name: str) -> str:
     """A name for files: letters, digits, ``_`` and ``-`` of any script."""
-    return re.sub(r"[^\w-]", "_", name)[:_MAX_NAME_LENGTH] or "_"
+    # The end tells the files of one folder apart.
+    content = re.sub(r"[^\w-]", "_", name).encode()[-_MAX_NAME_BYTES:]
+    return content.decode(errors="ignore") or "_"
+
+
+def _suffix(location: str) -> str:
+    # In a file's name '#' and '?' mean nothing.
+    path = urlparse(location).path if "://" in location else location
+    return Path(path).suffix.lower()
+
+
+def _printable(location: str) -> str:
+    # Linux takes names that are no UTF-8; a page and a terminal do not.
+    return os.fsencode(location).decode(errors="replace")
 
 
 def _find(source: str, exclude: str | None) -> Iterator[tuple[str, str]]:
@@ -191,7 +213,9 @@ def _count_frames(location: str) -> int:
     video = cv2.VideoCapture(location)
     try:
         if not video.isOpened():
-            raise ImageReadError(f"{location} is no video that OpenCV can open")
+            raise ImageReadError(
+                f"{_printable(location)} is no video that OpenCV can open"
+            )
         return max(1, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     finally:
         video.release()
@@ -215,11 +239,30 @@ def _frames(entry: _Entry) -> Iterator[SourceImage]:
         yield SourceImage(entry.name, entry.title, None, error)
 
 
-def _unique(name: str, taken: set[str]) -> str:
-    # Some file systems take 'A' and 'a' for the same.
-    candidate, count = name, 1
-    while candidate.lower() in taken:
-        count += 1
-        candidate = f"{name}-{count}"
-    taken.add(candidate.lower())
-    return candidate
+class _UniqueNames:
+    """Names of images and videos that also differ from all names of frames."""
+
+    def __init__(self) -> None:
+        # Some file systems take 'A' and 'a' for the same.
+        self._taken: set[str] = set()
+        self._videos: set[str] = set()
+        self._perhaps_frames: set[str] = set()
+        self._counts: Counter[str] = Counter()
+
+    def take(self, name: str, is_video: bool) -> str:
+        candidate = name
+        while not self._is_free(candidate.lower(), is_video):
+            # Not from 2 on each time: thousands may have the same name.
+            self._counts[name.lower()] += 1
+            candidate = f"{name}-{self._counts[name.lower()] + 1}"
+        key = candidate.lower()
+        self._taken.add(key)
+        self._perhaps_frames.add(_FRAME_NUMBER.sub("", key))
+        if is_video:
+            self._videos.add(key)
+        return candidate
+
+    def _is_free(self, key: str, is_video: bool) -> bool:
+        if key in self._taken or _FRAME_NUMBER.sub("", key) in self._videos:
+            return False
+        return not (is_video and key in self._perhaps_frames)

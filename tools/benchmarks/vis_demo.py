@@ -68,7 +68,7 @@ def fill_folder(folder: Path, count: int) -> None:
 
 def prepare(
     tool: str, folder: Path, out_dir: Path
-) -> tuple[Any, Callable[[], Any], Any, Any]:
+) -> tuple[Any, Callable[[], Any], Any]:
     """A tool's network, ready, and the function that draws the folder."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
     import importlib
@@ -82,8 +82,8 @@ def prepare(
         sys.exit(f"the weights of YOLOX-nano are not in {SHARED}")
     found: dict[str, Any] = {}
 
-    def keep(demo: Any, detector: Any, maker: Any, explainer: Any) -> int:
-        found.update(demo=demo, detector=detector, maker=maker, explainer=explainer)
+    def keep(demo: Any, maker: Any, explainer: Any) -> int:
+        found.update(demo=demo, maker=maker, explainer=explainer)
         return 0
 
     arguments = [tool, str(folder), str(config), str(weights), "--out-dir"]
@@ -100,7 +100,7 @@ def prepare(
         with mock.patch.object(_vis_demo, "Console", _silent):
             demo.run(**found)
 
-    return demo, draw, found["detector"], found["maker"]
+    return demo, draw, found["maker"]
 
 
 def _silent(**options: Any) -> Console:
@@ -108,7 +108,7 @@ def _silent(**options: Any) -> Console:
 
 
 def plain_loop(
-    demo: Any, detector: Any, maker: Any, explains: bool, out_dir: Path
+    demo: Any, maker: Any, explains: bool, out_dir: Path
 ) -> Callable[[], None]:
     """Read, network, write: what has to be done at the least."""
     import cv2
@@ -116,9 +116,8 @@ def plain_loop(
     from mmengine.dataset import pseudo_collate
 
     import _vis_demo
-    from mmyolo_vis_hooks.inference.detector import build_pipeline
 
-    pipeline = build_pipeline(demo.config, demo.dataset, detector, "resize")
+    detector = maker._detector
     drawn = Path(demo.args.out_dir)
     pictures: dict[str, Any] = {
         path.stem: cv2.imread(str(path)) for path in sorted(drawn.glob("*.jpg"))
@@ -126,7 +125,7 @@ def plain_loop(
 
     def loop() -> None:
         for number, image in enumerate(demo.source):
-            selected, data = _vis_demo.load_image(pipeline, number, image)
+            selected, data = _vis_demo.load_image(demo.pipeline, number, image)
             if explains:
                 maker.run_data(selected, data)
             else:
@@ -146,9 +145,9 @@ def measure_speed(tool: str, count: int, rounds: int) -> tuple[float, float, flo
         for path in (folder, plain):
             path.mkdir()
         fill_folder(folder, count)
-        demo, draw, detector, maker = prepare(tool, folder, drawn)
+        demo, draw, maker = prepare(tool, folder, drawn)
         draw()
-        loop = plain_loop(demo, detector, maker, tool == "boxam_vis_demo", plain)
+        loop = plain_loop(demo, maker, tool == "boxam_vis_demo", plain)
         loop()
         ours: list[float] = []
         others: list[float] = []
