@@ -1,9 +1,16 @@
-"""What the documents say of the options is what the hooks have."""
+"""What the documents say of hooks and tools is what these have."""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import importlib
+import importlib.util
 import inspect
 import re
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +22,14 @@ from mmyolo_vis_hooks.maps.targets import TARGETS
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README_zh-CN.md"]
 HOOKS = {"BoxAMVisHook": BoxAMVisHook, "FeatMapVisHook": FeatMapVisHook}
+GUIDES = ["docs/visualization.md", "docs/visualization.zh-CN.md"]
+DOCUMENTS = [*READMES, *GUIDES, "docs/boxam.md", "docs/images/README.md"]
+DEMOS = ["featmap_vis_demo", "boxam_vis_demo"]
+TOOLS = [*DEMOS, "list_layers"]
+# What the tables write instead of a value, in English and Chinese.
+WORDS = {"required": "必需", "off": "关", "none": "无"}
+# Arguments whose None has a meaning of its own in the tables.
+DECIDED_LATER = {"--out-dir", "--target-layers", "--smooth"}
 
 
 def options_of(hook: type) -> dict[str, object]:
@@ -70,8 +85,187 @@ def test_the_formulas_of_simple_methods_are_those_of_the_code():
         assert f"`{METHODS[name].formula}`" in text, name
 
 
-@pytest.mark.parametrize("document", [*READMES, "docs/boxam.md", "CONTRIBUTING.md"])
+def parser_of(tool: str) -> argparse.ArgumentParser:
+    """The parser that a tool makes for itself."""
+    made = []
+
+    class Made(Exception):
+        pass
+
+    def keep(self: argparse.ArgumentParser, *args: object) -> None:
+        made.append(self)
+        raise Made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", keep)
+        with pytest.raises(Made):
+            importlib.import_module(tool).parse_args()
+    return made[0]
+
+
+def arguments_of(tool: str) -> dict[str, str]:
+    """Arguments of a tool, with their defaults as the tables write them."""
+    found = {}
+    for action in parser_of(tool)._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        if not action.option_strings:
+            found[action.dest] = "required"
+        elif action.nargs == 0:
+            found[action.option_strings[0]] = "off"
+        elif action.default is None:
+            found[action.option_strings[0]] = "none"
+        else:
+            value = action.default
+            values = value if isinstance(value, list) else [value]
+            found[action.option_strings[0]] = f"`{' '.join(map(str, values))}`"
+    return found
+
+
+def tool_tables(guide: str) -> dict[str, dict[str, str]]:
+    """Defaults in the tables of a guide, by tool and argument."""
+    english = {there: word for word, there in WORDS.items()}
+    tables: dict[str, dict[str, str]] = {}
+    columns: list[str] = []
+    for line in (ROOT / guide).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells:
+            columns = []
+        elif not columns:
+            named = [re.findall(r"`(\w+)\.py`", cell) for cell in cells]
+            columns = [name[0] if name else "" for name in named]
+            if columns[0]:  # a table of a single tool: its defaults come second
+                columns = ["", columns[0], *columns[2:]]
+        elif argument := re.match("`([-a-z]+)`$", cells[0]):
+            for tool, cell in zip(columns, cells):
+                if tool in TOOLS and cell != "—":
+                    value = english.get(cell, cell)
+                    tables.setdefault(tool, {})[argument[1]] = value
+    return tables
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_tables_list_every_argument_of_a_tool(guide, tool):
+    table, own = tool_tables(guide)[tool], arguments_of(tool)
+    assert set(table) == set(own)
+    for argument, default in own.items():
+        if argument in DECIDED_LATER and default == "none":
+            assert table[argument] not in WORDS, argument
+        elif argument == "--device":  # it depends on the machine
+            assert default in table[argument]
+        else:
+            assert table[argument] == default, argument
+
+
+def test_the_documents_know_where_pictures_go_by_default():
+    folder = importlib.import_module("_vis_demo").OUT_DIR
+    for guide in GUIDES:
+        for tool in DEMOS:
+            assert tool_tables(guide)[tool]["--out-dir"] == f"`{folder}`"
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """The commands of a document that start one of the tools, in words."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = []
+    for block in re.findall(r"^```shell\n(.*?)^```", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            tool = re.search(r"python tools/(\w+)\.py", line)
+            if tool and tool[1] in TOOLS:
+                found.append([tool[1], *words[2:]])
+    return found
+
+
+@pytest.mark.parametrize("document", [*READMES, *GUIDES])
+def test_every_command_of_a_demo_can_be_parsed(document, monkeypatch):
+    commands = commands_of(document)
+    assert len(commands) >= 9
+    for tool, *words in commands:
+        monkeypatch.setattr(sys, "argv", [tool, *words])
+        args = importlib.import_module(tool).parse_args()
+        for image in getattr(args, "img", None) or []:
+            assert not image.startswith("docs/") or (ROOT / image).is_file()
+
+
+def test_both_languages_show_the_same_commands_and_pictures():
+    for one, other in (READMES, GUIDES):
+        assert commands_of(one) == commands_of(other)
+        assert pictures_of(one) == pictures_of(other)
+
+
+def test_the_readme_shows_the_examples_of_the_guide():
+    others = {p for p in pictures_of(GUIDES[0]) if p not in pictures_of(READMES[0])}
+    assert all(re.match("guide_(align_|boxam_gradcam)", p) for p in others), others
+    for tool, *words in commands_of(READMES[0]):
+        options = words[words.index("$CHECKPOINT") + 1 :]
+        assert any(
+            [tool, *options] == [other, *words[len(words) - len(options) :]]
+            for other, *words in commands_of(GUIDES[0])
+        ), options
+
+
+def pictures_of(document: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return [Path(path).name for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)]
+
+
+def test_the_configs_of_the_commands_are_mmyolos():
+    mmyolo = importlib.util.find_spec("mmyolo")
+    assert mmyolo is not None
+    configs = Path(str(mmyolo.origin)).parent / ".mim" / "configs"
+    for document in (*READMES, *GUIDES):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        # Those in a sentence are in quotes and stand for any.
+        named = re.findall(r"(?<!`)mmyolo::(\w+/[\w-]+\.py)", text)
+        assert named
+        for name in named:
+            assert (configs / name).is_file(), name
+
+
+def messages() -> Iterator[str]:
+    """Every text in the code; of an f-string what stands between the values."""
+    for folder in ("mmyolo_vis_hooks", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def test_the_messages_of_the_guides_are_in_the_code():
+    everything = "\n".join(messages())
+    for guide in GUIDES:
+        text = (ROOT / guide).read_text(encoding="utf-8")
+        table = re.split(r"^\| (?:message|报错) \|.*\n", text, flags=re.M)[1]
+        rows = re.findall(r"^\| `([^`]+)` \|", table.split("\n\n")[0], re.M)
+        assert len(rows) > 20
+        for row in rows:
+            for part in row.split("…"):
+                assert part.strip() in everything, row
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md"])
 def test_links_within_the_project_lead_somewhere(document):
     path = ROOT / document
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), target
+    for link in re.findall(r"\]\(([^):]+)\)", path.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+def anchors_of(path: Path) -> list[str]:
+    titles = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.M)
+    return [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+
+
+def test_every_picture_is_shown_and_has_a_licence():
+    shown = {p for document in DOCUMENTS for p in pictures_of(document)}
+    # The input of the examples is not shown by itself.
+    own = {p.name for p in (ROOT / "docs" / "images").glob("*.jpg")} - {"cat.jpg"}
+    assert own == shown
+    licences = (ROOT / "docs" / "images" / "README.md").read_text(encoding="utf-8")
+    patterns = re.findall(r"`([\w*]+\.jpg)`", licences)
+    for name in (*own, "cat.jpg"):
+        assert any(Path(name).match(pattern) for pattern in patterns), name
