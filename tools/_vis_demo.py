@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from _common import (
@@ -52,7 +54,7 @@ from mmyolo_vis_hooks.inference.detector import (
     read_dataset,
 )
 from mmyolo_vis_hooks.inference.image_source import ImageSource, SourceImage
-from mmyolo_vis_hooks.inference.overlap import WriteBehind, read_ahead
+from mmyolo_vis_hooks.inference.overlap import CoreShare, WriteBehind, read_ahead
 from mmyolo_vis_hooks.publishing.html_page import (
     HtmlPage,
     PageBox,
@@ -64,6 +66,7 @@ OUT_DIR = "./output"
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _PAGE_IMAGE_SIZE = 960
 _JPEG_QUALITY = 92
+_TIMEOUT = 60.0
 
 logger = logging.getLogger("mmyolo_vis_hooks")
 
@@ -139,6 +142,8 @@ def make_demo_parser(description: str, layers: Sequence[str] | None) -> Any:
 
 def run_demo(main: Callable[[], None]) -> None:
     """Run a tool as :func:`run_tool` does; Ctrl-C ends it with one word."""
+    # An address that never answers would hang for ever.
+    socket.setdefaulttimeout(_TIMEOUT)
     try:
         run_tool(main)
     except KeyboardInterrupt:
@@ -266,9 +271,16 @@ class Demo:
         done = 0
         interrupted = False
         writer = WriteBehind()
+        cores = CoreShare(threads=None if self.device.type == "cpu" else 1)
         try:
-            with _progress(len(self.source)) as advance:
-                for picture in self._pictures(maker, explainer, page, writer):
+            # The threads of NumPy's small products wait for each other while the
+            # network has the cores.
+            with (
+                _progress(len(self.source)) as advance,
+                threadpool_limits(limits=1, user_api="blas"),
+                cores,
+            ):
+                for picture in self._pictures(maker, explainer, page, writer, cores):
                     advance()
                     done += picture is not None
                     if self.args.show and picture is not None:
@@ -292,6 +304,7 @@ class Demo:
         explainer: Any,
         page: HtmlPage | None,
         writer: WriteBehind,
+        cores: CoreShare,
     ) -> Iterator[_Picture | None]:
         """Finished pictures, in the order of the images; None for one that failed."""
         any_drawn = False
@@ -336,6 +349,7 @@ class Demo:
                 failed(image, error)
                 yield None
                 continue
+            cores.image_done()
             work = partial(self._finish, number, image.title, sample, explainer, page)
             yield from finished(writer.submit(image, work))
         yield from finished(writer.drain())

@@ -8,7 +8,7 @@ import numpy as np
 from .heatmap import colormap_lut
 from .text import draw_text, line_height, text_mask, text_width
 
-_BACKGROUND = (255, 255, 255)
+_BACKGROUND = 255
 _EDGE_COLOR = (92, 100, 110)
 _TEXT_COLOR = (60, 66, 74)
 _TICK = 4

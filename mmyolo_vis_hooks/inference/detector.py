@@ -28,6 +28,8 @@ from ..data.samples import class_names_of, palette_of
 from ..errors import VisConfigError
 
 _MAX_KEYS = 4
+# Buffers without which a network gives nonsense.
+_NORM_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -254,13 +256,17 @@ def load_weights(detector: nn.Module, checkpoint: str) -> Mapping[str, Any]:
             f"{checkpoint} is of another architecture than the config: other shapes "
             f"of {_some(wrong) or error}; give the config that it was trained with"
         ) from error
-    missing = [key for key in result.missing_keys if key in parameters]
+    missing = [
+        key
+        for key in result.missing_keys
+        if key in parameters or key.endswith(_NORM_STATISTICS)
+    ]
     unknown = [k for k in result.unexpected_keys if not k.startswith("data_preproc")]
     if missing:
         unknown_to_it = f", and has {_some(unknown)} instead" if unknown else ""
         raise CheckpointError(
             f"{checkpoint} is of another architecture than the config: it lacks "
-            f"{len(missing)} of {len(parameters)} parameters, {_some(missing)}"
+            f"{len(missing)} of {len(own)} weights, {_some(missing)}"
             f"{unknown_to_it}; give the config that it was trained with"
         )
     if unknown:

@@ -82,7 +82,15 @@ class ImageSource:
         for source in sources:
             for stem, location in _find(source, exclude):
                 is_video = _suffix(location) in VIDEO_SUFFIXES
-                count = _count_frames(location) if is_video else 1
+                count = 1
+                if is_video:
+                    try:
+                        count = _count_frames(location)
+                    except ImageReadError:
+                        # In a folder one bad file must not stop the others; it is
+                        # met again, and reported, when its turn comes.
+                        if not os.path.isdir(source):
+                            raise
                 name = names.take(safe_name(stem), is_video)
                 title = _printable(location)
                 self._entries.append(_Entry(name, title, location, is_video, count))

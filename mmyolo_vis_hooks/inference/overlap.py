@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import queue
+import statistics
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 _END = object()
@@ -105,3 +109,64 @@ class WriteBehind:
         key, future = self._open.popleft()
         error = future.exception()
         return key, future.result() if error is None else error
+
+
+class CoreShare:
+    """Finds out whether the network should leave a core to reading and writing.
+
+    A small network gains little from the last core and waits for it where other
+    threads draw; a large one needs it. So a few images run with all threads of
+    torch, a few with one less, and the faster way is kept.
+
+    Args:
+        window (int): Images of each trial. Defaults to 6.
+        threads (int, optional): All threads; with 1, as where a GPU does the work,
+            nothing is tried. Defaults to None, as many as torch has.
+        set_threads (Callable): Sets their number. Defaults to torch's.
+        clock (Callable): Seconds. Defaults to the time that passes.
+    """
+
+    _WARM_UP = 2
+
+    def __init__(
+        self,
+        window: int = 6,
+        *,
+        threads: int | None = None,
+        set_threads: Callable[[int], None] = torch.set_num_threads,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._all = torch.get_num_threads() if threads is None else threads
+        self._window = window
+        self._set = set_threads
+        self._clock = clock
+        self._ends: list[float] = []
+        self._with_all = 0.0
+
+    def __enter__(self) -> CoreShare:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._all > 1:
+            self._set(self._all)
+
+    def image_done(self) -> None:
+        """Say that the network is done with an image, and is asked for the next."""
+        if self._all < 2 or self._ends is _DECIDED:
+            return
+        self._ends.append(self._clock())
+        if len(self._ends) <= self._WARM_UP + self._window:
+            return
+        times = [b - a for a, b in zip(self._ends, self._ends[1:])]
+        median = statistics.median(times[self._WARM_UP :])
+        self._ends = []
+        if not self._with_all:
+            self._with_all = median
+            self._set(self._all - 1)
+            return
+        if median >= self._with_all:
+            self._set(self._all)
+        self._ends = _DECIDED
+
+
+_DECIDED: list[float] = []
