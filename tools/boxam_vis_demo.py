@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from typing import Any
 
@@ -185,7 +184,7 @@ def _sample_maker(
         raise
     except Exception as error:
         # The trial is on noise; real images may do.
-        logger.log(logging.DEBUG, "the trial before the first image: %s", error)
+        logger.debug("the trial before the first image: %s", error)
     return maker
 
 

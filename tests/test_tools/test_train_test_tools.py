@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -20,28 +19,16 @@ import torch
 from mmengine.config import Config, ConfigDict
 
 from mmyolo_vis_hooks.checkpoint import load_checkpoint_safely
+from tests.test_tools.loading import TOOLS, load_tool
 
 from ..test_hooks.helpers import pictures
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tools"
 EXAMPLES = ROOT / "configs" / "examples"
 CONFIG = ROOT / "configs" / "demo" / "yolov8_n_digits.py"
-sys.path.insert(0, str(TOOLS))
 
 from _common import ToolError, drop_collate_scope  # noqa: E402
 from digits_dataset import DigitsOptions, make_dataset  # noqa: E402
-
-
-def load_tool(name: str) -> ModuleType:
-    """Import a tool under a name of its own: `test` is one of Python's packages."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 train_tool = load_tool("train")
 test_tool = load_tool("test")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import http.server
-import importlib.util
 import json
 import logging
 import os
@@ -36,23 +35,12 @@ from mmengine.visualization import Visualizer
 
 from mmyolo_vis_hooks.explainers.featmap_explainer import overlay_feature_map
 from mmyolo_vis_hooks.inference.detector import build_detector, load_weights
+from tests.test_tools.loading import TOOLS, load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tools"
 CONFIG = ROOT / "configs" / "coco128" / "yolox_nano_coco128.py"
-sys.path.insert(0, str(TOOLS))
 
 import _vis_demo  # noqa: E402
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 featmap_tool = load_tool("featmap_vis_demo")
 boxam_tool = load_tool("boxam_vis_demo")
