@@ -13,7 +13,8 @@ import importlib.util
 import shlex
 import sys
 from pathlib import Path
-from typing import Callable
+
+from packaging.version import InvalidVersion, Version
 
 from .errors import VisError
 
@@ -56,7 +57,7 @@ def require_mmcv() -> None:
     except ImportError as error:
         raise DependencyError(f"mmcv does not import: {error}") from error
     version = getattr(mmcv, "__version__", "unknown")
-    problem = _mismatch()(version)
+    problem = _mismatch(version)
     if problem is not None:
         raise DependencyError(f"mmcv {version} is installed, but {problem}")
     torch = importlib.import_module("torch")  # the compiled module links to it
@@ -73,14 +74,14 @@ def require_mmcv() -> None:
         ) from error
 
 
-def _mismatch() -> Callable[[str], str | None]:
+def _mismatch(version: str) -> str | None:
+    """Who does not accept a version of mmcv, or None."""
+    if importlib.util.find_spec("mmyolo") is not None:
+        package, limit = "MMYOLO", "2.1.0"
+    else:
+        package, limit = "MMDetection", "2.2.0"
     try:
-        versions = importlib.import_module("mmcv_builder.versions")
-    except ModuleNotFoundError:
-        # A checkout that is on the path but was not installed.
-        sys.path.insert(0, str(_TOOLS))
-        try:
-            versions = importlib.import_module("mmcv_builder.versions")
-        finally:
-            sys.path.remove(str(_TOOLS))
-    return versions.mismatch
+        fits = Version("2.0.0rc4") <= Version(version) < Version(limit)
+    except InvalidVersion:
+        fits = False
+    return None if fits else f"{package} needs mmcv >= 2.0.0rc4, < {limit}"

@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from sklearn.datasets import load_sample_images
 
 from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
-from mmyolo_vis_hooks.maps.saliency import box_saliency
+from mmyolo_vis_hooks.attribution.saliency import box_saliency
 
 from .test_hooks.helpers import pictures, vis_hooks
 

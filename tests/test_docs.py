@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
-from mmyolo_vis_hooks.maps.cam_methods import METHODS
-from mmyolo_vis_hooks.maps.targets import TARGETS
+from mmyolo_vis_hooks.attribution.methods import METHODS
+from mmyolo_vis_hooks.attribution.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README_zh-CN.md"]

@@ -9,7 +9,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmyolo_vis_hooks.maps.saliency import box_saliency
+from mmyolo_vis_hooks.attribution.saliency import box_saliency
 from mmyolo_vis_hooks.metrics.pointing_game import energy_inside, pointing_hit
 
 from .test_hooks.helpers import box_spy, pictures, vis_hooks

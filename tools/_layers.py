@@ -10,8 +10,8 @@ from mmengine.dataset import pseudo_collate
 from rich.console import Console
 from torch import nn
 
-from mmyolo_vis_hooks.capture.layer_table import survey_layers
-from mmyolo_vis_hooks.drawing.layer_tree import layer_tree
+from mmyolo_vis_hooks.network.layer_table import survey_layers
+from mmyolo_vis_hooks.render.layer_tree import layer_tree
 
 
 def print_layers(

@@ -38,13 +38,10 @@ from _common import (
     run_tool,
 )
 from _layers import print_layers
-from mmyolo_vis_hooks.capture.layer_path import resolve_layers
-from mmyolo_vis_hooks.data.image_selector import SelectedImage
-from mmyolo_vis_hooks.drawing.boxes import class_name
-from mmyolo_vis_hooks.drawing.montage import cell_size_hw, resize_image
-from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
-from mmyolo_vis_hooks.explainers.sample_maker import ALIGNMENTS, SampleMaker
-from mmyolo_vis_hooks.inference.detector import (
+from mmyolo_vis_hooks.data.overlap import CoreShare, WriteBehind, read_ahead
+from mmyolo_vis_hooks.data.selector import SelectedImage
+from mmyolo_vis_hooks.data.sources import ImageSource, SourceImage
+from mmyolo_vis_hooks.detector import (
     DatasetInfo,
     build_detector,
     build_pipeline,
@@ -53,14 +50,17 @@ from mmyolo_vis_hooks.inference.detector import (
     load_weights,
     read_dataset,
 )
-from mmyolo_vis_hooks.inference.image_source import ImageSource, SourceImage
-from mmyolo_vis_hooks.inference.overlap import CoreShare, WriteBehind, read_ahead
-from mmyolo_vis_hooks.publishing.html_page import (
+from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
+from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from mmyolo_vis_hooks.publish.html_page import (
     HtmlPage,
     PageBox,
     PageEntry,
     PagePanel,
 )
+from mmyolo_vis_hooks.render.boxes import class_name
+from mmyolo_vis_hooks.render.montage import cell_size_hw, resize_image
+from mmyolo_vis_hooks.samples import ALIGNMENTS, SampleMaker
 
 OUT_DIR = "./output"
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

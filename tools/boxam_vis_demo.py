@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 
 from _vis_demo import Demo, logger, make_demo_parser, run_demo
-from mmyolo_vis_hooks.capture.layer_path import resolve_layers
+from mmyolo_vis_hooks.attribution.attribute import BoxMapOptions, BoxMapper
+from mmyolo_vis_hooks.attribution.methods import METHODS, caption_of, method_of
+from mmyolo_vis_hooks.attribution.saliency import FUSIONS
+from mmyolo_vis_hooks.attribution.targets import TARGETS
+from mmyolo_vis_hooks.box_samples import BoxSampleMaker
 from mmyolo_vis_hooks.data.samples import labels_of
 from mmyolo_vis_hooks.errors import VisConfigError, VisError
-from mmyolo_vis_hooks.explainers.box_mapper import BoxMapOptions, BoxMapper
-from mmyolo_vis_hooks.explainers.box_sample_maker import BoxSampleMaker
-from mmyolo_vis_hooks.explainers.boxam_explainer import SCOPES, BoxAMExplainer
-from mmyolo_vis_hooks.maps.cam_methods import METHODS, caption_of, method_of
-from mmyolo_vis_hooks.maps.saliency import FUSIONS
-from mmyolo_vis_hooks.maps.targets import TARGETS
+from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from mmyolo_vis_hooks.render.boxam_panel import SCOPES, BoxAMExplainer
 
 
 def parse_args() -> argparse.Namespace:

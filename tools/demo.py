@@ -318,7 +318,7 @@ def check_pictures(
     Raises:
         DemoError: If a picture is missing, on disk or in the events.
     """
-    from mmyolo_vis_hooks.drawing.montage import Cell, montage
+    from mmyolo_vis_hooks.render.montage import Cell, montage
 
     task = progress.add_task("Laying maps out by epoch", total=None)
     history = trained["history"]

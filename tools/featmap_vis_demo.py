@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from _vis_demo import Demo, make_demo_parser, run_demo
-from mmyolo_vis_hooks.capture.layer_path import resolve_layers
-from mmyolo_vis_hooks.explainers.featmap_explainer import FeatMapExplainer
-from mmyolo_vis_hooks.explainers.sample_maker import SampleMaker
-from mmyolo_vis_hooks.maps.feature_map import CHANNEL_REDUCTIONS
+from mmyolo_vis_hooks.featmap import CHANNEL_REDUCTIONS
+from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from mmyolo_vis_hooks.render.featmap_panel import FeatMapExplainer
+from mmyolo_vis_hooks.samples import SampleMaker
 
 
 def parse_args() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from mmengine.dataset import Compose
 from torch import nn
 
 from ..errors import UnsupportedPipelineError, VisError
-from .image_selector import leaf_datasets
+from .selector import leaf_datasets
 
 _RESIZING_STEPS = frozenset(
     {

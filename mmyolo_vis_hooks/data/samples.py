@@ -12,7 +12,7 @@ import torch
 from mmengine.fileio import get
 
 from ..errors import VisConfigError, VisError
-from ..types import Detections
+from ..records import Detections
 
 
 def load_image_rgb(img_path: str, backend_args: dict | None = None) -> np.ndarray:

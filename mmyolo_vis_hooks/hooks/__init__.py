@@ -1,6 +1,6 @@
 """The registered hooks."""
 
-from .boxam_vis_hook import BoxAMVisHook
-from .featmap_vis_hook import FeatMapVisHook
+from .boxam import BoxAMVisHook
+from .featmap import FeatMapVisHook
 
 __all__ = ["BoxAMVisHook", "FeatMapVisHook"]

@@ -10,8 +10,8 @@ from typing import Any
 from mmengine.runner import BaseLoop
 from torch import nn
 
-from ..capture.recorder import ForwardRecord, LayerRecorder
 from ..errors import VisConfigError
+from ..network.recorder import ForwardRecord, LayerRecorder
 
 
 class LoopRecording:

@@ -10,7 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
-from mmyolo_vis_hooks.hooks.base_vis_hook import BaseVisHook
+from mmyolo_vis_hooks.hooks.base import BaseVisHook
 
 
 class _KeepsSamples(BaseVisHook):

@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS, VISBACKENDS
 from mmengine.runner import Runner
 from mmengine.visualization import LocalVisBackend
 
-from mmyolo_vis_hooks.explainers.box_mapper import BoxMapper
+from mmyolo_vis_hooks.attribution.attribute import BoxMapper
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
 from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy import toy_config, write_dataset
@@ -166,7 +166,7 @@ def test_layer_whose_output_is_no_map(tmp_path, toy_data, alignment):
     def broken_select(tensor, keep):
         raise torch.cuda.OutOfMemoryError("no memory left")
 
-    import mmyolo_vis_hooks.capture.recorder as recorder
+    import mmyolo_vis_hooks.network.recorder as recorder
 
     original = recorder._select
     recorder._select = broken_select

@@ -33,8 +33,8 @@ from mmengine.hub import get_config
 from mmengine.model import BaseModule
 from mmengine.visualization import Visualizer
 
-from mmyolo_vis_hooks.explainers.featmap_explainer import overlay_feature_map
-from mmyolo_vis_hooks.inference.detector import build_detector, load_weights
+from mmyolo_vis_hooks.detector import build_detector, load_weights
+from mmyolo_vis_hooks.render.featmap_panel import overlay_feature_map
 from tests.test_tools.loading import TOOLS, load_tool
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -291,7 +291,7 @@ class Explainer:
     def __init__(
         self, scene: Scene, layers: Sequence[str] | None = None, **options: Any
     ) -> None:
-        from mmyolo_vis_hooks.explainers.box_mapper import BoxMapOptions, BoxMapper
+        from mmyolo_vis_hooks.attribution.attribute import BoxMapOptions, BoxMapper
 
         modules = dict(scene.detector.named_modules())
         self._scene = scene
@@ -319,8 +319,8 @@ def boxes_by_level(scene: Scene) -> dict[str, list[int]]:
     """
     import torch
 
-    from mmyolo_vis_hooks.capture.model_state import frozen
-    from mmyolo_vis_hooks.capture.prediction_graph import GraphForward, TapPoint
+    from mmyolo_vis_hooks.network.graph import GraphForward, TapPoint
+    from mmyolo_vis_hooks.network.state import frozen
 
     detector = scene.detector
     groups: dict[int, list[int]] = {}
@@ -365,7 +365,7 @@ class AblationSpy:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        from mmyolo_vis_hooks.explainers import box_mapper
+        from mmyolo_vis_hooks.attribution import attribute as box_mapper
 
         ablate, weigh = box_mapper.BoxMapper._ablated_maps, box_mapper.weigh_channels
 
@@ -394,7 +394,7 @@ class WholeBackward:
     """A graph from the head's inputs on, and a backward pass per box over all of it."""
 
     def __init__(self, scene: Scene) -> None:
-        from mmyolo_vis_hooks.capture.prediction_graph import GraphForward, TapPoint
+        from mmyolo_vis_hooks.network.graph import GraphForward, TapPoint
 
         self._scene = scene
         self._forward = GraphForward(
@@ -404,7 +404,7 @@ class WholeBackward:
     def explain(self, chosen: Sequence[int]) -> list[Any]:
         import torch
 
-        from mmyolo_vis_hooks.maps.cam_methods import weigh
+        from mmyolo_vis_hooks.attribution.methods import weigh
 
         # Not `frozen`, whose time is ours.
         parameters = [p for p in self._scene.detector.parameters() if p.requires_grad]
@@ -491,8 +491,8 @@ def weights_at_anchor(scene: Scene, path: str, box: int) -> np.ndarray:
     """
     import torch
 
-    from mmyolo_vis_hooks.capture.model_state import frozen
-    from mmyolo_vis_hooks.capture.prediction_graph import GraphForward, TapPoint
+    from mmyolo_vis_hooks.network.graph import GraphForward, TapPoint
+    from mmyolo_vis_hooks.network.state import frozen
 
     detector = scene.detector
     with frozen(detector):

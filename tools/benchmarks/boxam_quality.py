@@ -41,25 +41,25 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mmyolo_vis_hooks.capture.model_state import frozen  # noqa: E402
-from mmyolo_vis_hooks.capture.prediction_graph import (  # noqa: E402
-    GraphForward,
-    HeadKey,
-    TapPoint,
-)
-from mmyolo_vis_hooks.data.geometry import FrameTransform  # noqa: E402
-from mmyolo_vis_hooks.explainers.box_mapper import (  # noqa: E402
+from mmyolo_vis_hooks.attribution.attribute import (  # noqa: E402
     BoxMapOptions,
     BoxMapper,
 )
-from mmyolo_vis_hooks.maps.cam_methods import METHODS, weigh  # noqa: E402
-from mmyolo_vis_hooks.maps.saliency import box_saliency  # noqa: E402
-from mmyolo_vis_hooks.maps.targets import class_logits, locate_anchors  # noqa: E402
+from mmyolo_vis_hooks.attribution.methods import METHODS, weigh  # noqa: E402
+from mmyolo_vis_hooks.attribution.saliency import box_saliency  # noqa: E402
+from mmyolo_vis_hooks.attribution.targets import class_logits, locate_anchors  # noqa: E402
+from mmyolo_vis_hooks.geometry import FrameTransform  # noqa: E402
 from mmyolo_vis_hooks.metrics.pointing_game import (  # noqa: E402
     energy_inside,
     pointing_hit,
     spearman,
 )
+from mmyolo_vis_hooks.network.graph import (  # noqa: E402
+    GraphForward,
+    HeadKey,
+    TapPoint,
+)
+from mmyolo_vis_hooks.network.state import frozen  # noqa: E402
 
 CONFIG = ROOT / "configs" / "coco128" / "yolox_nano_coco128.py"
 SLOW = ("ablationcam", "scorecam", "drise", "eigengradcam", "kpcacam", "shapleycam")

@@ -125,7 +125,7 @@ def measure(job: Job, picture_path: Path) -> Result:
 
 
 def _ours() -> Callable[[Any, np.ndarray, str], np.ndarray]:
-    from mmyolo_vis_hooks.explainers.featmap_explainer import overlay_feature_map
+    from mmyolo_vis_hooks.render.featmap_panel import overlay_feature_map
 
     return lambda feature_map, image_rgb, reduction: overlay_feature_map(
         feature_map, image_rgb, channel_reduction=reduction

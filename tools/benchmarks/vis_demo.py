@@ -174,7 +174,7 @@ def measure_memory(tool: str, count: int) -> list[int]:
 
 def child_main(tool: str, count: int) -> None:
     """Draw a folder and print what it took."""
-    import mmyolo_vis_hooks.inference.overlap as overlap
+    import mmyolo_vis_hooks.data.overlap as overlap
 
     sizes: list[int] = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,0 +1,228 @@
+"""From the saliency maps of a box on the layers' grids to one map on the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from ..errors import VisConfigError
+from ..geometry import AxisSampling, FrameTransform
+from ..records import BoxExplanation
+
+FUSIONS = ("max", "mean", "sum", "product")
+"""How the maps of several layers become one, element by element."""
+
+# OpenCV's own cut-off for floating-point images: the kernel ends at 4 sigma.
+_TRUNCATE = 4
+# With the reflection at the edges, a wider Gaussian leaves a constant in any case
+# (exp(-2 pi^2) of the longest wave is left), and its kernel only costs time.
+_MAX_SIGMA_IN_SIZES = 2
+
+
+def render_saliency(
+    saliency: np.ndarray, frame: FrameTransform, *, sigma_px: float = 0.0
+) -> np.ndarray:
+    """Interpolate a map at the centres of the image's pixels and smooth it there.
+
+    The result is that of ``cv2.GaussianBlur`` after :meth:`FrameTransform.resample`.
+    Both are linear and work on each axis for itself, so only the two interpolation
+    matrices are blurred, and the picture is made by two matrix products.
+
+    Args:
+        saliency (np.ndarray): ``(h, w)``, any real dtype, cells over the network
+            frame. It is not modified.
+        frame (FrameTransform): The image at the resolution of the drawing.
+        sigma_px (float): Standard deviation of the Gaussian, pixels of the image;
+            0 smooths nothing. The image is continued by reflection. Defaults to 0.
+
+    Returns:
+        np.ndarray: ``(H, W)`` float32, over the image frame.
+
+    Examples:
+        >>> frame = FrameTransform.stretch((48, 64), (6, 8))
+        >>> render_saliency(np.ones((6, 8), np.float32), frame, sigma_px=5).shape
+        (48, 64)
+    """
+    height, width = saliency.shape
+    rows, columns = frame.axis_samplings((height, width))
+    row_matrix = _blurred_interpolation(rows, height, sigma_px)
+    column_matrix = _blurred_interpolation(columns, width, sigma_px)
+    return row_matrix @ saliency.astype(np.float32) @ column_matrix.T
+
+
+def _blurred_interpolation(
+    sampling: AxisSampling, num_cells: int, sigma_px: float
+) -> np.ndarray:
+    """``(size, num_cells)`` float32: each cell's share of each blurred pixel."""
+    size = len(sampling.lower)
+    matrix = np.zeros((size, num_cells), dtype=np.float32)
+    pixels = np.arange(size)
+    matrix[pixels, sampling.lower] = 1.0 - sampling.upper_weight
+    # At the edge both cells are the same one.
+    matrix[pixels, sampling.upper] += sampling.upper_weight
+    sigma = min(sigma_px, _MAX_SIGMA_IN_SIZES * size)
+    if sigma <= 0:
+        return matrix
+    # The size that cv2.GaussianBlur takes by itself, for the one axis of pixels.
+    kernel_size = int(np.rint(sigma * _TRUNCATE * 2 + 1)) | 1
+    if kernel_size == 1:
+        return matrix
+    kernel = cv2.getGaussianKernel(kernel_size, sigma, cv2.CV_32F)
+    return cv2.sepFilter2D(matrix, cv2.CV_32F, np.ones(1, np.float32), kernel)
+
+
+def box_sigma(box_xyxy: np.ndarray, smooth: float) -> float:
+    """Standard deviation of the smoothing at the scale of a box.
+
+    Args:
+        box_xyxy (np.ndarray): ``(4,)``, pixels of the frame that is smoothed.
+        smooth (float): In units of the box, the square root of its area.
+
+    Returns:
+        float: Pixels; 0 for a box without area or with NaN.
+    """
+    x1, y1, x2, y2 = (float(v) for v in box_xyxy)
+    area = (x2 - x1) * (y2 - y1)
+    return smooth * float(np.sqrt(area)) if 0 < area < np.inf else 0.0
+
+
+def fuse_saliency(
+    maps: Sequence[np.ndarray], fusion: str, *, normalize: bool
+) -> np.ndarray:
+    """Make one map of several, element by element.
+
+    Args:
+        maps (Sequence[np.ndarray]): One or more of one shape, not negative. They
+            are not modified.
+        fusion (str): ``'max'``, ``'mean'``, ``'sum'`` or ``'product'``.
+        normalize (bool): Divide each map by its maximum first; one that is zero
+            everywhere stays as it is.
+
+    Returns:
+        np.ndarray: Same shape, float64: the product of gradients is easily below
+        the smallest float32.
+
+    Raises:
+        VisConfigError: If nobody knows the fusion.
+        ValueError: If there are no maps.
+    """
+    if fusion not in FUSIONS:
+        raise VisConfigError(
+            f"fusion={fusion!r} is unknown; set one of {', '.join(map(repr, FUSIONS))}"
+        )
+    if not maps:
+        raise ValueError("there are no maps to fuse; give one or more")
+    stack = np.stack([np.asarray(values, dtype=np.float64) for values in maps])
+    if normalize:
+        stack = np.stack([normalize_saliency(values) for values in stack])
+    if fusion == "max":
+        return stack.max(axis=0)
+    if fusion == "mean":
+        return stack.mean(axis=0)
+    return stack.sum(axis=0) if fusion == "sum" else stack.prod(axis=0)
+
+
+def normalize_saliency(
+    saliency: np.ndarray, *, box_xyxy: np.ndarray | None = None
+) -> np.ndarray:
+    """Divide a map by its maximum.
+
+    The minimum is **not** subtracted: zero keeps its meaning, no influence, and a
+    map that is the same everywhere becomes 1, not noise.
+
+    Args:
+        saliency (np.ndarray): ``(H, W)`` floating point, not negative. It is not
+            modified.
+        box_xyxy (np.ndarray, optional): ``(4,)``, pixels of the map. With it only
+            the inside counts: it is divided by its own maximum, and everything
+            outside becomes 0. A pixel is inside if its centre is. Defaults to
+            None, the whole map.
+
+    Returns:
+        np.ndarray: Same shape and dtype, 0 to 1; zero where there is nothing to
+        normalise, also for a box without area or outside the map.
+    """
+    result = np.zeros_like(saliency)
+    part = (slice(None), slice(None))
+    if box_xyxy is not None:
+        part = _inside(box_xyxy, saliency.shape)
+    values = saliency[part]
+    peak = values.max() if values.size else 0.0
+    if peak > 0:
+        np.divide(values, peak, out=result[part])
+    return result
+
+
+def _inside(box_xyxy: np.ndarray, map_hw: tuple[int, ...]) -> tuple[slice, slice]:
+    """The rows and columns whose pixel centres lie in a box."""
+    if not np.isfinite(box_xyxy).all():
+        return slice(0, 0), slice(0, 0)
+    x1, y1, x2, y2 = (float(v) for v in box_xyxy)
+    first_row, last_row = (
+        int(np.clip(np.ceil(v - 0.5), 0, map_hw[0])) for v in (y1, y2)
+    )
+    first, last = (int(np.clip(np.ceil(v - 0.5), 0, map_hw[1])) for v in (x1, x2))
+    return slice(first_row, last_row), slice(first, last)
+
+
+def saliency_range(saliency: np.ndarray, frame: FrameTransform) -> tuple[float, float]:
+    """Smallest and largest value of a map in the cells that lie on the image.
+
+    Args:
+        saliency (np.ndarray): ``(h, w)``, cells over the network frame.
+        frame (FrameTransform): The image within the network frame.
+    """
+    rows, columns = (
+        axis.cell_weights(size) > 0
+        for axis, size in zip(frame.axis_samplings(saliency.shape), saliency.shape)
+    )
+    on_image = saliency[rows][:, columns]
+    return float(on_image.min()), float(on_image.max())
+
+
+def box_saliency(
+    explanation: BoxExplanation,
+    frame: FrameTransform,
+    box_xyxy: np.ndarray,
+    *,
+    smooth: float = 0.1,
+    fusion: str = "max",
+    normalize_layers: bool = True,
+    norm_in_bbox: bool = False,
+) -> np.ndarray:
+    """The map of one box over the image.
+
+    Each layer's map is interpolated and smoothed, the layers are fused, and the
+    result is divided by its maximum.
+
+    Args:
+        explanation (BoxExplanation): Its maps are not modified.
+        frame (FrameTransform): The image at the resolution of the drawing.
+        box_xyxy (np.ndarray): ``(4,)``, pixels of that image.
+        smooth (float): Sigma of the Gaussian, in units of the box. Defaults to 0.1.
+        fusion (str): See :func:`fuse_saliency`. Defaults to ``'max'``.
+        normalize_layers (bool): Divide each layer's map by its maximum before the
+            fusion. Defaults to True.
+        norm_in_bbox (bool): See ``box_xyxy`` of :func:`normalize_saliency`.
+            Defaults to False.
+
+    Returns:
+        np.ndarray: ``(H, W)`` float32, 0 to 1; all zero where nothing has any
+        influence.
+    """
+    if not explanation.maps:
+        return np.zeros(frame.image_hw, dtype=np.float32)
+    sigma_px = box_sigma(box_xyxy, smooth)
+    maps = [
+        render_saliency(layer.saliency, frame, sigma_px=sigma_px)
+        for layer in explanation.maps
+    ]
+    fused = (
+        maps[0]
+        if len(maps) == 1
+        else fuse_saliency(maps, fusion, normalize=normalize_layers)
+    )
+    normalized = normalize_saliency(fused, box_xyxy=box_xyxy if norm_in_bbox else None)
+    return normalized.astype(np.float32, copy=False)

@@ -1,0 +1,238 @@
+"""How the pixels of an image lie in the network's input and in its feature maps.
+
+Frames. All coordinates are continuous: a pixel with index ``i`` covers
+``[i, i + 1)`` and its centre is ``i + 0.5``. The *image frame* is the picture
+that is drawn on; the *network frame* is the padded tensor that the network
+received. Every step of a test pipeline that this package supports is an
+axis-aligned scaling followed by padding, so one scale and one offset per axis
+lead from the image frame to the network frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .errors import VisConfigError
+
+
+@dataclass(frozen=True)
+class AxisSampling:
+    """Linear interpolation of ``size`` image pixels from the cells of one axis.
+
+    Attributes:
+        lower: ``(size,)`` int64, the cell on the near side of each pixel centre.
+        upper: ``(size,)`` int64, the cell on its far side.
+        upper_weight: ``(size,)`` float64, the share of the far cell.
+    """
+
+    lower: np.ndarray
+    upper: np.ndarray
+    upper_weight: np.ndarray
+
+    def cell_weights(self, num_cells: int) -> np.ndarray:
+        """How much each cell counts in the sum of all interpolated pixels.
+
+        Returns:
+            np.ndarray: ``(num_cells,)`` float64, the column sums of the
+            interpolation matrix.
+        """
+        weights = np.zeros(num_cells)
+        np.add.at(weights, self.lower, 1.0 - self.upper_weight)
+        np.add.at(weights, self.upper, self.upper_weight)
+        return weights
+
+
+@dataclass(frozen=True)
+class FrameTransform:
+    """Places an image frame in the network frame.
+
+    Attributes:
+        image_hw: Height and width of the image, pixels.
+        network_hw: Height and width of the network's input tensor, pixels.
+        scale_xy: Network pixels per image pixel, horizontally and vertically.
+        offset_xy: Network position of the image's left and top edge, pixels.
+    """
+
+    image_hw: tuple[int, int]
+    network_hw: tuple[int, int]
+    scale_xy: tuple[float, float]
+    offset_xy: tuple[float, float] = (0.0, 0.0)
+
+    @classmethod
+    def identity(cls, network_hw: tuple[int, int]) -> FrameTransform:
+        """The frame of a picture that is the network's input itself."""
+        return cls(network_hw, network_hw, (1.0, 1.0))
+
+    @classmethod
+    def stretch(
+        cls, image_hw: tuple[int, int], network_hw: tuple[int, int]
+    ) -> FrameTransform:
+        """An image that fills the whole network input."""
+        scale = (network_hw[1] / image_hw[1], network_hw[0] / image_hw[0])
+        return cls(image_hw, network_hw, scale)
+
+    @classmethod
+    def from_metainfo(
+        cls, metainfo: Mapping[str, Any], image_hw: tuple[int, int] | None = None
+    ) -> FrameTransform:
+        """Read the transform off the metainfo that a test pipeline packed.
+
+        Args:
+            metainfo (Mapping): ``ori_shape``, ``img_shape`` and
+                ``batch_input_shape`` as (H, W); ``scale_factor`` as (w, h)
+                and, from MMYOLO's ``LetterResize``, ``pad_param`` as
+                (top, bottom, left, right).
+            image_hw (tuple, optional): Size of the original image, where
+                ``ori_shape`` was not packed.
+
+        Raises:
+            VisConfigError: If the pipeline did not pack what is needed, or the
+                image was flipped.
+        """
+        if metainfo.get("flip"):
+            raise VisConfigError(
+                "the network saw this image flipped "
+                f"(flip_direction={metainfo.get('flip_direction')!r}); use "
+                "alignment='resize', which never flips"
+            )
+        ori_shape = metainfo.get("ori_shape", image_hw)
+        if ori_shape is None:
+            raise VisConfigError(
+                "'ori_shape' is not packed by the test pipeline; add it to the "
+                "meta_keys of PackDetInputs"
+            )
+        image_hw = (int(ori_shape[0]), int(ori_shape[1]))
+        img_shape = metainfo.get("img_shape")
+        pad_param = metainfo.get("pad_param")
+        scale_factor = metainfo.get("scale_factor")
+        network_shape = metainfo.get("batch_input_shape", img_shape)
+        if network_shape is None:
+            raise VisConfigError(
+                "neither 'batch_input_shape' nor 'img_shape' is known; add "
+                "'img_shape' to the meta_keys of PackDetInputs"
+            )
+        network_hw = (int(network_shape[0]), int(network_shape[1]))
+        if scale_factor is None:
+            if pad_param is not None or img_shape is None:
+                raise VisConfigError(
+                    "'scale_factor' is not packed by the test pipeline; add it to "
+                    "the meta_keys of PackDetInputs"
+                )
+            scale_factor = (img_shape[1] / image_hw[1], img_shape[0] / image_hw[0])
+        offset = (0.0, 0.0) if pad_param is None else (pad_param[2], pad_param[0])
+        return cls(
+            image_hw,
+            network_hw,
+            (float(scale_factor[0]), float(scale_factor[1])),
+            (float(offset[0]), float(offset[1])),
+        )
+
+    def boxes_to_network(self, boxes_xyxy: np.ndarray) -> np.ndarray:
+        """Move boxes from the image frame to the network frame.
+
+        Args:
+            boxes_xyxy (np.ndarray): ``(N, 4)`` in pixels of the image.
+
+        Returns:
+            np.ndarray: ``(N, 4)`` float32 in pixels of the network's input.
+        """
+        scale = np.array(self.scale_xy * 2, dtype=np.float32)
+        offset = np.array(self.offset_xy * 2, dtype=np.float32)
+        return np.asarray(boxes_xyxy, dtype=np.float32) * scale + offset
+
+    def axis_samplings(
+        self, map_hw: tuple[int, int]
+    ) -> tuple[AxisSampling, AxisSampling]:
+        """Where the image's rows and columns lie in a feature map.
+
+        Args:
+            map_hw (tuple): Height and width of the feature map, cells.
+
+        Returns:
+            tuple[AxisSampling, AxisSampling]: For the rows and for the columns.
+            Pixels outside the outermost cell centres take the outermost cell,
+            as ``F.interpolate(align_corners=False)`` does.
+        """
+        cells_hw = cells_per_pixel(map_hw, self.network_hw)
+        rows, columns = (
+            _axis_sampling(
+                size=self.image_hw[axis],
+                scale=self.scale_xy[1 - axis] * cells_hw[axis],
+                offset=self.offset_xy[1 - axis] * cells_hw[axis],
+                num_cells=map_hw[axis],
+            )
+            for axis in (0, 1)
+        )
+        return rows, columns
+
+    def resample(self, maps: torch.Tensor) -> torch.Tensor:
+        """Interpolate maps at the centres of the image's pixels.
+
+        Args:
+            maps (Tensor): ``(K, h, w)`` floating point, cells over the network
+                frame.
+
+        Returns:
+            Tensor: ``(K, H, W)``, same dtype and device, over the image frame.
+        """
+        map_hw = (maps.shape[-2], maps.shape[-1])
+        if self._fills_network(map_hw):
+            return F.interpolate(
+                maps[None], self.image_hw, mode="bilinear", align_corners=False
+            )[0]
+        rows, columns = self.axis_samplings(map_hw)
+        return _lerp(_lerp(maps, rows, dim=1), columns, dim=2)
+
+    def _fills_network(self, map_hw: tuple[int, int]) -> bool:
+        """Whether the map's cells divide the image's frame evenly."""
+        cells_hw = cells_per_pixel(map_hw, self.network_hw)
+        return self.offset_xy == (0.0, 0.0) and all(
+            math.isclose(
+                self.image_hw[axis] * self.scale_xy[1 - axis] * cells_hw[axis],
+                map_hw[axis],
+                rel_tol=1e-9,
+            )
+            for axis in (0, 1)
+        )
+
+
+def cells_per_pixel(
+    map_hw: tuple[int, int], network_hw: tuple[int, int]
+) -> tuple[float, float]:
+    """Size of a network pixel in cells of a feature map, per axis.
+
+    Strided convolutions round up: 1333 pixels at stride 32 give 42 cells, which
+    cover 1344 pixels. Where both axes fit one power-of-two stride, that stride
+    is the truth; elsewhere the map is taken to cover the input exactly.
+    """
+    stride = 2 ** max(0, round(math.log2(network_hw[1] / map_hw[1])))
+    if all(math.ceil(n / stride) == m for n, m in zip(network_hw, map_hw)):
+        return 1.0 / stride, 1.0 / stride
+    return map_hw[0] / network_hw[0], map_hw[1] / network_hw[1]
+
+
+def _axis_sampling(
+    size: int, scale: float, offset: float, num_cells: int
+) -> AxisSampling:
+    position = (np.arange(size) + 0.5) * scale + offset - 0.5
+    position = np.clip(position, 0.0, num_cells - 1)
+    lower = np.floor(position).astype(np.int64)
+    upper = np.minimum(lower + 1, num_cells - 1)
+    return AxisSampling(lower, upper, position - lower)
+
+
+def _lerp(maps: torch.Tensor, sampling: AxisSampling, dim: int) -> torch.Tensor:
+    device = maps.device
+    lower = maps.index_select(dim, torch.from_numpy(sampling.lower).to(device))
+    upper = maps.index_select(dim, torch.from_numpy(sampling.upper).to(device))
+    shape = [1] * maps.ndim
+    shape[dim] = -1
+    weight = torch.from_numpy(sampling.upper_weight).to(maps).reshape(shape)
+    return torch.lerp(lower, upper, weight)

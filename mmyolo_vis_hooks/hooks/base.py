@@ -1,0 +1,560 @@
+"""What all visualization hooks share: schedule, forward, errors, publishing."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from mmengine.dist import all_gather_object, is_main_process
+from mmengine.fileio.backends.registry_utils import backends
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from torch import nn
+
+from ..data.pipeline import (
+    build_resize_only_pipeline,
+    flatten_steps,
+    network_divisor,
+    network_stride,
+)
+from ..data.samples import class_names_of, palette_of
+from ..data.selector import (
+    ALL_IMAGES,
+    ImageSelector,
+    SelectedImage,
+    leaf_datasets,
+)
+from ..errors import ErrorPolicy, UnknownOptionError, VisConfigError, VisError
+from ..network.layer_path import parse_layer_path, resolve_layers
+from ..network.state import preserve_rng_state
+from ..publish.gather import RankSpool
+from ..publish.publisher import Publisher
+from ..records import VisImage, VisSample
+from ..samples import ALIGNMENTS, SampleMaker
+from .loop_recording import LoopRecording, data_samples_of
+
+Explainer = Callable[[Any], VisImage]
+
+
+@dataclass
+class _LoopState:
+    """What a hook knows of one validation or test loop."""
+
+    mode: str
+    loop: BaseLoop
+    selector: ImageSelector
+    sample_maker: SampleMaker
+    explainer: Explainer
+    # Resize-only copies of the test pipelines, by the identity of their dataset.
+    pipelines: dict[int, Callable] = field(default_factory=dict)
+    recording: LoopRecording | None = None
+    num_runs: int = 0
+    drawing: bool = False
+    seen: set[str] = field(default_factory=set)
+
+    def wanted(self, data_samples: Sequence[Any]) -> list[tuple[int, SelectedImage]]:
+        """Selected images of a batch that this run has not met yet."""
+        wanted: dict[str, tuple[int, SelectedImage]] = {}
+        for position, data_sample in enumerate(data_samples):
+            image = self.selector.find(data_sample.metainfo)
+            if image is not None and image.image_id not in self.seen:
+                wanted.setdefault(image.image_id, (position, image))
+        return list(wanted.values())
+
+
+class BaseVisHook(Hook):
+    """Draws pictures of chosen images in every validation or test run.
+
+    A subclass says what is captured in :meth:`build_sample_maker` and how a picture
+    is made of it in :meth:`build_explainer`. The options are described in
+    ``FeatMapVisHook``.
+    """
+
+    priority = "NORMAL"
+    default_name = "vis"
+    # Whether target_layers=None has a meaning.
+    chooses_layers = False
+
+    def __init__(
+        self,
+        *,
+        target_layers: Sequence[str] | str | None,
+        draw: bool,
+        interval: int,
+        num_images: int,
+        image_indices: Sequence[int] | None,
+        alignment: str,
+        override_loop_pipeline: bool,
+        name: str | None,
+        show: bool,
+        wait_time: float,
+        backend_args: dict | None,
+        on_error: str,
+    ) -> None:
+        if isinstance(target_layers, str):
+            target_layers = [target_layers]
+        automatic = self.chooses_layers and target_layers is None
+        check_option(
+            "target_layers",
+            target_layers,
+            automatic
+            or (isinstance(target_layers, Sequence) and len(target_layers) > 0),
+            "give at least one module path, such as 'backbone' or 'neck'"
+            + (", or None for the layer that made a box" * self.chooses_layers),
+        )
+        for path in target_layers or ():
+            parse_layer_path(path)
+        check_option("draw", draw, isinstance(draw, bool), "use True or False")
+        check_option(
+            "interval",
+            interval,
+            _is_int(interval) and interval >= 1,
+            "use a positive number of validation runs",
+        )
+        check_option(
+            "num_images",
+            num_images,
+            _is_int(num_images) and (num_images >= 1 or num_images == ALL_IMAGES),
+            "use a positive number, or -1 for all images",
+        )
+        check_option(
+            "image_indices",
+            image_indices,
+            image_indices is None
+            or (
+                isinstance(image_indices, (list, tuple, range))
+                and len(image_indices) > 0
+                and all(_is_int(i) and i >= 0 for i in image_indices)
+            ),
+            "use a list of indices into the dataset, counted from 0, or None",
+        )
+        check_option(
+            "alignment",
+            alignment,
+            alignment in ALIGNMENTS,
+            f"use one of {', '.join(map(repr, ALIGNMENTS))}",
+        )
+        check_option(
+            "override_loop_pipeline",
+            override_loop_pipeline,
+            isinstance(override_loop_pipeline, bool)
+            and (not override_loop_pipeline or alignment == "resize"),
+            "it is a bool, and True needs alignment='resize', since the loop then "
+            "runs on the Resize-only pipeline",
+        )
+        check_option(
+            "name",
+            name,
+            name is None
+            or (
+                isinstance(name, str) and bool(re.fullmatch(r"[\w-]{1,64}", name, re.A))
+            ),
+            "use at most 64 letters, digits, '_' and '-': it is part of file names",
+        )
+        check_option("show", show, isinstance(show, bool), "use True or False")
+        check_option(
+            "wait_time",
+            wait_time,
+            isinstance(wait_time, (int, float)) and wait_time >= 0,
+            "use seconds; 0 waits for a key",
+        )
+        check_option(
+            "backend_args",
+            backend_args,
+            backend_args is None
+            or (
+                isinstance(backend_args, dict)
+                and backend_args.get("backend", "local") in backends
+            ),
+            f"use None or a dict whose 'backend' is one of {', '.join(backends)}",
+        )
+        check_option(
+            "on_error",
+            on_error,
+            on_error in ErrorPolicy.CHOICES,
+            f"use one of {', '.join(map(repr, ErrorPolicy.CHOICES))}",
+        )
+        self.target_layers = None if target_layers is None else tuple(target_layers)
+        self.draw = draw
+        self.interval = interval
+        self.num_images = num_images
+        self.image_indices = image_indices
+        self.alignment = alignment
+        self.override_loop_pipeline = override_loop_pipeline
+        self.name = name or self.default_name
+        self.show = show
+        self.wait_time = wait_time
+        self.backend_args = backend_args
+        self.on_error = on_error
+        self._loops: dict[str, _LoopState] = {}
+
+    def build_sample_maker(
+        self, runner: Runner, detector: nn.Module, class_names: Sequence[str]
+    ) -> SampleMaker:
+        """Give what turns an image into the sample that the explainer takes.
+
+        Args:
+            runner (Runner): The runner.
+            detector (nn.Module): The detector, without wrappers.
+            class_names (Sequence[str]): Classes of the loop's dataset.
+
+        Raises:
+            VisError: If an option does not fit the detector.
+        """
+        return SampleMaker(
+            detector,
+            resolve_layers(detector, self.target_layers or ()),
+            alignment=self.alignment,
+            backend_args=self.backend_args,
+        )
+
+    def build_explainer(
+        self, class_names: Sequence[str], palette: Sequence[Any] | None
+    ) -> Explainer:
+        """Give the function that turns a sample into a picture.
+
+        Args:
+            class_names (Sequence[str]): Classes of the loop's dataset.
+            palette (Sequence, optional): Their RGB colours.
+        """
+        raise NotImplementedError
+
+    # Preparation: before weights are loaded and data is read.
+
+    def before_run(self, runner: Runner) -> None:
+        """Check what needs the model, the data and the pipeline, and prepare.
+
+        Raises:
+            VisConfigError: If an option does not fit them.
+        """
+        if not self.draw:
+            return
+        if not self._loops:
+            self._take_name(runner)
+            self._policy = ErrorPolicy(self.on_error, runner.logger)
+            self._spool = RankSpool()
+            self._publisher = Publisher(
+                runner.visualizer,
+                name=self.name,
+                policy=self._policy,
+                show=self.show,
+                wait_time=self.wait_time,
+            )
+            if self.show and not _has_display():
+                runner.logger.warning(
+                    "%s: show=True, but this machine has no display, so nobody will "
+                    "see the pictures; leave show=False to publish them.",
+                    self.name,
+                )
+            if not self._publisher.has_destination:
+                runner.logger.warning(
+                    "%s: the visualizer has no backend, so no picture will be kept. "
+                    "Set visualizer=dict(vis_backends=[dict(type='LocalVisBackend')]); "
+                    "DetVisualizationHook(show=True) removes all backends.",
+                    self.name,
+                )
+        self._detector = unwrap_detector(runner.model)
+        # A loop that is not built yet is not the one that runs now.
+        for mode, loop in (("val", runner._val_loop), ("test", runner._test_loop)):
+            known = self._loops.get(mode)
+            if isinstance(loop, BaseLoop) and (known is None or known.loop is not loop):
+                self._loops[mode] = self._prepare_loop(runner, mode, loop)
+
+    def _take_name(self, runner: Runner) -> None:
+        """Give two hooks of one name different tags."""
+        earlier = runner.hooks[: runner.hooks.index(self)]
+        taken = {h.name for h in earlier if isinstance(h, BaseVisHook) and h.draw}
+        base, count = self.name, 1
+        while self.name in taken:
+            count += 1
+            self.name = f"{base}_{count}"
+
+    def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> _LoopState:
+        dataset = loop.dataloader.dataset
+        metainfo = getattr(dataset, "metainfo", None) or {}
+        class_names = class_names_of(metainfo)
+        state = _LoopState(
+            mode,
+            loop,
+            ImageSelector(dataset, self.num_images, self.image_indices),
+            self.build_sample_maker(runner, self._detector, class_names),
+            self.build_explainer(class_names, palette_of(metainfo)),
+        )
+        for leaf in leaf_datasets(dataset):
+            _check_packed_keys(leaf, self.alignment)
+        if self.alignment == "resize":
+            self._prepare_pipelines(runner, state, dataset)
+        if self.alignment != "resize" or self.override_loop_pipeline:
+            state.recording = LoopRecording(
+                loop,
+                f"{mode}_step",
+                state.sample_maker.recorder,
+                lambda data_batch: self._positions(state, data_batch),
+            )
+        return state
+
+    def _prepare_pipelines(
+        self, runner: Runner, state: _LoopState, dataset: Any
+    ) -> None:
+        if self.override_loop_pipeline and isinstance(runner.model, BaseTTAModel):
+            raise VisConfigError(
+                "override_loop_pipeline=True cannot work with test-time augmentation, "
+                "which needs a pipeline of several views; leave it False"
+            )
+        for leaf in leaf_datasets(dataset):
+            pipeline = build_resize_only_pipeline(
+                leaf.pipeline,
+                divisor=network_divisor(self._detector),
+                stride=network_stride(self._detector, dataset),
+            )
+            state.pipelines[id(leaf)] = pipeline
+            if self.override_loop_pipeline:
+                leaf.pipeline = pipeline
+        if self.override_loop_pipeline:
+            runner.logger.warning(
+                "%s: override_loop_pipeline=True: the %s loop runs on the Resize-only "
+                "pipeline, and its metrics are of that pipeline.",
+                self.name,
+                state.mode,
+            )
+
+    def _positions(self, state: _LoopState, data_batch: Any) -> list[int]:
+        """Batch positions that the recording of the loop's forward keeps."""
+        positions: list[int] = []
+        if state.drawing:
+            with self._policy.guard(f"find the images of a {state.mode} batch"):
+                wanted = state.wanted(data_samples_of(data_batch))
+                positions = [position for position, _ in wanted]
+        return positions
+
+    # One validation or test run.
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Decide whether this validation run is drawn."""
+        self._start_run("val")
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Decide whether this test run is drawn."""
+        self._start_run("test")
+
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Sequence[Any] | None = None,
+    ) -> None:
+        """Draw the selected images of this batch.
+
+        In the iteration, because ``EMAHook`` puts the training weights back
+        before ``after_val_epoch``.
+        """
+        self._draw_batch(runner, "val", outputs)
+
+    def after_test_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Sequence[Any] | None = None,
+    ) -> None:
+        """Draw the selected images of this batch."""
+        self._draw_batch(runner, "test", outputs)
+
+    def after_val_epoch(
+        self, runner: Runner, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Publish what the other ranks drew and complete the run."""
+        self._finish_run(runner, "val")
+
+    def after_test_epoch(
+        self, runner: Runner, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Publish what the other ranks drew and complete the run."""
+        self._finish_run(runner, "test")
+
+    def after_run(self, runner: Runner) -> None:
+        """Say what was drawn and what failed."""
+        if not self._loops:
+            return
+        if self._publisher.num_published:
+            runner.logger.info(
+                "%s: %d picture(s) %s",
+                self.name,
+                self._publisher.num_published,
+                "shown" if self.show else "published",
+            )
+        summary = self._policy.summary()
+        if summary:
+            runner.logger.warning("%s: %s", self.name, summary)
+        self._spool.clear()
+
+    def _start_run(self, mode: str) -> None:
+        state = self._loops.get(mode)
+        if state is None:
+            return
+        state.drawing = state.num_runs % self.interval == 0
+        state.num_runs += 1
+        state.seen.clear()
+
+    def _draw_batch(
+        self, runner: Runner, mode: str, outputs: Sequence[Any] | None
+    ) -> None:
+        state = self._loops.get(mode)
+        if state is None or not state.drawing or not outputs:
+            return
+        wanted: list[tuple[int, SelectedImage]] = []
+        with self._policy.guard(f"find the images of a {mode} batch"):
+            wanted = state.wanted(outputs)
+        for position, image in wanted:
+            state.seen.add(image.image_id)
+            with self._policy.guard(f"draw {image.image_id}"), preserve_rng_state():
+                sample = self._make_sample(state, image, position, outputs[position])
+                picture = state.explainer(sample)
+                if is_main_process():
+                    self._publisher.publish(mode, picture, self._step(runner, state))
+                else:
+                    self._spool.add(picture)
+
+    def _make_sample(
+        self, state: _LoopState, image: SelectedImage, position: int, output: Any
+    ) -> VisSample:
+        if state.recording is None:
+            pipeline = state.pipelines[id(image.dataset)]
+            fp16 = bool(getattr(state.loop, "fp16", False))
+            return state.sample_maker.run(image, pipeline, fp16=fp16)
+        record = state.recording.record
+        if record is None:
+            raise VisError(
+                f"the forward of {image.image_id} was not recorded; its data sample "
+                "has other metainfo before the forward than after it"
+            )
+        return state.sample_maker.from_record(image, record, position, output)
+
+    def _finish_run(self, runner: Runner, mode: str) -> None:
+        state = self._loops.get(mode)
+        if state is None or not state.drawing:
+            return
+        met = set(state.seen)
+        with self._policy.guard("gather the pictures of the other ranks"):
+            for seen in all_gather_object(sorted(state.seen)):
+                met.update(seen)
+            for picture in self._spool.gather():
+                # Samplers repeat images so that all ranks have equally many.
+                if picture.image_id not in state.seen:
+                    state.seen.add(picture.image_id)
+                    self._publisher.publish(mode, picture, self._step(runner, state))
+        missing = [i.image_id for i in state.selector.images if i.image_id not in met]
+        if missing:
+            runner.logger.warning(
+                "%s: %d selected image(s) never came through the %s loop: %s",
+                self.name,
+                len(missing),
+                mode,
+                ", ".join(missing[:5]),
+            )
+        if is_main_process():
+            self._publisher.finish(commit=self._ends_row(runner, mode))
+        state.drawing = False
+
+    def _ends_row(self, runner: Runner, mode: str) -> bool:
+        """Whether nobody after this hook ends the run's row of history."""
+        later = runner.hooks[runner.hooks.index(self) + 1 :]
+        for hook in later:
+            if isinstance(hook, BaseVisHook) and hook._draws_now(mode):
+                return False
+            # In a test, MMEngine's LoggerHook writes no scalars.
+            if isinstance(hook, LoggerHook) and mode == "val":
+                return False
+        return True
+
+    def _draws_now(self, mode: str) -> bool:
+        state = self._loops.get(mode)
+        return state is not None and state.drawing
+
+    @staticmethod
+    def _step(runner: Runner, state: _LoopState) -> int:
+        """Epoch or iteration of a training; elsewhere the number of the run, from 0.
+
+        The private attribute is on purpose: ``runner.epoch`` would build the
+        training loop and its data set in a pure validation.
+        """
+        loop = runner._train_loop
+        if state.mode != "val" or not isinstance(loop, BaseLoop):
+            return state.num_runs - 1
+        return loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
+
+
+def unwrap_detector(model: nn.Module) -> nn.Module:
+    """The detector inside distributed and test-time-augmentation wrappers."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = cast(nn.Module, model.module)
+    return model
+
+
+def check_option(name: str, value: Any, valid: bool, remedy: str) -> None:
+    """Refuse an option that cannot work.
+
+    Raises:
+        VisConfigError: With the option, its value and the remedy.
+    """
+    if not valid:
+        raise VisConfigError(f"{name}={value!r} cannot work: {remedy}")
+
+
+def refuse_unknown_options(hook: Hook, unknown: Mapping[str, Any]) -> None:
+    """Refuse options that a hook does not have.
+
+    Raises:
+        UnknownOptionError: With the option that was probably meant.
+    """
+    if not unknown:
+        return
+    known = [
+        name
+        for name, parameter in inspect.signature(type(hook)).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    name = next(iter(unknown))
+    near = difflib.get_close_matches(name, known, n=1) or known
+    raise UnknownOptionError(
+        f"{type(hook).__name__} has no option {name!r}; use {', '.join(near)}"
+    )
+
+
+def _has_display() -> bool:
+    """Whether windows can open; other systems than Linux always have a desktop."""
+    return not sys.platform.startswith("linux") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_packed_keys(dataset: Any, alignment: str) -> None:
+    """Fail early if the batches will not say which image they hold, and where."""
+    steps = flatten_steps(getattr(dataset, "pipeline", []))
+    keys = getattr(steps[-1], "meta_keys", None) if steps else None
+    if keys is None:
+        return
+    packing = f"meta_keys={tuple(keys)} of {type(steps[-1]).__name__}"
+    if not {"img_id", "img_path"} & set(keys):
+        raise VisConfigError(
+            f"{packing} hold neither 'img_id' nor 'img_path', so no image can be found "
+            "again; add both"
+        )
+    pads = any(type(step).__name__ == "LetterResize" for step in steps)
+    if alignment != "resize" and pads and "pad_param" not in keys:
+        raise VisConfigError(
+            f"{packing} do not hold 'pad_param', without which alignment={alignment!r} "
+            "cannot know where LetterResize put the image; add it"
+        )

@@ -1,0 +1,225 @@
+"""Finds the maps on which a detector decides, and which of them made a box.
+
+Most heads look at the maps of a neck, one per pyramid level, and decide a box in one
+cell of one of them. Which raw output depends on which map, and how far around the
+cell, is measured once by gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import VisConfigError
+from .graph import (
+    GraphForward,
+    HeadKey,
+    PredictionGraph,
+    TapKey,
+    TapPoint,
+)
+from .layer_path import bracketed
+from .nested import flatten_tensors
+from .replay import CallKey, CallTrace, ReplayTarget
+
+# What a detector ends its features with, the last one first.
+_LAST_MAPS = ("encoder", "neck", "backbone")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One map on which the head decides.
+
+    Attributes:
+        tap: The tensor.
+        target: The same tensor, for replays.
+        outputs: Raw outputs that depend on this level alone; empty where levels
+            share them, as in heads of regions and of queries.
+        radius: A cell of these outputs depends on the cells of the map up to this
+            distance; None if it depends on the whole map, or that is not known.
+    """
+
+    tap: TapKey
+    target: ReplayTarget
+    outputs: frozenset[HeadKey]
+    radius: int | None
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """The levels of a detector.
+
+    Attributes:
+        points: Where to tap for all levels.
+        levels: In the order of the network.
+    """
+
+    points: tuple[TapPoint, ...]
+    levels: tuple[Level, ...]
+
+    def level_of(self, outputs: Iterable[HeadKey]) -> Level | None:
+        """The level on which all the raw outputs depend, None if that is not one."""
+        wanted = set(outputs)
+        for level in self.levels:
+            if wanted and wanted <= level.outputs:
+                return level
+        return None
+
+
+def last_maps(detector: nn.Module) -> TapPoint:
+    """The module whose output is the last that lies on the image.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+
+    Raises:
+        VisConfigError: If it has none of the modules that detectors have.
+    """
+    for name in _LAST_MAPS:
+        module = getattr(detector, name, None)
+        if isinstance(module, nn.Module):
+            return TapPoint(name, module)
+    raise VisConfigError(
+        f"target_layers=None cannot choose a layer of {type(detector).__name__}, which "
+        f"has no {' or '.join(_LAST_MAPS)}; name the layers"
+    )
+
+
+def survey(
+    detector: nn.Module,
+    inputs: torch.Tensor,
+    metainfo: Mapping[str, Any],
+    trace: Callable[[], CallTrace],
+) -> Pyramid:
+    """Measure the levels of a detector on one image.
+
+    A head of 1x1 convolutions decides on a single cell, and a map of single cells
+    says nothing. There the input of the block that made the level's map is taken
+    instead.
+
+    Args:
+        detector (nn.Module): The detector; must be ``frozen``.
+        inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
+        metainfo (Mapping): Of the image's data sample.
+        trace (Callable): Runs the detector on the image and gives all its calls.
+    """
+    point = last_maps(detector)
+    graph = GraphForward(detector, [point]).run(inputs, metainfo)
+    levels = [
+        _measured(
+            Level(
+                tap,
+                ReplayTarget(CallKey(point.layer, tap.call_index), tap.output_index),
+                _own_outputs(graph, tap),
+                None,
+            ),
+            graph,
+        )
+        for tap in graph.taps
+    ]
+    if not any(level.radius == 0 for level in levels):
+        return Pyramid((point,), tuple(levels))
+    calls = trace()
+    moved = [
+        _producer(detector, calls, level) if level.radius == 0 else None
+        for level in levels
+    ]
+    points = [producer[0] for producer in moved if producer is not None]
+    if any(producer is None for producer in moved):
+        points.append(point)
+    if not any(moved):
+        return Pyramid((point,), tuple(levels))
+    graph = GraphForward(detector, points).run(inputs, metainfo)
+    levels = [
+        level
+        if producer is None
+        else _measured(
+            replace(
+                level,
+                tap=TapKey(producer[0].layer, producer[1].call.call_index, ()),
+                target=producer[1],
+            ),
+            graph,
+        )
+        for level, producer in zip(levels, moved)
+    ]
+    return Pyramid(tuple(points), tuple(levels))
+
+
+def _own_outputs(graph: PredictionGraph, tap: TapKey) -> frozenset[HeadKey]:
+    """Raw outputs ``(1, C, h, w)`` on the map's own grid that see no other map."""
+    own = []
+    for key, output in graph.head_outputs.items():
+        if output.ndim != 4 or output.shape[-2:] != graph.taps[tap].shape[-2:]:
+            continue
+        sees = {t for t, g in _central_gradients(graph, key).items() if g is not None}
+        if sees == {tap}:
+            own.append(key)
+    return frozenset(own)
+
+
+def _measured(level: Level, graph: PredictionGraph) -> Level:
+    """The level with the radius of what a central cell of its outputs sees."""
+    if level.tap not in graph.taps or not level.outputs:
+        return replace(level, radius=None)
+    height, width = graph.taps[level.tap].shape[-2:]
+    row, column = height // 2, width // 2
+    radius = 0
+    for key in level.outputs:
+        gradient = _central_gradients(graph, key)[level.tap]
+        if gradient is None:
+            continue
+        cells = (gradient[0] != 0).any(dim=0).nonzero()
+        if len(cells):
+            middle = torch.tensor([row, column], device=cells.device)
+            radius = max(radius, int((cells - middle).abs().max()))
+    sees_all = 2 * radius + 1 >= max(height, width) and radius > 0
+    return replace(level, radius=None if sees_all else radius)
+
+
+def _central_gradients(
+    graph: PredictionGraph, key: HeadKey
+) -> dict[TapKey, torch.Tensor | None]:
+    output = graph.head_outputs[key]
+    if not output.requires_grad:
+        return dict.fromkeys(graph.taps)
+    centre = output[..., output.shape[-2] // 2, output.shape[-1] // 2].sum()
+    gradients = torch.autograd.grad(
+        centre, list(graph.taps.values()), retain_graph=True, allow_unused=True
+    )
+    return dict(zip(graph.taps, gradients))
+
+
+def _producer(
+    detector: nn.Module, calls: CallTrace, level: Level
+) -> tuple[TapPoint, ReplayTarget] | None:
+    """The outermost block with weights that made a level's map, and its input."""
+    made = dict(flatten_tensors(calls.outputs[level.target.call]))[level.target.place]
+    modules = dict(detector.named_modules())
+    candidates = [
+        key
+        for key, output in calls.outputs.items()
+        if key != level.target.call
+        and any(_same(tensor, made) for _, tensor in flatten_tensors(output))
+        and any(True for _ in modules[key.path].parameters())
+    ]
+    for key in sorted(candidates, key=lambda key: key.path.count(".")):
+        given = [
+            place
+            for place, tensor in flatten_tensors(calls.inputs[key])
+            if tensor.ndim == 4 and tensor.shape[-2:] == made.shape[-2:]
+        ]
+        if given == [(0,)]:
+            point = TapPoint(
+                f"input of {bracketed(key.path)}", modules[key.path], side="input"
+            )
+            return point, ReplayTarget(key, (0,), "input")
+    return None
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape

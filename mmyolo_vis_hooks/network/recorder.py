@@ -1,0 +1,308 @@
+"""Records what chosen layers put out during one forward."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import FeatureShapeError
+from ..records import Activation
+from .nested import OutputIndex, flatten_tensors
+
+# Strides at which vision transformers and pyramids put out token sequences.
+_TOKEN_STRIDES = (2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass
+class ForwardRecord:
+    """What one forward of a detector left behind for the kept images.
+
+    Attributes:
+        keep: Positions of the kept images in the batch.
+        inputs: ``(len(keep), 3, H, W)``, the normalised and padded input.
+        metainfos: Metainfo of the kept images, with ``batch_input_shape``.
+        outputs: What each call of each layer gave, cut down to the kept images:
+            ``{(layer, call_index): [(output_index, tensor), ...]}``.
+        error: The first failure while recording; the forward itself went on.
+    """
+
+    keep: tuple[int, ...]
+    inputs: torch.Tensor | None = None
+    metainfos: list[dict[str, Any]] = field(default_factory=list)
+    outputs: dict[tuple[str, int], list[tuple[tuple[int | str, ...], torch.Tensor]]] = (
+        field(default_factory=dict)
+    )
+    error: Exception | None = None
+
+    def activations(self, position: int) -> tuple[Activation, ...]:
+        """Feature maps of one kept image, in the order of the layers and calls.
+
+        Args:
+            position (int): Position in ``keep``.
+
+        Raises:
+            FeatureShapeError: If a layer's output is no map of the image.
+        """
+        if self.inputs is None:
+            raise FeatureShapeError(
+                "the detector did not run on an unflipped image, so no layer was "
+                "recorded"
+            )
+        network_hw = (self.inputs.shape[-2], self.inputs.shape[-1])
+        found = []
+        for (layer, call_index), tensors in self.outputs.items():
+            for output_index, tensor in tensors:
+                maps = spatial_maps(tensor[position], network_hw, layer)
+                for level, feature_map in enumerate(maps):
+                    index = output_index if len(maps) == 1 else (*output_index, level)
+                    found.append(Activation(layer, call_index, index, feature_map))
+        return tuple(found)
+
+
+class LayerRecorder:
+    """Records layers of a detector while a ``with`` block runs.
+
+    The forward hooks live exactly as long as the block, also when it is left by
+    an exception or by Ctrl-C. One entry per call is kept, so modules that are
+    shared or called several times lose nothing. Tensors are copied, because
+    in-place operations after a layer would change them.
+
+    Args:
+        model (nn.Module): The detector itself, without wrappers. Its
+            ``forward`` receives ``inputs`` and ``data_samples``.
+        layers (Mapping[str, nn.Module]): Path and module of each layer.
+
+    Example:
+        >>> recorder = LayerRecorder(model, resolve_layers(model, ['neck']))
+        >>> with recorder.record(keep=[0]) as record:
+        >>>     model.test_step(batch)
+        >>> record.activations(0)[0].feature_map.shape
+        torch.Size([64, 52, 52])
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._model = model
+        self._layers = dict(layers)
+
+    @contextlib.contextmanager
+    def record(self, keep: Sequence[int]) -> Iterator[ForwardRecord]:
+        """Record one forward of the model inside the block.
+
+        Of a model that is run several times, as test-time augmentation does, the
+        first run with unflipped images is recorded.
+
+        Args:
+            keep (Sequence[int]): Positions in the batch that are recorded.
+        """
+        record = ForwardRecord(tuple(keep))
+        tap = _ForwardTap(record)
+        handles = []
+        try:
+            handles.append(
+                self._model.register_forward_pre_hook(tap.on_input, with_kwargs=True)
+            )
+            handles.append(self._model.register_forward_hook(tap.on_end))
+            for path, module in self._layers.items():
+                handles.append(module.register_forward_hook(tap.layer_hook(path)))
+            yield record
+        finally:
+            for handle in handles:
+                handle.remove()
+        tap.finish(self._layers)
+
+
+class _ForwardTap:
+    """The callbacks of one recording; none of them lets an exception out."""
+
+    def __init__(self, record: ForwardRecord) -> None:
+        self._record = record
+        self._calls: Counter[str] = Counter()
+        self._batch_size = 0
+        self._running = False
+
+    def on_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._record.inputs is not None or self._record.error is not None:
+            return
+        with self._contained():
+            inputs = args[0] if args else kwargs["inputs"]
+            data_samples: Any = args[1] if len(args) > 1 else kwargs["data_samples"]
+            keep = list(self._record.keep)
+            self._batch_size = len(inputs)
+            metainfos = [dict(data_samples[i].metainfo) for i in keep]
+            if any(metainfo.get("flip") for metainfo in metainfos):
+                return
+            self._record.metainfos = metainfos
+            self._record.inputs = _select(inputs, keep)
+            self._running = True
+
+    def on_end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._running = False
+
+    def layer_hook(self, path: str) -> Any:
+        def on_output(module: nn.Module, args: tuple, output: Any) -> None:
+            if not self._running:
+                return
+            with self._contained():
+                self._store(path, output)
+
+        return on_output
+
+    def finish(self, layers: Mapping[str, nn.Module]) -> None:
+        record = self._record
+        if record.error is not None or record.inputs is None:
+            return
+        silent = [path for path in layers if not self._calls[path]]
+        if silent:
+            record.error = FeatureShapeError(
+                f"target_layers: {', '.join(silent)} did not run when the detector "
+                "predicted; choose a layer that takes part in inference"
+            )
+        # The user's order, not the order in which the layers ran.
+        order = {path: i for i, path in enumerate(layers)}
+        record.outputs = dict(
+            sorted(record.outputs.items(), key=lambda e: (order[e[0][0]], e[0][1]))
+        )
+
+    def _store(self, path: str, output: Any) -> None:
+        keep = list(self._record.keep)
+        self._record.outputs[path, self._calls[path]] = [
+            (index, _select(tensor, keep))
+            for index, tensor in image_tensors(output, self._batch_size, path)
+        ]
+        self._calls[path] += 1
+
+    @contextlib.contextmanager
+    def _contained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # The forward belongs to somebody else and must go on.
+            if self._record.error is None:
+                self._record.error = error
+
+
+def image_tensors(
+    output: Any, batch_size: int, layer: str
+) -> list[tuple[OutputIndex, torch.Tensor]]:
+    """The tensors in a layer's output that may hold a map for each image.
+
+    Args:
+        output: What the layer gave, nested as it likes.
+        batch_size (int): Number of images in the batch.
+        layer (str): Path of the layer, for the message.
+
+    Returns:
+        list: Index and ``(B, C, h, w)`` or ``(B, N, C)`` of each.
+
+    Raises:
+        FeatureShapeError: If there is none, or one has another batch size.
+    """
+    tensors = []
+    for index, tensor in flatten_tensors(output):
+        if tensor.ndim < 3 or not tensor.is_floating_point():
+            continue
+        if tensor.shape[0] != batch_size:
+            raise FeatureShapeError(
+                f"target_layers: {layer} gives a tensor of shape "
+                f"{tuple(tensor.shape)} for a batch of {batch_size} "
+                "image(s), so it cannot be laid over an image (outputs of RoI "
+                "heads and of windows are of this kind); choose another layer"
+            )
+        tensors.append((index, tensor))
+    if not tensors:
+        raise FeatureShapeError(
+            f"target_layers: {layer} gives no feature map ((B, C, H, W) or "
+            "tokens (B, H*W, C)); choose another layer"
+        )
+    return tensors
+
+
+def spatial_maps(
+    tensor: torch.Tensor, network_hw: tuple[int, int], layer: str
+) -> list[torch.Tensor]:
+    """Give one image's output as feature maps.
+
+    Args:
+        tensor (Tensor): ``(C, h, w)``, or tokens ``(N, C)`` where ``N`` cells of
+            one or several pyramid levels follow one another row by row, possibly
+            after a class token.
+        network_hw (tuple): Height and width of the network's input, pixels.
+        layer (str): Path of the layer, for the message.
+
+    Returns:
+        list[Tensor]: ``(C, h, w)`` each.
+
+    Raises:
+        FeatureShapeError: If the tokens fit no grid over the input.
+    """
+    if tensor.ndim == 3:
+        return [tensor]
+    slices = token_slices(tensor, network_hw, layer)
+    return [
+        tensor[start : start + h * w].t().reshape(-1, h, w) for start, h, w in slices
+    ]
+
+
+def token_slices(
+    tokens: torch.Tensor, network_hw: tuple[int, int], layer: str
+) -> list[tuple[int, int, int]]:
+    """Where the maps lie in a sequence of tokens.
+
+    Args:
+        tokens (Tensor): ``(N, C)`` of one image.
+        network_hw (tuple): Height and width of the network's input, pixels.
+        layer (str): Path of the layer, for the message.
+
+    Returns:
+        list: First token, rows and columns of each map.
+
+    Raises:
+        FeatureShapeError: If the tokens fit no grid over the input.
+    """
+    if tokens.ndim != 2:
+        raise FeatureShapeError(
+            f"target_layers: {layer} gives {tuple(tokens.shape)} for an image; only "
+            "(C, H, W) and tokens (H*W, C) can be drawn"
+        )
+    num_tokens = tokens.shape[0]
+    grids = [
+        (math.ceil(network_hw[0] / s), math.ceil(network_hw[1] / s))
+        for s in _TOKEN_STRIDES
+    ]
+    for extra in (0, 1):  # with a class token in front
+        levels = _matching_levels(num_tokens - extra, grids)
+        if levels:
+            slices, start = [], extra
+            for h, w in levels:
+                slices.append((start, h, w))
+                start += h * w
+            return slices
+    raise FeatureShapeError(
+        f"target_layers: {layer} gives {num_tokens} tokens, which fit no grid over "
+        f"the network's input of {network_hw[0]}x{network_hw[1]} pixels"
+    )
+
+
+def _matching_levels(
+    num_tokens: int, grids: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Consecutive pyramid levels whose cells add up to the number of tokens."""
+    for first in range(len(grids)):
+        total = 0
+        for last in range(first, len(grids)):
+            total += grids[last][0] * grids[last][1]
+            if total == num_tokens:
+                return list(grids[first : last + 1])
+    return []
+
+
+def _select(tensor: torch.Tensor, keep: list[int]) -> torch.Tensor:
+    # Indexing with a list copies, so later in-place operations do not show.
+    return tensor.detach()[keep]

@@ -1,0 +1,155 @@
+"""Frozen records that travel between the steps of the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .geometry import FrameTransform
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One feature map of one image.
+
+    Attributes:
+        layer: Path of the layer as the user wrote it.
+        call_index: Which call of the layer during the forward made this map.
+        output_index: Where the map lies in the layer's nested output; empty for
+            a layer that returns a single tensor.
+        feature_map: ``(C, h, w)``, on the device and in the dtype of the layer.
+    """
+
+    layer: str
+    call_index: int
+    output_index: tuple[int | str, ...]
+    feature_map: torch.Tensor
+
+    @property
+    def title(self) -> str:
+        """Name for captions: ``neck[1]``, and ``conv (call 2)`` for a later call."""
+        output = "".join(f"[{index}]" for index in self.output_index)
+        call = "" if self.call_index == 0 else f" (call {self.call_index + 1})"
+        return f"{self.layer}{output}{call}"
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Final detections of one image.
+
+    Attributes:
+        boxes_xyxy: ``(N, 4)`` float32, pixels of the frame they are drawn in.
+        scores: ``(N,)`` float32 in [0, 1].
+        labels: ``(N,)`` int64, indices into the classes.
+    """
+
+    boxes_xyxy: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, 4), dtype=np.float32)
+    )
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class VisSample:
+    """Everything that is needed to draw one image.
+
+    Attributes:
+        image_id: Unique name of the image, safe in file names.
+        image_rgb: ``(H, W, 3)`` uint8, RGB; the frame that is drawn on.
+        frame: How a pixel of ``image_rgb`` lies in the network's input.
+        activations: Maps of the image, in the order of the layers and calls.
+        detections: In pixels of ``image_rgb``.
+    """
+
+    image_id: str
+    image_rgb: np.ndarray
+    frame: FrameTransform
+    activations: tuple[Activation, ...]
+    detections: Detections
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Where one layer made one detection.
+
+    Attributes:
+        layer: Name of the layer for captions.
+        saliency: ``(h, w)`` float32, finite and not negative, cells over the
+            network frame. It is not normalised: its unit is that of the target
+            for methods that weigh activations by gradients.
+    """
+
+    layer: str
+    saliency: np.ndarray
+
+
+@dataclass(frozen=True)
+class BoxExplanation:
+    """What made one detection.
+
+    Attributes:
+        index: Which detection of the sample.
+        maps: One per layer; empty where no layer has any influence.
+        warning: Why the maps are missing or not to be trusted, one sentence.
+    """
+
+    index: int
+    maps: tuple[LayerMap, ...]
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class BoxSample:
+    """Everything that is needed to draw the explanations of one image.
+
+    Attributes:
+        image_id: Unique name of the image, safe in file names.
+        image_rgb: ``(H, W, 3)`` uint8, RGB; the frame that is drawn on.
+        frame: How a pixel of ``image_rgb`` lies in the network's input.
+        detections: In pixels of ``image_rgb``.
+        explanations: Of the detections that were asked about, the highest score
+            first.
+    """
+
+    image_id: str
+    image_rgb: np.ndarray
+    frame: FrameTransform
+    detections: Detections
+    explanations: tuple[BoxExplanation, ...]
+
+
+@dataclass(frozen=True)
+class VisImage:
+    """One finished picture.
+
+    Attributes:
+        image_id: Unique name of the image, safe in file names.
+        image_rgb: ``(H, W, 3)`` uint8, RGB.
+    """
+
+    image_id: str
+    image_rgb: np.ndarray
+
+
+@dataclass(frozen=True)
+class OverlayMap:
+    """A map that can be laid over an image in any strength, such as on a page.
+
+    Attributes:
+        title: Layer, or class and score of a box.
+        note: Shape, range or method.
+        levels: ``(h, w)`` uint8 over the whole image, 0 the weakest and 255 the
+            strongest value.
+        detection: Which detection of the sample the map is of; None if of none.
+    """
+
+    title: str
+    note: str
+    levels: np.ndarray
+    detection: int | None = None

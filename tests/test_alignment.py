@@ -1,0 +1,331 @@
+"""A map must lie on what made it: measured in pixels, for every family's pipeline.
+
+The network of these tests gives the brightness of its input at strides 8, 16 and 32,
+so where a map has to lie is known without any of the package's geometry: on the
+bright square that was painted into the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from mmengine.structures import InstanceData
+from torch import nn
+
+from mmyolo_vis_hooks.data.selector import SelectedImage
+from mmyolo_vis_hooks.detector import (
+    build_pipeline,
+    default_scope,
+    read_dataset,
+)
+from mmyolo_vis_hooks.geometry import FrameTransform
+from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from mmyolo_vis_hooks.records import VisSample
+from mmyolo_vis_hooks.render.featmap_panel import FeatMapExplainer
+from mmyolo_vis_hooks.samples import ALIGNMENTS, SampleMaker
+
+CONFIGS = {
+    "yolov5": "mmyolo::yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py",
+    "yolov5_p6": "mmyolo::yolov5/yolov5_s-p6-v62_syncbn_fast_8xb16-300e_coco.py",
+    "yolov6": "mmyolo::yolov6/yolov6_s_syncbn_fast_8xb32-400e_coco.py",
+    "yolov7": "mmyolo::yolov7/yolov7_tiny_syncbn_fast_8x16b-300e_coco.py",
+    "yolov8": "mmyolo::yolov8/yolov8_s_syncbn_fast_8xb16-500e_coco.py",
+    "yolox": "mmyolo::yolox/yolox_s_fast_8xb8-300e_coco.py",
+    "rtmdet": "mmyolo::rtmdet/rtmdet_tiny_syncbn_fast_8xb32-300e_coco.py",
+    "ppyoloe": "mmyolo::ppyoloe/ppyoloe_plus_s_fast_8xb8-80e_coco.py",
+    "retinanet": "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py",
+    "faster_rcnn": "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
+}
+# Those that pad a long image to a square.
+PADDED = ("yolov5", "yolov5_p6", "yolov6", "yolov7", "yolov8", "yolox", "rtmdet")
+# The rest is the grid of the pixels of the map; half a cell of shift is an error.
+MAX_CELLS_OFF = 0.3
+BRIGHT = 250
+# Grey padding is 114, the ground at most 20.
+THRESHOLD = 180
+MAX_SIZE = 320
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A dark image with a bright rectangle; pixels."""
+
+    image_hw: tuple[int, int]
+    box_xyxy: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        height, width = self.image_hw
+        return f"{height}x{width}at{self.box_xyxy[0]},{self.box_xyxy[1]}"
+
+    def image_bgr(self) -> np.ndarray:
+        image = np.random.RandomState(0).randint(0, 20, (*self.image_hw, 3))
+        x1, y1, x2, y2 = self.box_xyxy
+        image[y1:y2, x1:x2] = BRIGHT
+        return image.astype(np.uint8)
+
+
+SCENES = (
+    Scene((333, 1001), (70, 13, 230, 133)),
+    Scene((333, 1001), (797, 201, 957, 321)),
+    Scene((917, 311), (11, 61, 121, 211)),
+    Scene((917, 311), (190, 703, 300, 853)),
+    Scene((480, 640), (451, 37, 571, 157)),
+    Scene((1280, 720), (60, 901, 280, 1121)),
+)
+
+
+class Levels(nn.Module):
+    """Brightness on grids of some strides; partial cells count, as in a backbone."""
+
+    def __init__(self, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.strides = strides
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            nn.functional.avg_pool2d(x, stride, ceil_mode=True)
+            for stride in self.strides
+        )
+
+
+class Brightness(BaseModel):
+    """Finds the box that it is told, in the frame of the original image."""
+
+    def __init__(self, data_preprocessor: nn.Module, strides: tuple[int, ...]) -> None:
+        super().__init__(data_preprocessor=data_preprocessor)
+        self.backbone = nn.Identity()
+        self.neck = Levels(strides)
+        self.box_xyxy: tuple[int, ...] = (0, 0, 0, 0)
+
+    def forward(self, inputs: Any, data_samples: Any = None, mode: str = "tensor"):
+        assert mode == "predict"
+        self.neck(self.backbone(inputs))
+        for sample in data_samples:
+            sample.pred_instances = InstanceData(
+                bboxes=torch.tensor([self.box_xyxy], dtype=torch.float32),
+                scores=torch.tensor([0.9]),
+                labels=torch.tensor([0]),
+            )
+        return data_samples
+
+
+@cache
+def family_config(name: str) -> Config:
+    return get_config(CONFIGS[name])
+
+
+def make_detector(config: Config) -> Brightness:
+    with default_scope(config):
+        preprocessor = MODELS.build(config.model.data_preprocessor)
+    strides = config.get("strides") or (8, 16, 32)
+    return Brightness(preprocessor, tuple(strides)).eval()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample, and where things are in it, measured in its pixels.
+
+    Attributes:
+        box_xyxy: The bright square in ``sample.image_rgb``.
+        cell_xy: Size of a network pixel in ``sample.image_rgb``.
+    """
+
+    sample: VisSample
+    strides: tuple[int, ...]
+    box_xyxy: np.ndarray
+    cell_xy: np.ndarray
+    network_hw: tuple[int, int]
+
+
+def draw(config: Config, scene: Scene, alignment: str) -> Drawn:
+    """Run the network on a scene as the programs do."""
+    detector = make_detector(config)
+    detector.box_xyxy = scene.box_xyxy
+    maker = SampleMaker(
+        detector, resolve_layers(detector, ["neck"]), alignment=alignment
+    )
+    pipeline = build_pipeline(config, read_dataset(config), detector, alignment)
+    image_bgr = scene.image_bgr()
+    data = pipeline(dict(img=image_bgr, img_id=0, img_path="x.png", instances=[]))
+    selected = SelectedImage(
+        scene.name,
+        0,
+        "x.png",
+        None,
+        0,
+        image_rgb=cv2.cvtColor(image_bgr, cv2.COLOR_BGR2RGB),
+    )
+    sample = maker.run_data(selected, data)
+    box = bright_box(sample.image_rgb)
+    in_network = bright_box(data["inputs"].numpy().transpose(1, 2, 0))
+    batch = detector.data_preprocessor(dict(inputs=[data["inputs"]], data_samples=None))
+    return Drawn(
+        sample,
+        detector.neck.strides,
+        box,
+        (box[2:] - box[:2]) / (in_network[2:] - in_network[:2]),
+        tuple(batch["inputs"].shape[-2:]),
+    )
+
+
+def bright_box(image: np.ndarray) -> np.ndarray:
+    bright = image.min(axis=2) > THRESHOLD
+    xs, ys = (np.flatnonzero(bright.any(axis=axis)) for axis in (0, 1))
+    return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], dtype=np.float64)
+
+
+def centre_of_mass(levels: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
+    """Where the strong half of a map lies, ``(x, y)`` in pixels of the image."""
+    mass = np.where(levels > 127, levels.astype(np.float64), 0.0)
+    scale = np.array(image_hw[::-1]) / np.array(levels.shape[::-1])
+    centre = [
+        (mass.sum(axis=axis) * (np.arange(levels.shape[1 - axis]) + 0.5)).sum()
+        for axis in (0, 1)
+    ]
+    return np.array(centre) / mass.sum() * scale
+
+
+def panel_levels(explainer: FeatMapExplainer, sample: VisSample) -> list[np.ndarray]:
+    """Cut the maps out of the full panel, which must hold each of them unchanged."""
+    panel = explainer(sample).image_rgb
+    grey = np.ascontiguousarray(panel[..., 0])
+    found = []
+    for overlay in explainer.overlay_maps(sample, max_size=MAX_SIZE):
+        height, width = overlay.levels.shape
+        differences = cv2.matchTemplate(grey, overlay.levels, cv2.TM_SQDIFF)
+        y, x = np.unravel_index(differences.argmin(), differences.shape)
+        cell = grey[y : y + height, x : x + width]
+        # The colour map 'gray' rounds.
+        assert np.abs(cell.astype(int) - overlay.levels).max() <= 1, overlay.title
+        found.append(cell)
+    return found
+
+
+def make_explainer(score_thr: float = 1.0) -> FeatMapExplainer:
+    return FeatMapExplainer(
+        channel_reduction="squeeze_mean",
+        alpha=1.0,
+        colormap="gray",
+        score_thr=score_thr,
+        max_cell_size=MAX_SIZE,
+    )
+
+
+def cells_off(drawn: Drawn) -> np.ndarray:
+    """How far each level's map is off, ``(levels, 2)`` in its cells, x and y."""
+    sample = drawn.sample
+    image_hw = sample.image_rgb.shape[:2]
+    explainer = make_explainer()
+    overlays = explainer.overlay_maps(sample, max_size=MAX_SIZE)
+    assert [overlay.title for overlay in overlays] == [
+        f"neck[{i}]" for i in range(len(drawn.strides))
+    ]
+    truth = (drawn.box_xyxy[:2] + drawn.box_xyxy[2:]) / 2
+    rows = []
+    in_panel = panel_levels(explainer, sample)
+    for overlay, cell, stride in zip(overlays, in_panel, drawn.strides):
+        cell_xy = stride * drawn.cell_xy
+        errors = [
+            np.abs(centre_of_mass(levels, image_hw) - truth) / cell_xy
+            for levels in (overlay.levels, cell)
+        ]
+        rows.append(np.maximum(*errors))
+    return np.array(rows)
+
+
+def without_divisor() -> Config:
+    """Sides that no stride divides: the last cells lie partly outside the input."""
+    config = get_config(CONFIGS["faster_rcnn"])
+    config.model.data_preprocessor.pad_size_divisor = 1
+    return config
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_maps_and_boxes_lie_on_the_square(family, alignment, scene):
+    drawn = draw(family_config(family), scene, alignment)
+    check(drawn, scene, alignment)
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+@pytest.mark.parametrize("alignment", ["letterbox", "network"])
+def test_an_input_that_no_stride_divides(alignment, scene):
+    drawn = draw(without_divisor(), scene, alignment)
+    assert any(n % 32 for n in drawn.network_hw)
+    check(drawn, scene, alignment)
+
+
+def check(drawn: Drawn, scene: Scene, alignment: str) -> None:
+    sample = drawn.sample
+    if alignment == "network":
+        assert sample.image_rgb.shape[:2] == drawn.network_hw
+    else:
+        assert sample.image_rgb.shape[:2] == scene.image_hw
+        assert drawn.box_xyxy.tolist() == list(scene.box_xyxy)
+    off = cells_off(drawn)
+    assert off.max() <= MAX_CELLS_OFF, f"cells off, per level (x, y):\n{off.round(2)}"
+    (box_xyxy,) = sample.detections.boxes_xyxy
+    assert np.abs(box_xyxy - drawn.box_xyxy).max() <= 1.5
+
+
+@pytest.mark.parametrize("scene", SCENES[1:3], ids=lambda scene: scene.name)
+@pytest.mark.parametrize("family", PADDED)
+def test_a_misaligned_map_does_not_pass(family, scene):
+    """The padded input drawn as if it were the image stretched: OpenMMLab's bug."""
+    drawn = draw(family_config(family), scene, "letterbox")
+    frame = FrameTransform.stretch(scene.image_hw, drawn.network_hw)
+    wrong = replace(drawn, sample=replace(drawn.sample, frame=frame))
+    off = cells_off(wrong).max(axis=1)
+    assert (off > 3 * MAX_CELLS_OFF).all(), f"cells off, per level: {off.round(2)}"
+
+
+@pytest.mark.parametrize("scene", SCENES[1:3], ids=lambda scene: scene.name)
+def test_half_a_cell_of_shift_does_not_pass(scene):
+    drawn = draw(family_config("yolov8"), scene, "letterbox")
+    frame = drawn.sample.frame
+    for stride in drawn.strides:
+        x, y = frame.offset_xy
+        shifted = replace(frame, offset_xy=(x + stride / 2, y))
+        off = cells_off(replace(drawn, sample=replace(drawn.sample, frame=shifted)))
+        level = drawn.strides.index(stride)
+        assert off[level, 0] > MAX_CELLS_OFF
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("family", ["yolov8", "ppyoloe", "retinanet"])
+def test_the_box_is_drawn_round_the_square(family, alignment):
+    scene = SCENES[4]
+    sample = draw(family_config(family), scene, alignment).sample
+    without, with_box = (
+        make_explainer(score_thr)(sample).image_rgb for score_thr in (1.0, 0.3)
+    )
+    # The picture is the first cell, and the note below its title has changed too.
+    maps = make_explainer().overlay_maps(sample, max_size=MAX_SIZE)
+    height, width = maps[0].levels.shape
+    picture = cv2.resize(
+        sample.image_rgb, (width, height), interpolation=cv2.INTER_AREA
+    )
+    found = cv2.matchTemplate(without, picture, cv2.TM_SQDIFF)
+    y, x = np.unravel_index(found.argmin(), found.shape)
+    cells = [p[y : y + height, x : x + width].astype(int) for p in (without, with_box)]
+    assert np.abs(cells[0] - picture).max() <= 1
+    changed = np.abs(cells[1] - cells[0]).max(axis=2) > 20
+    true_box = bright_box(cells[0])
+    xs, ys = (np.flatnonzero(changed.any(axis=axis)) for axis in (0, 1))
+    # Above the box, and perhaps beyond its right side, is the label.
+    assert abs(xs[0] - true_box[0]) <= 3
+    assert abs(ys[-1] + 1 - true_box[3]) <= 3
+    right = np.flatnonzero(changed[ys[-1] - 6 : ys[-1] + 1].any(axis=0))[-1] + 1
+    assert abs(right - true_box[2]) <= 3

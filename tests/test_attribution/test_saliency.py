@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mmyolo_vis_hooks.attribution.saliency import (
+    FUSIONS,
+    box_saliency,
+    box_sigma,
+    fuse_saliency,
+    normalize_saliency,
+    render_saliency,
+    saliency_range,
+)
+from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.geometry import FrameTransform
+from mmyolo_vis_hooks.records import BoxExplanation, LayerMap
+
+LETTERBOX = FrameTransform((40, 80), (64, 64), (0.8, 0.8), (0.0, 16.0))
+FRAMES = [
+    (FrameTransform.stretch((48, 96), (64, 64)), (8, 8)),
+    (FrameTransform.stretch((480, 640), (416, 416)), (26, 26)),
+    (FrameTransform.stretch((31, 17), (64, 96)), (2, 3)),
+    (LETTERBOX, (8, 8)),
+    (FrameTransform((427, 640), (416, 416), (0.65, 0.65), (0.0, 69.0)), (52, 52)),
+    (FrameTransform.identity((64, 64)), (1, 1)),
+]
+
+
+def random_map(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape, dtype=np.float32)
+
+
+def slowly(saliency: np.ndarray, frame: FrameTransform, sigma_px: float) -> np.ndarray:
+    resampled = frame.resample(torch.from_numpy(saliency)[None])[0].numpy()
+    return cv2.GaussianBlur(resampled, (0, 0), sigma_px) if sigma_px else resampled
+
+
+def explanation(*maps: np.ndarray) -> BoxExplanation:
+    return BoxExplanation(
+        0, tuple(LayerMap(f"neck[{i}]", m) for i, m in enumerate(maps))
+    )
+
+
+class TestRender:
+    @pytest.mark.parametrize(("frame", "map_hw"), FRAMES)
+    @pytest.mark.parametrize("sigma_px", [0, 0.05, 0.5, 1.3, 6.0, 23.7])
+    def test_equals_resample_and_opencv(self, frame, map_hw, sigma_px):
+        saliency = random_map(*map_hw)
+        rendered = render_saliency(saliency, frame, sigma_px=sigma_px)
+        expected = slowly(saliency, frame, sigma_px)
+        assert rendered.dtype == np.float32
+        assert rendered.shape == frame.image_hw
+        assert np.abs(rendered - expected).max() <= 1e-5 * expected.max()
+
+    def test_the_smoothing_is_in_pixels_of_the_image(self):
+        # One cell of 1 px: the peak is that of the kernel, 1 / (2 pi sigma^2).
+        saliency = np.zeros((65, 65), np.float32)
+        saliency[32, 20] = 1.0
+        rendered = render_saliency(
+            saliency, FrameTransform.identity((65, 65)), sigma_px=3
+        )
+        assert np.unravel_index(rendered.argmax(), (65, 65)) == (32, 20)
+        assert rendered.max() == pytest.approx(1 / (2 * np.pi * 9), rel=1e-3)
+        assert rendered[32, 23] / rendered.max() == pytest.approx(np.exp(-0.5), 1e-4)
+
+    def test_centre_of_mass_lies_on_the_object(self):
+        saliency = np.zeros((8, 8), np.float32)
+        saliency[4, 5] = 1.0
+        rendered = render_saliency(saliency, LETTERBOX, sigma_px=2)
+        # Cell centre: network pixel (44, 36), without the padding (44, 20), by 0.8.
+        rows, columns = np.indices(rendered.shape) + 0.5
+        assert (rendered * columns).sum() / rendered.sum() == pytest.approx(55, abs=0.1)
+        assert (rendered * rows).sum() / rendered.sum() == pytest.approx(25, abs=0.1)
+
+    @pytest.mark.parametrize("image_hw", [(1, 1), (1, 7), (5, 300)])
+    def test_a_sigma_far_beyond_the_image_gives_its_mean(self, image_hw):
+        saliency = random_map(4, 6)
+        frame = FrameTransform.stretch(image_hw, (4, 6))
+        rendered = render_saliency(saliency, frame, sigma_px=1e9)
+        assert rendered.max() - rendered.min() < 1e-5
+        assert saliency.min() < rendered.max() < saliency.max()
+
+    def test_input_is_left_alone(self):
+        saliency = random_map(8, 8)
+        render_saliency(saliency, LETTERBOX, sigma_px=3)
+        assert np.array_equal(saliency, random_map(8, 8))
+
+
+class TestSigma:
+    def test_by_hand(self):
+        # sqrt(40 * 90) = 60
+        assert box_sigma(np.array([10, 20, 50, 110]), 0.1) == pytest.approx(6)
+        assert box_sigma(np.array([10, 20, 50, 110]), 0) == 0
+
+    @pytest.mark.parametrize(
+        "box", [[5, 5, 5, 9], [9, 5, 5, 9], [0, 0, np.nan, 4], [0, 0, np.inf, 4]]
+    )
+    def test_no_area_is_no_smoothing(self, box):
+        assert box_sigma(np.array(box, np.float32), 0.1) == 0
+
+
+class TestFusion:
+    ONE = np.array([[1.0, 2.0], [0.0, 4.0]], np.float32)
+    OTHER = np.array([[0.5, 0.1], [0.2, 0.0]], np.float32)
+
+    @pytest.mark.parametrize(
+        ("fusion", "expected"),
+        [
+            ("max", [[1, 2], [0.2, 4]]),
+            ("mean", [[0.75, 1.05], [0.1, 2]]),
+            ("sum", [[1.5, 2.1], [0.2, 4]]),
+            ("product", [[0.5, 0.2], [0, 0]]),
+        ],
+    )
+    def test_by_hand(self, fusion, expected):
+        fused = fuse_saliency([self.ONE, self.OTHER], fusion, normalize=False)
+        np.testing.assert_allclose(fused, expected, rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("fusion", "expected"),
+        [
+            # 1/4 and 1/1, 2/4 and 0.1/0.5, 0 and 0.2/0.5, 1 and 0.
+            ("max", [[1, 0.5], [0.4, 1]]),
+            ("mean", [[0.625, 0.35], [0.2, 0.5]]),
+            ("sum", [[1.25, 0.7], [0.4, 1]]),
+            ("product", [[0.25, 0.1], [0, 0]]),
+        ],
+    )
+    def test_each_by_its_maximum(self, fusion, expected):
+        fused = fuse_saliency([self.ONE, self.OTHER], fusion, normalize=True)
+        np.testing.assert_allclose(fused, expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("fusion", FUSIONS)
+    def test_a_zero_map_stays_zero(self, fusion):
+        zero = np.zeros((2, 2), np.float32)
+        assert fuse_saliency([zero], fusion, normalize=True).max() == 0
+
+    def test_the_product_of_small_gradients_is_not_lost(self):
+        tiny = np.full((1, 2), 1e-30, np.float32)
+        fused = fuse_saliency([tiny, tiny], "product", normalize=False)
+        assert fused.max() == pytest.approx(1e-60, rel=1e-5)
+
+    def test_inputs_are_left_alone(self):
+        before = self.ONE.copy(), self.OTHER.copy()
+        fuse_saliency([self.ONE, self.OTHER], "max", normalize=True)
+        assert np.array_equal(self.ONE, before[0])
+        assert np.array_equal(self.OTHER, before[1])
+
+    @pytest.mark.parametrize("fusion", FUSIONS)
+    def test_of_nothing(self, fusion):
+        with pytest.raises(ValueError, match="no maps"):
+            fuse_saliency([], fusion, normalize=True)
+
+    def test_unknown(self):
+        with pytest.raises(VisConfigError, match=r"fusion='median'.*'product'"):
+            fuse_saliency([self.ONE], "median", normalize=True)
+
+
+class TestNormalize:
+    def test_the_minimum_is_not_subtracted(self):
+        result = normalize_saliency(np.array([[2.0, 4.0], [1.0, 3.0]], np.float32))
+        assert result.tolist() == [[0.5, 1.0], [0.25, 0.75]]
+        assert result.dtype == np.float32
+
+    def test_constant_and_zero(self):
+        assert (normalize_saliency(np.full((2, 3), 7.0)) == 1).all()
+        assert (normalize_saliency(np.zeros((2, 3))) == 0).all()
+
+    def test_only_the_inside_of_the_box_counts(self):
+        saliency = np.arange(12, dtype=np.float32).reshape(3, 4)
+        result = normalize_saliency(saliency, box_xyxy=np.array([1, 0, 3, 2]))
+        np.testing.assert_allclose(
+            result, [[0, 1 / 6, 2 / 6, 0], [0, 5 / 6, 1, 0], [0, 0, 0, 0]], rtol=1e-6
+        )
+
+    def test_a_pixel_is_inside_if_its_centre_is(self):
+        ones = np.ones((4, 4), np.float32)
+        result = normalize_saliency(ones, box_xyxy=np.array([0.6, 1.4, 2.6, 2.4]))
+        assert np.argwhere(result).tolist() == [[1, 1], [1, 2]]
+
+    def test_a_box_across_the_edge(self):
+        ones = np.ones((4, 4), np.float32)
+        result = normalize_saliency(ones, box_xyxy=np.array([-5, -5, 1, 99]))
+        assert result.sum() == 4
+        assert (result[:, 0] == 1).all()
+
+    @pytest.mark.parametrize(
+        "box",
+        [
+            [5, 0, 9, 3],
+            [-4, 0, -1, 3],
+            [1, 1, 1, 3],
+            [3, 0, 1, 3],
+            [0, 0, np.nan, 3],
+        ],
+    )
+    def test_no_pixel_in_the_box(self, box):
+        saliency = np.ones((4, 4), np.float32)
+        result = normalize_saliency(saliency, box_xyxy=np.array(box, np.float32))
+        assert result.shape == (4, 4)
+        assert (result == 0).all()
+
+    def test_input_is_left_alone(self):
+        saliency = random_map(4, 4)
+        normalize_saliency(saliency, box_xyxy=np.array([1, 1, 3, 3]))
+        assert np.array_equal(saliency, random_map(4, 4))
+
+
+def test_range_counts_the_cells_on_the_image():
+    saliency = np.full((8, 8), 0.5, np.float32)
+    # Rows 0 and 1 are padding; the interpolation at the edge reaches into row 1.
+    saliency[0] = 9.0
+    saliency[4, 4] = 0.75
+    saliency[7] = -1.0
+    assert saliency_range(saliency, LETTERBOX) == (0.5, 0.75)
+
+
+class TestBoxMap:
+    BOX = np.array([40, 10, 70, 40], np.float32)
+
+    def test_peak_and_scale(self):
+        saliency = np.zeros((8, 8), np.float32)
+        saliency[4, 5] = 3e-5
+        result = box_saliency(explanation(saliency), LETTERBOX, self.BOX)
+        assert result.dtype == np.float32
+        assert result.max() == 1
+        assert result.min() == 0
+        row, column = np.unravel_index(result.argmax(), result.shape)
+        assert abs(row + 0.5 - 25) <= 1
+        assert abs(column + 0.5 - 55) <= 1
+        # sigma = 0.1 * sqrt(30 * 30)
+        blurred = slowly(saliency, LETTERBOX, 3.0)
+        np.testing.assert_allclose(result, blurred / blurred.max(), atol=1e-5)
+
+    def test_smooth(self):
+        saliency = random_map(8, 8)
+        sharp = box_saliency(explanation(saliency), LETTERBOX, self.BOX, smooth=0)
+        resampled = slowly(saliency, LETTERBOX, 0)
+        np.testing.assert_allclose(sharp, resampled / resampled.max(), atol=1e-6)
+
+    @pytest.mark.parametrize("fusion", FUSIONS)
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_layers_are_fused_on_the_image(self, fusion, normalize):
+        one, other = random_map(8, 8), 0.1 * random_map(4, 4, seed=1)
+        result = box_saliency(
+            explanation(one, other),
+            LETTERBOX,
+            self.BOX,
+            fusion=fusion,
+            normalize_layers=normalize,
+        )
+        expected = fuse_saliency(
+            [slowly(one, LETTERBOX, 3.0), slowly(other, LETTERBOX, 3.0)],
+            fusion,
+            normalize=normalize,
+        )
+        np.testing.assert_allclose(result, expected / expected.max(), atol=1e-5)
+
+    def test_norm_in_bbox(self):
+        result = box_saliency(
+            explanation(random_map(8, 8)), LETTERBOX, self.BOX, norm_in_bbox=True
+        )
+        assert result[10:40, 40:70].max() == 1
+        outside = result.copy()
+        outside[10:40, 40:70] = 0
+        assert not outside.any()
+
+    @pytest.mark.parametrize("maps", [(), (np.zeros((8, 8), np.float32),)])
+    def test_no_influence(self, maps):
+        result = box_saliency(explanation(*maps), LETTERBOX, self.BOX)
+        assert result.shape == (40, 80)
+        assert result.dtype == np.float32
+        assert not result.any()

@@ -1,0 +1,223 @@
+"""Scalars that are explained, and the anchors at which heads decide them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mmyolo_vis_hooks.attribution.targets import (
+    Anchor,
+    _nonzero,
+    batch_axis,
+    class_logits,
+    gather,
+    locate_anchors,
+    objectness_logits,
+    score_link,
+    validate_target,
+)
+from mmyolo_vis_hooks.errors import VisConfigError, VisError
+
+CLS, BOX, OBJ = (("head", 0, (i, 0)) for i in range(3))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.fixture
+def raw() -> dict:
+    """Raw outputs of a head with 3 classes and objectness on a 4x5 map."""
+    torch.manual_seed(0)
+    return {
+        CLS: torch.randn(1, 3, 4, 5, requires_grad=True),
+        BOX: torch.randn(1, 4, 4, 5, requires_grad=True),
+        OBJ: torch.randn(1, 1, 4, 5, requires_grad=True),
+    }
+
+
+def scores_at(raw: dict, places: list[tuple[int, int, int]]) -> torch.Tensor:
+    """Scores of (label, row, column), as a head with objectness makes them."""
+    everything = raw[CLS].sigmoid() * raw[OBJ].sigmoid()
+    return torch.stack([everything[0, c, y, x] for c, y, x in places])
+
+
+PLACES = [(2, 1, 3), (0, 3, 4), (1, 0, 0), (2, 2, 2)]
+
+
+def test_anchors_of_many_scores_are_found_together(raw):
+    anchors = locate_anchors(scores_at(raw, PLACES), [c for c, _, _ in PLACES], raw)
+    for anchor, (label, row, column) in zip(anchors, PLACES):
+        assert anchor.cell == (row, column)
+        assert anchor.map_hw == (4, 5)
+        assert anchor.keys == (CLS, OBJ)
+        cls, obj = anchor.entries
+        assert cls.places.tolist() == [[0, label, row, column]]
+        assert obj.places.tolist() == [[0, 0, row, column]]
+        a = raw[CLS][0, label, row, column].item()
+        b = raw[OBJ][0, 0, row, column].item()
+        assert float(cls.values) == pytest.approx(a)
+        assert float(cls.gradient) == pytest.approx(
+            sigmoid(a) * (1 - sigmoid(a)) * sigmoid(b), rel=1e-4
+        )
+        assert float(obj.gradient) == pytest.approx(
+            sigmoid(a) * sigmoid(b) * (1 - sigmoid(b)), rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("together", [2, 4, 5])
+def test_boxes_of_two_classes_from_one_anchor_are_told_apart(raw, together):
+    places = [(0, 1, 1), (2, 1, 1), *PLACES][:together]
+    anchors = locate_anchors(scores_at(raw, places), [c for c, _, _ in places], raw)
+    alone = [
+        locate_anchors(scores_at(raw, [place]), [place[0]], raw)[0] for place in places
+    ]
+    for anchor, expected in zip(anchors, alone):
+        assert anchor.keys == expected.keys == (CLS, OBJ)
+        for found, own in zip(anchor.entries, expected.entries):
+            assert found.places.tolist() == own.places.tolist()
+            assert torch.allclose(found.gradient, own.gradient, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 5, 6), (1, 80, 40, 40), (2, 7, 5, 6), (9, 4), (3, 1, 4, 2)]
+)
+def test_indices_are_those_of_torch(shape):
+    torch.manual_seed(2)
+    values = torch.randn(shape) * (torch.rand(shape) > 0.7)
+    assert torch.equal(_nonzero(values), values.nonzero())
+    assert len(_nonzero(values * 0)) == 0
+
+
+def test_a_pass_costs_the_same_for_many_boxes(raw, monkeypatch):
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k)
+    )
+    locate_anchors(scores_at(raw, PLACES), [c for c, _, _ in PLACES], raw)
+    assert len(calls) == 2
+
+
+def test_a_saturated_score_has_an_anchor_without_entries(raw):
+    scores = scores_at(raw, PLACES)
+    saturated = (raw[CLS][0, 0, 0, 1] * 0 + 200).sigmoid()
+    anchors = locate_anchors(torch.cat([scores, saturated[None]]), [0] * 5, raw)
+    assert anchors[-1].entries == ()
+    assert anchors[-1].cell is None
+    assert all(anchor.entries for anchor in anchors[:-1])
+    assert class_logits(anchors[-1]) == []
+    assert objectness_logits(anchors[-1]) == []
+
+
+def test_a_box_side_is_found_at_all_its_elements(raw):
+    # A side made of two elements, as the ends of a distribution.
+    sides = torch.stack([raw[BOX][0, :2, y, x].sum() for _, y, x in PLACES])
+    anchors = locate_anchors(sides, [0] * 4, raw)
+    for anchor, (_, row, column) in zip(anchors, PLACES):
+        assert anchor.keys == (BOX,)
+        assert anchor.cell == (row, column)
+        assert anchor.entries[0].places[:, 1].tolist() == [0, 1]
+
+
+def test_logits_of_a_head_with_objectness(raw):
+    (anchor,) = locate_anchors(scores_at(raw, [(2, 1, 3)]), [2], raw)
+    assert class_logits(anchor) == [(CLS, (0, 2, 1, 3))]
+    assert objectness_logits(anchor) == [(OBJ, (0, 0, 1, 3))]
+
+
+def test_objectness_is_refused_where_there_is_none(raw):
+    score = raw[CLS].sigmoid()[0, 1, 2, 2][None]
+    (anchor,) = locate_anchors(score, [1], raw)
+    assert class_logits(anchor) == [(CLS, (0, 1, 2, 2))]
+    with pytest.raises(VisConfigError, match="target='objectness' cannot work"):
+        objectness_logits(anchor)
+
+
+def softmax_anchor(num_stages: int) -> tuple[dict, Anchor, float]:
+    """Region 5 of 8, class 1 of 3 and background; a cascade takes the mean."""
+    torch.manual_seed(1)
+    keys = [(f"roi_head.bbox_head.{i}", 0, (0,)) for i in range(num_stages)]
+    raw = {key: torch.randn(8, 4, requires_grad=True) for key in keys}
+    score = torch.stack(list(raw.values())).mean(dim=0).softmax(dim=-1)[5, 1]
+    (anchor,) = locate_anchors(score[None], [1], raw)
+    return raw, anchor, float(score)
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_the_logit_of_a_softmax_is_that_of_the_label(num_stages):
+    raw, anchor, _ = softmax_anchor(num_stages)
+    assert anchor.cell is None
+    assert class_logits(anchor) == [(key, (5, 1)) for key in raw]
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_softmax_link(num_stages):
+    raw, anchor, score = softmax_anchor(num_stages)
+    link = score_link(anchor, score)
+    changed = [
+        torch.stack([entries.values, entries.values + torch.tensor([0, 1.0, 0, 0])])
+        for entries in anchor.entries
+    ]
+    mean = torch.stack([raw[key][5] for key in raw]).mean(dim=0)
+    expected = [mean.softmax(0)[1], (mean + torch.tensor([0, 1.0, 0, 0])).softmax(0)[1]]
+    assert link(changed).tolist() == pytest.approx([float(e) for e in expected])
+
+
+def test_product_and_root_links(raw):
+    product = scores_at(raw, [(2, 1, 3)])
+    for score in (product, product.sqrt(), raw[CLS].sigmoid()[0, 2, 1, 3][None]):
+        (anchor,) = locate_anchors(score, [2], raw)
+        link = score_link(anchor, float(score))
+        values = [entries.values[None] for entries in anchor.entries]
+        assert float(link(values)) == pytest.approx(float(score), rel=1e-5)
+        lower = [torch.zeros_like(v) for v in values]
+        half = 0.5 ** len(values)
+        assert float(link(lower)) == pytest.approx(
+            half if not torch.equal(score, product.sqrt()) else half**0.5
+        )
+
+
+def test_an_unknown_way_to_make_scores_is_refused(raw):
+    score = (raw[CLS][0, 2, 1, 3].sigmoid() ** 3)[None]
+    (anchor,) = locate_anchors(score, [2], raw)
+    with pytest.raises(VisError, match="target='logit'"):
+        score_link(anchor, float(score))
+
+
+def test_gather_reads_batches_and_crops(raw):
+    (anchor,) = locate_anchors(scores_at(raw, [(2, 1, 3)]), [2], raw)
+    entries = anchor.entries[0]
+    batch = torch.randn(6, 3, 4, 5)
+    assert torch.equal(gather(entries, batch)[:, 0], batch[:, 2, 1, 3])
+    assert float(gather(entries, raw[CLS])) == float(raw[CLS][0, 2, 1, 3])
+    crops = torch.stack([batch[0, :, 0:3, 1:4], batch[1, :, 1:4, 2:5]])
+    found = gather(entries, crops, [(0, 1), (1, 2)])[:, 0]
+    assert found.tolist() == [float(batch[0, 2, 1, 3]), float(batch[1, 2, 1, 3])]
+
+
+def test_gather_finds_the_batch_behind_decoder_layers():
+    raw = {("bbox_head", 0, (0,)): torch.randn(2, 1, 5, 3, requires_grad=True)}
+    (key,) = raw
+    (anchor,) = locate_anchors(raw[key].sigmoid()[1, 0, 4, 2][None], [2], raw)
+    batch = torch.randn(2, 7, 5, 3)
+    assert torch.equal(gather(anchor.entries[0], batch)[:, 0], batch[1, :, 4, 2])
+
+
+def test_batch_axis():
+    assert batch_axis((1, 3, 4, 5), (1, 3, 4, 5)) is None
+    assert batch_axis((1, 3, 4, 5), (6, 3, 4, 5)) == 0
+    assert batch_axis((2, 1, 5, 3), (2, 7, 5, 3)) == 1
+    for other in [(6, 3, 4, 6), (6, 3, 4), (1, 2, 4, 5)]:
+        with pytest.raises(VisError, match="do not follow"):
+            batch_axis((1, 3, 4, 5), other)
+
+
+def test_unknown_targets_are_refused():
+    validate_target("logit")
+    with pytest.raises(VisConfigError, match="did you mean 'objectness'"):
+        validate_target("objectnes")
+    with pytest.raises(VisConfigError, match="'score'"):
+        validate_target(None)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pytest
+from mmdet.datasets import CocoDataset
+from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
+from torch.utils.data import ConcatDataset as TorchConcatDataset
+from torch.utils.data import Subset
+
+from mmyolo_vis_hooks.data.selector import (
+    ImageSelector,
+    leaf_datasets,
+    make_image_id,
+    resolve_index,
+    spread_indices,
+)
+from mmyolo_vis_hooks.errors import VisConfigError
+from tests.toy import SIZES, write_dataset
+
+
+def coco(root, **kwargs) -> CocoDataset:
+    return CocoDataset(
+        data_root=str(root),
+        ann_file="annotations.json",
+        data_prefix=dict(img=""),
+        metainfo=dict(classes=("square",)),
+        test_mode=True,
+        pipeline=[],
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_dataset(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted", "indices"),
+    [
+        (128, 4, [0, 42, 85, 127]),
+        (10, 1, [0]),
+        (3, 4, [0, 1, 2]),
+        (5, -1, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_spread(total, wanted, indices):
+    assert spread_indices(total, wanted) == indices
+
+
+def test_the_same_images_with_unique_ids_although_all_files_share_a_name(root):
+    selections = [
+        [i.image_id for i in ImageSelector(coco(root), 4, None).images] for _ in "ab"
+    ]
+    assert selections[0] == selections[1]
+    assert len(set(selections[0])) == 4
+
+
+def test_explicit_indices_and_bad_ones(root):
+    images = ImageSelector(coco(root), 4, [5, 0]).images
+    assert [i.index for i in images] == [5, 0]
+    with pytest.raises(VisConfigError, match=r"6 images; remove \[6, 9\]"):
+        ImageSelector(coco(root), 4, [1, 6, 9])
+
+
+def test_find_by_metainfo(root):
+    selector = ImageSelector(coco(root), 4, [1, 3])
+    wanted = selector.images[1]
+    full = dict(img_id=wanted.img_id, img_path=wanted.img_path)
+    assert selector.find(full) is wanted
+    assert selector.find(dict(img_id=wanted.img_id)) is wanted
+    assert selector.find(dict(img_path=wanted.img_path)) is wanted
+    assert selector.find(dict(img_id=1, img_path="elsewhere")) is None
+    assert selector.find({}) is None
+
+
+def test_wrappers_lead_to_the_dataset_that_loads_the_image(root, tmp_path_factory):
+    second = tmp_path_factory.mktemp("second")
+    write_dataset(second)
+    one, two = coco(root), coco(second, indices=[4, 2])
+    n = len(SIZES)
+    assert resolve_index(ConcatDataset([one, two]), n + 1) == (two, 1)
+    # MMEngine nests wrappers through configs only; torch's takes any of them.
+    concat = TorchConcatDataset([RepeatDataset(one, 2), two])
+    assert resolve_index(concat, n + 1) == (one, 1)
+    leaf, index = resolve_index(concat, 2 * n)
+    assert leaf is two
+    assert leaf.get_data_info(index)["img_id"] == 5  # the fifth image
+    assert resolve_index(Subset(concat, [3, 2 * n + 1]), 1) == (two, 1)
+    balanced = ClassBalancedDataset(one, oversample_thr=1e-3)
+    assert resolve_index(balanced, 2) == (one, 2)
+    assert leaf_datasets(concat) == [one, two]
+    # Equal ids and equal file names in two datasets, and repeated images.
+    images = ImageSelector(concat, -1, None).images
+    assert len(images) == n + 2
+    assert len({image.image_id for image in images}) == n + 2
+
+
+def test_image_ids_are_safe_and_unique():
+    assert make_image_id(139, "a/000000000139.jpg", 0) == "139_000000000139"
+    assert make_image_id(None, None, 7) == "7"
+    strange = [
+        make_image_id(0, f"a/{name}.jpg", 0) for name in ("ü/ö", "x y", "x?y", "x.y")
+    ]
+    assert len(set(strange)) == 4
+    long = [make_image_id(0, "n" * 300 + end, 0) for end in "ab"]
+    assert long[0] != long[1]
+    for name in strange + long:
+        assert len(name) < 100
+        assert not set(name) - set(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
+        )
+
+
+def test_dataset_without_data_info_is_named():
+    with pytest.raises(VisConfigError, match="list has no get_data_info"):
+        ImageSelector([1, 2, 3], 2, None)

@@ -1,0 +1,533 @@
+"""Images of files, folders, addresses and videos, whole and damaged."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import struct
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import cv2
+import numpy as np
+import pytest
+
+from mmyolo_vis_hooks.data.sources import (
+    ImageReadError,
+    ImageSource,
+    SourceImage,
+    _UniqueNames,
+    read_image,
+    safe_name,
+)
+from mmyolo_vis_hooks.errors import VisError
+
+NUM_FRAMES = 12
+
+
+def picture(value: int = 100, size_hw: tuple[int, int] = (12, 20)) -> np.ndarray:
+    return np.full((*size_hw, 3), value, np.uint8)
+
+
+def write(path: Path, value: int = 100) -> Path:
+    """Write an image whose grey level tells which one it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _, content = cv2.imencode(path.suffix, picture(value))
+    path.write_bytes(content.tobytes())
+    return path
+
+
+def names(source: ImageSource) -> list[str]:
+    return [image.name for image in source]
+
+
+def level(image: SourceImage) -> int:
+    assert image.image_bgr is not None, image.error
+    return round(float(image.image_bgr.mean()))
+
+
+# ------------------------------------------------------------------ files and folders
+
+
+def test_files_keep_the_order_of_the_arguments(tmp_path):
+    paths = [write(tmp_path / f"{name}.png", i) for i, name in enumerate("cab")]
+    source = ImageSource([str(path) for path in paths])
+    assert len(source) == 3
+    assert not source.has_videos
+    images = list(source)
+    assert [image.name for image in images] == ["c", "a", "b"]
+    assert [image.title for image in images] == [str(path) for path in paths]
+    assert [level(image) for image in images] == [0, 1, 2]
+    for image in images:
+        assert image.image_bgr.dtype == np.uint8
+        assert image.image_bgr.shape == (12, 20, 3)
+    assert names(source) == ["c", "a", "b"]  # a second time
+
+
+def test_folders_are_searched_in_the_order_of_their_names(tmp_path):
+    for i, name in enumerate(("b.png", "a.JPG", "sub/c.bmp", "sub/deeper/d.webp")):
+        write(tmp_path / name, 10 * i)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".png").write_text("no suffix")
+    (tmp_path / "empty").mkdir()
+    assert names(ImageSource([str(tmp_path)])) == ["a", "b", "sub_c", "sub_deeper_d"]
+    # As an argument of its own a folder does not name its images.
+    assert names(ImageSource([str(tmp_path / "sub")])) == ["c", "deeper_d"]
+
+
+def test_the_folder_of_the_results_is_left_out(tmp_path, monkeypatch):
+    write(tmp_path / "a.png")
+    write(tmp_path / "output" / "a.jpg")
+    write(tmp_path / "output" / "deeper" / "a.jpg")
+    write(tmp_path / "output2" / "a.jpg")
+    expected = ["a", "output2_a"]
+    assert names(ImageSource([str(tmp_path)], str(tmp_path / "output"))) == expected
+    monkeypatch.chdir(tmp_path)
+    assert names(ImageSource(["."], "./output/")) == expected
+    assert names(ImageSource([str(tmp_path)], "output")) == expected
+    assert len(ImageSource([str(tmp_path)], "not_there_yet")) == 4
+    # Who names it means it.
+    assert names(ImageSource(["output"], "output")) == ["a", "deeper_a"]
+    (tmp_path / "linked").symlink_to("output")
+    assert names(ImageSource(["."], "linked")) == expected
+
+
+def test_loops_of_links_are_not_followed(tmp_path):
+    write(tmp_path / "sub" / "a.png")
+    (tmp_path / "sub" / "again").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "sub" / "self.png").symlink_to("self.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "sub" / "a.png")
+    found = {image.name: image for image in ImageSource([str(tmp_path)])}
+    assert set(found) == {"b", "sub_a", "sub_self"}
+    assert found["b"].error is None
+    assert "self.png" in str(found["sub_self"].error)
+
+
+def test_names_are_unique_in_file_systems_that_ignore_case(tmp_path):
+    for name in ("a.png", "A.png", "a.jpg", "x/a.png", "x_a.png", "a-2.png", "X/A.png"):
+        write(tmp_path / name)
+    source = ImageSource([str(tmp_path), str(tmp_path / "a.png")])
+    found = names(source)
+    assert len(found) == len({name.lower() for name in found}) == 8
+    assert found == names(ImageSource([str(tmp_path), str(tmp_path / "a.png")]))
+
+
+def test_the_same_stem_in_several_folders(tmp_path):
+    paths = [write(tmp_path / folder / "image.png") for folder in "abc"]
+    assert names(ImageSource([str(p) for p in paths])) == [
+        "image",
+        "image-2",
+        "image-3",
+    ]
+
+
+HOSTILE = (
+    "Grüße.png",
+    "犬と猫.png",
+    "a b\tc.png",
+    "line\nbreak.png",
+    "<script>alert(1)<script>.png",
+    "'; rm -rf x.png",
+    "..png.png",
+    "100%.png",
+    "a#b?c=d&e.png",
+    "C:\\x.png",
+    "[bold]x[bold].png",
+    "-rf.png",
+)
+
+
+def test_hostile_names_make_harmless_file_names(tmp_path):
+    for i, name in enumerate(HOSTILE):
+        write(tmp_path / name, 10 * i)
+    found = list(ImageSource([str(tmp_path)]))
+    assert len(found) == len({image.name for image in found}) == len(HOSTILE)
+    for image in found:
+        number = HOSTILE.index(os.path.basename(image.title))
+        assert level(image) == 10 * number
+        assert all(c.isalnum() or c in "_-" for c in image.name), image.name
+    assert {"Grüße", "犬と猫", "100_"} <= {image.name for image in found}
+
+
+def test_names_that_are_no_unicode(tmp_path):
+    """Linux takes any bytes; what is printed or put into a page must be text."""
+    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    write(tmp_path / "cafe.png", 40).rename(os.fsdecode(path))
+    (image,) = ImageSource([str(tmp_path)])
+    assert image.name == "caf_"
+    assert level(image) == 40
+    image.title.encode()
+
+
+def test_thousands_of_the_same_name_are_no_problem():
+    taken = _UniqueNames()
+    # Minutes, if each name were compared with all the others.
+    found = {taken.take("image", is_video=False) for _ in range(20000)}
+    assert len(found) == 20000
+
+
+@pytest.mark.parametrize("letter", ["a", "犬", "😀"])
+def test_long_names_fit_file_systems(tmp_path, letter):
+    folder = letter * (200 // len(letter.encode()))
+    for name in ("a.png", "b.png"):
+        write(tmp_path / folder / folder / name)
+    found = names(ImageSource([str(tmp_path)]))
+    assert [name[-2:] for name in found] == ["_a", "_b"]
+    for name in found:
+        # The number of a frame and the suffix come behind it.
+        (tmp_path / f"{name}_000000.jpg.part").write_text("")
+
+
+def test_safe_name_is_never_empty():
+    assert safe_name("") == safe_name("?") == "_"
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(ImageReadError, match=r"there is no image.* missing\.png"):
+        ImageSource([str(write(tmp_path / "a.png")), "missing.png"])
+    with pytest.raises(ImageReadError, match="there is no image"):
+        ImageSource([""])
+
+
+def test_a_folder_without_images_says_which_files_it_looks_for(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ImageReadError, match=r"holds no image .*\.jpg.*\.mp4"):
+        ImageSource([str(tmp_path)])
+    write(tmp_path / "output" / "a.png")
+    with pytest.raises(ImageReadError, match="holds no image"):
+        ImageSource([str(tmp_path)], str(tmp_path / "output"))
+
+
+# ---------------------------------------------------------------------- damaged images
+
+
+def test_a_damaged_image_is_reported_and_the_others_come(tmp_path):
+    write(tmp_path / "a.png", 10)
+    (tmp_path / "b.png").write_bytes(b"no image at all")
+    (tmp_path / "c.png").write_bytes(b"")
+    write(tmp_path / "d.png", 30)
+    content = write(tmp_path / "e.png").read_bytes()
+    (tmp_path / "e.png").write_bytes(content[:20])
+    found = {image.name: image for image in ImageSource([str(tmp_path)])}
+    assert list(found) == ["a", "b", "c", "d", "e"]
+    assert level(found["a"]) == 10
+    assert level(found["d"]) == 30
+    for name in "bce":
+        assert found[name].image_bgr is None
+        assert isinstance(found[name].error, VisError)
+        assert str(tmp_path / f"{name}.png") in str(found[name].error)
+
+
+def test_the_only_image_fails_before_a_network_is_built(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image at all")
+    with pytest.raises(ImageReadError, match=r"a\.png is no image"):
+        ImageSource([str(tmp_path / "a.png")])
+    with pytest.raises(ImageReadError, match=r"a\.png is no image"):
+        ImageSource([str(tmp_path)])
+
+
+def test_the_first_image_is_the_first_that_can_be_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image at all")
+    write(tmp_path / "b.png", 20)
+    write(tmp_path / "c.png", 30)
+    assert ImageSource([str(tmp_path)]).first().mean() == 20
+    assert ImageSource([str(tmp_path / "c.png")]).first().mean() == 30
+    for name in "bc":
+        (tmp_path / f"{name}.png").write_bytes(b"neither")
+    with pytest.raises(ImageReadError, match=r"a\.png"):
+        ImageSource([str(tmp_path)]).first()
+
+
+def test_an_image_that_vanishes_is_reported(tmp_path):
+    paths = [write(tmp_path / f"{name}.png") for name in "ab"]
+    source = ImageSource([str(tmp_path)])
+    paths[0].unlink()
+    first, second = source
+    assert "a.png" in str(first.error)
+    assert second.error is None
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.full((12, 20), 90, np.uint8),
+        np.full((12, 20, 4), 90, np.uint8),
+        np.full((12, 20, 3), 90 * 257, np.uint16),
+    ],
+    ids=["grey", "transparent", "16 bit"],
+)
+def test_all_kinds_of_pixels_become_bgr(tmp_path, image):
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    read = read_image(str(tmp_path / "a.png"))
+    assert read.dtype == np.uint8
+    assert read.shape == (12, 20, 3)
+    assert (read == 90).all()
+
+
+def jpeg_with_orientation(orientation: int) -> bytes:
+    """A JPEG whose EXIF data has one entry: the orientation, as cameras write it."""
+    image = picture(0, (16, 32))
+    image[:, 16:] = 255
+    _, content = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 100])
+    entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
+    tiff = b"MM\x00\x2a" + struct.pack(">IH", 8, 1) + entry + struct.pack(">I", 0)
+    exif = b"Exif\x00\x00" + tiff
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    return content.tobytes()[:2] + segment + content.tobytes()[2:]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size_hw", "bright"),
+    [
+        (1, (16, 32), np.s_[:, 16:]),
+        (3, (16, 32), np.s_[:, :16]),
+        (6, (32, 16), np.s_[16:]),
+        (8, (32, 16), np.s_[:16]),
+    ],
+)
+def test_the_orientation_of_photos_is_respected(tmp_path, orientation, size_hw, bright):
+    (tmp_path / "a.jpg").write_bytes(jpeg_with_orientation(orientation))
+    (image,) = ImageSource([str(tmp_path)])
+    assert image.image_bgr.shape[:2] == size_hw
+    assert image.image_bgr[bright].mean() > 250
+    assert image.image_bgr.mean() == pytest.approx(127.5, abs=3)
+
+
+def test_iterating_keeps_one_image_alive(tmp_path):
+    for i in range(6):
+        write(tmp_path / f"{i}.png", i)
+    references = []
+    for image in ImageSource([str(tmp_path)]):
+        assert all(reference() is None for reference in references)
+        references.append(weakref.ref(image.image_bgr))
+        del image
+    assert len(references) == 6
+    assert references[-1]() is None
+
+
+# --------------------------------------------------------------------------- addresses
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    content = b""
+
+    def do_GET(self) -> None:
+        path = urlparse(self.path).path
+        if path == "/missing.png":
+            self.send_error(404)
+            return
+        body = b"<html>log in</html>" if path == "/page.png" else self.content
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    _, content = cv2.imencode(".png", picture(70))
+    Handler.content = content.tobytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/folder/dog.png", "dog"),
+        ("/dog.png?size=large&of=cat.jpg", "dog"),
+        ("/a%20dog%2Bcat.png", "a_dog_cat"),
+        ("/Gr%C3%BC%C3%9Fe.png#part", "Grüße"),
+        ("/proxy.png?url=https://example.org/a.png", "proxy"),
+        ("/no_suffix", "no_suffix"),
+        ("/", "127_0_0_1_"),
+        ("", "127_0_0_1_"),
+    ],
+)
+def test_addresses(address, path, name):
+    (image,) = ImageSource([address + path])
+    assert image.name.startswith(name)
+    assert image.title == address + path
+    assert level(image) == 70
+
+
+def test_the_same_name_at_two_addresses(address):
+    urls = [f"{address}/a/dog.png", f"{address}/b/dog.png?x=1", f"{address}/DOG.jpg"]
+    assert names(ImageSource(urls)) == ["dog", "dog-2", "DOG-3"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("/missing.png", "404"), ("/page.png", "is no image")],
+)
+def test_addresses_without_an_image(address, path, message):
+    with pytest.raises(ImageReadError, match=message) as caught:
+        ImageSource([address + path])
+    assert address + path in str(caught.value)
+    bad, good = ImageSource([address + path, f"{address}/dog.png"])
+    assert message in str(bad.error)
+    assert level(good) == 70
+
+
+def test_nobody_answers():
+    with pytest.raises(ImageReadError, match="cannot read"):
+        ImageSource(["http://127.0.0.1:1/a.png"])
+
+
+# ------------------------------------------------------------------------------ videos
+
+CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
+
+
+def write_video(path: Path, num_frames: int = NUM_FRAMES) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    codec = cv2.VideoWriter_fourcc(*CODECS[path.suffix.lower()])
+    video = cv2.VideoWriter(str(path), codec, 10, (64, 48))
+    if not video.isOpened():
+        pytest.skip(f"this OpenCV writes no {path.suffix}")
+    for i in range(num_frames):
+        video.write(picture(240 // num_frames * i, (48, 64)))
+    video.release()
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".AVI"])
+def test_frames_come_in_their_order(tmp_path, suffix):
+    path = write_video(tmp_path / f"clip{suffix}")
+    source = ImageSource([str(path)])
+    assert len(source) == NUM_FRAMES
+    assert source.has_videos
+    images = list(source)
+    assert [image.name for image in images] == [
+        f"clip_{i:06d}" for i in range(NUM_FRAMES)
+    ]
+    assert images[3].title == f"{path} frame 3"
+    assert np.abs([level(im) - 20 * i for i, im in enumerate(images)]).max() <= 6
+    assert np.abs(source.first().mean() - level(images[0])) <= 1
+    assert images[0].image_bgr.shape == (48, 64, 3)
+
+
+def test_videos_and_images_together(tmp_path):
+    write(tmp_path / "a.png")
+    write_video(tmp_path / "b.avi", 3)
+    write(tmp_path / "c.png")
+    source = ImageSource([str(tmp_path)])
+    assert len(source) == 5
+    assert names(source) == ["a", "b_000000", "b_000001", "b_000002", "c"]
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b=c.png&d", "50%"])
+def test_marks_of_addresses_in_the_name_of_a_video(tmp_path, name):
+    write_video(tmp_path / f"{name}.avi", 3)
+    source = ImageSource([str(tmp_path)])
+    assert source.has_videos
+    assert len(list(source)) == 3
+    image = write(tmp_path / "images" / "a?b.mp4&c.png")
+    assert not ImageSource([str(image)]).has_videos
+
+
+@pytest.mark.parametrize("order", [("clip.avi", "*.png"), ("*.png", "clip.avi")])
+def test_frames_and_images_of_the_same_name(tmp_path, order):
+    write_video(tmp_path / "clip.avi", 3)
+    write(tmp_path / "clip_000001.png")
+    write(tmp_path / "CLIP_000002.png")
+    files = [str(path) for part in order for path in sorted(tmp_path.glob(part))]
+    found = names(ImageSource(files))
+    assert len({name.lower() for name in found}) == 5, found
+
+
+def test_frames_of_videos_of_the_same_name(tmp_path):
+    for folder in "ab":
+        write_video(tmp_path / folder / "clip.avi", 2)
+    found = names(ImageSource([str(p) for p in sorted(tmp_path.rglob("*.avi"))]))
+    assert found == ["clip_000000", "clip_000001", "clip-2_000000", "clip-2_000001"]
+
+
+def test_what_is_no_video(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"no video at all")
+    with pytest.raises(ImageReadError, match=r"clip\.mp4 is no video"):
+        ImageSource([str(tmp_path / "clip.mp4")])
+
+
+def test_a_truncated_video_gives_the_frames_that_are_there(tmp_path):
+    path = write_video(tmp_path / "clip.avi", 60)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    images = list(ImageSource([str(path)]))
+    assert 0 < len(images) < 60
+    # The last one may be half a picture.
+    levels = [level(image) for image in images[:-1]]
+    assert np.abs(np.array(levels) - 4 * np.arange(len(levels))).max() <= 6
+
+
+def test_a_video_without_frames_is_reported(tmp_path):
+    path = write_video(tmp_path / "clip.avi")
+    content = path.read_bytes()
+    start = content.index(b"movi") + 4
+    path.write_bytes(content[:start] + bytes(len(content) - start))
+    write(tmp_path / "z.png", 50)
+    broken, image = ImageSource([str(tmp_path)])
+    assert broken.image_bgr is None
+    assert "holds no frame" in str(broken.error)
+    assert level(image) == 50
+
+
+def test_frames_are_not_kept_alive(tmp_path):
+    write_video(tmp_path / "clip.avi")
+    references = []
+    for image in ImageSource([str(tmp_path)]):
+        # The decoder's own buffer may hold the last one.
+        assert sum(reference() is not None for reference in references) <= 1
+        references.append(weakref.ref(image.image_bgr))
+        del image
+    assert len(references) == NUM_FRAMES
+
+
+def test_a_video_is_closed_when_nobody_wants_the_rest(tmp_path, monkeypatch):
+    released = []
+
+    class Watched:
+        """Not a subclass: OpenCV's classes do not survive the garbage collection."""
+
+        def __init__(self, location: str) -> None:
+            self._video = video_class(location)
+            self.read = self._video.read
+
+        def release(self) -> None:
+            released.append(self)
+            self._video.release()
+
+    write_video(tmp_path / "clip.avi")
+    source = ImageSource([str(tmp_path)])
+    video_class = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", Watched)
+    frames = iter(source)
+    next(frames)
+    assert not released
+    frames.close()
+    assert len(released) == 1
+
+
+def test_a_video_that_is_none_does_not_stop_its_folder(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"no video at all")
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 5, 3), np.uint8))
+    images = list(ImageSource([str(tmp_path)]))
+    assert [image.name for image in images] == ["a", "clip"]
+    assert images[0].image_bgr is not None
+    assert "clip.mp4" in str(images[1].error)

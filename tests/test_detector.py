@@ -1,0 +1,589 @@
+"""Detectors, weights and test pipelines of configs, right and wrong ones."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmcv.transforms import BaseTransform
+from mmdet.datasets import CocoDataset
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.logging import MMLogger
+from mmengine.registry import TRANSFORMS
+from torch import nn
+
+from mmyolo_vis_hooks.checkpoint import CheckpointError
+from mmyolo_vis_hooks.detector import (
+    DatasetInfo,
+    build_detector,
+    build_pipeline,
+    check_device,
+    classes_and_palette,
+    default_scope,
+    load_weights,
+    read_dataset,
+)
+from mmyolo_vis_hooks.errors import UnsupportedPipelineError, VisConfigError
+from tests.toy import META_KEYS, ToyDetector, make_pipeline
+
+FASTER = (dict(type="Resize", scale=(128, 96), keep_ratio=True),)
+PACK = dict(type="PackDetInputs", meta_keys=META_KEYS)
+PREPROCESSOR = dict(
+    type="mmdet.DetDataPreprocessor",
+    mean=[0.0, 0.0, 0.0],
+    std=[255.0, 255.0, 255.0],
+    bgr_to_rgb=True,
+    pad_size_divisor=32,
+)
+
+
+def toy() -> ToyDetector:
+    torch.manual_seed(0)
+    return ToyDetector(PREPROCESSOR).eval()
+
+
+def config_of(dataset: Any) -> Config:
+    return Config(dict(test_dataloader=dict(dataset=dataset), default_scope="mmdet"))
+
+
+# ------------------------------------------------------------------------ read_dataset
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        dict(test_dataloader=None, val_dataloader=None, test_pipeline=None),
+        dict(test_dataloader=dict(batch_size=1)),
+        dict(test_dataloader=dict(dataset=dict(type="CocoDataset"))),
+        dict(test_dataloader=dict(dataset=dict(type="CocoDataset", pipeline=[]))),
+        dict(test_dataloader=dict(dataset=dict(type="ConcatDataset", datasets=[]))),
+        dict(train_pipeline=make_pipeline(FASTER), tta_pipeline=make_pipeline(FASTER)),
+    ],
+)
+def test_a_config_without_test_pipeline(config):
+    with pytest.raises(VisConfigError, match=r"no test pipeline.*add test_dataloader"):
+        read_dataset(Config(config))
+
+
+def test_where_the_pipeline_comes_from():
+    def named(name: str) -> dict:
+        return dict(type="CocoDataset", pipeline=[dict(type=name)])
+
+    everything = dict(
+        test_dataloader=dict(dataset=named("test")),
+        val_dataloader=dict(dataset=named("val")),
+        train_dataloader=dict(dataset=named("train")),
+        test_pipeline=[dict(type="alone")],
+        tta_pipeline=[dict(type="augmented")],
+        tta_model=dict(type="DetTTAModel"),
+    )
+    found = []
+    for missing in ((), ("test_dataloader",), ("test_dataloader", "val_dataloader")):
+        config = {k: v for k, v in everything.items() if k not in missing}
+        (step,) = read_dataset(Config(config)).pipeline
+        found.append(step["type"])
+    assert found == ["test", "val", "alone"]
+
+
+def test_a_loader_that_is_none_or_a_list_counts_as_missing():
+    dataset = dict(type="CocoDataset", pipeline=[dict(type="val")])
+    for loader in (None, [dict(dataset=dataset)]):
+        config = Config(
+            dict(test_dataloader=loader, val_dataloader=dict(dataset=dataset))
+        )
+        assert read_dataset(config).pipeline[0]["type"] == "val"
+
+
+LEAF = dict(
+    type="CocoDataset",
+    pipeline=[dict(type="LoadImageFromFile")],
+    metainfo=dict(classes=("square",), palette=[(1, 2, 3)]),
+    batch_shapes_cfg=dict(type="BatchShapePolicy", size_divisor=64),
+)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        LEAF,
+        dict(type="RepeatDataset", times=2, dataset=LEAF),
+        dict(type="ConcatDataset", datasets=[LEAF, dict(type="Other")]),
+        dict(type="RepeatDataset", dataset=dict(type="ConcatDataset", datasets=[LEAF])),
+        dict(type="ClassBalancedDataset", dataset=dict(type="X", dataset=LEAF)),
+    ],
+)
+def test_wrapped_datasets(dataset):
+    info = read_dataset(config_of(dataset))
+    assert info.pipeline == LEAF["pipeline"]
+    assert info.metainfo["classes"] == ("square",)
+    assert info.metainfo["palette"] == [(1, 2, 3)]
+    assert info.batch_shapes_cfg["size_divisor"] == 64
+
+
+@pytest.mark.parametrize("kind", ["CocoDataset", "mmdet.CocoDataset", CocoDataset])
+@pytest.mark.parametrize("others", [dict(default_scope="mmdet"), {}])
+def test_the_class_of_the_dataset_names_the_classes(kind, others):
+    dataset = dict(LEAF, type=kind, metainfo=None)
+    info = read_dataset(Config(dict(test_dataloader=dict(dataset=dataset), **others)))
+    assert len(info.metainfo["classes"]) == len(info.metainfo["palette"]) == 80
+    assert info.metainfo["classes"][0] == "person"
+    dataset["metainfo"] = dict(classes=("a", "b"))
+    info = read_dataset(config_of(dataset))
+    assert info.metainfo["classes"] == ("a", "b")
+    assert len(info.metainfo["palette"]) == 80
+    assert CocoDataset.METAINFO["classes"][0] == "person"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes"),
+    [
+        ("mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py", 80),
+        ("mmyolo::rtmdet/rtmdet_tiny_syncbn_fast_8xb32-300e_coco.py", 80),
+        ("mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", 80),
+        ("mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py", 20),
+    ],
+)
+def test_real_configs_name_their_classes(name, num_classes):
+    info = read_dataset(get_config(name))
+    assert len(info.metainfo["classes"]) == num_classes
+
+
+@pytest.mark.parametrize("kind", ["NobodyKnowsIt", None])
+def test_a_dataset_that_is_not_registered_names_nothing(kind):
+    dataset = dict(type=kind, pipeline=[dict(type="LoadImageFromFile")])
+    assert read_dataset(config_of(dataset)).metainfo == {}
+
+
+def test_no_file_of_the_dataset_is_read():
+    dataset = dict(LEAF, data_root="nowhere/", ann_file="missing.json")
+    assert read_dataset(config_of(dataset)).pipeline == LEAF["pipeline"]
+
+
+@pytest.mark.parametrize(
+    ("metainfos", "expected"),
+    [
+        ([], ((), None)),
+        ([{}, {}], ((), None)),
+        ([dict(classes=("a",), palette=[(1, 2, 3)])], (("a",), [(1, 2, 3)])),
+        ([{}, dict(CLASSES=["a", "b"])], (("a", "b"), None)),
+        (
+            [dict(classes=("of", "weights")), dict(classes=("of config",))],
+            (("of", "weights"), None),
+        ),
+        ([dict(palette=[(1, 2, 3)]), dict(classes="one")], (("one",), None)),
+    ],
+)
+def test_the_first_that_names_classes_counts(metainfos, expected):
+    assert classes_and_palette(*metainfos) == expected
+
+
+# ---------------------------------------------------------------------- build_pipeline
+
+
+class Swirl(BaseTransform):
+    """Moves pixels in a way that nobody has described."""
+
+    def transform(self, results: dict) -> dict:
+        results["img"] = np.ascontiguousarray(np.roll(results["img"], 7, axis=1))
+        return results
+
+
+class SeesDtype(BaseTransform):
+    def transform(self, results: dict) -> dict:
+        results["img_path"] = str(results["img"].dtype)
+        return results
+
+
+class LoadPoints(BaseTransform):
+    """A loader of annotations that insists on its file."""
+
+    def transform(self, results: dict) -> dict:
+        raise FileNotFoundError(results["points_path"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    steps = {f"Toy{step.__name__}": step for step in (Swirl, SeesDtype)}
+    steps["LoadToyPoints"] = LoadPoints
+    for name, step in steps.items():
+        TRANSFORMS.register_module(name=name, module=step)
+    yield
+    for name in steps:
+        del TRANSFORMS.module_dict[name]
+
+
+def run(steps: list[dict], alignment: str, image: Any = None) -> dict:
+    config = config_of(dict(type="CocoDataset", pipeline=steps))
+    pipeline = build_pipeline(config, read_dataset(config), toy(), alignment)
+    if image is None:
+        image = np.full((70, 131, 3), 90, np.uint8)
+    return pipeline(dict(img=image, img_id=3, img_path="a.png", instances=[]))
+
+
+@pytest.mark.parametrize("alignment", ["resize", "letterbox", "network"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [],
+        [dict(type="Resize", scale=(128, 96), keep_ratio=True), PACK],
+        [dict(type="LoadAnnotations", with_bbox=True), PACK],
+    ],
+)
+def test_a_pipeline_that_loads_no_image(steps, alignment):
+    config = config_of(dict(type="CocoDataset", pipeline=[PACK]))
+    info = DatasetInfo({}, steps, None)
+    with pytest.raises(VisConfigError, match="no step that loads an image") as caught:
+        build_pipeline(config, info, toy(), alignment)
+    for step in steps:
+        assert step["type"] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "size_hw"),
+    [("resize", (64, 128)), ("letterbox", (68, 128)), ("network", (68, 128))],
+)
+def test_the_image_takes_the_place_of_the_file(alignment, size_hw):
+    data = run(make_pipeline(FASTER), alignment)
+    assert tuple(data["inputs"].shape) == (3, *size_hw)
+    assert (data["inputs"] == 90).all()
+    sample = data["data_samples"]
+    assert sample.ori_shape == (70, 131)
+    assert sample.img_id == 3
+    assert "gt_instances" not in sample or len(sample.gt_instances) == 0
+
+
+@pytest.mark.parametrize("alignment", ["resize", "letterbox", "network"])
+def test_loaders_of_annotations_are_left_out(alignment):
+    steps = make_pipeline(FASTER)
+    steps[1:1] = [
+        dict(type="LoadToyPoints"),
+        dict(type="LoadAnnotations", with_bbox=True, with_mask=True, with_seg=True),
+        dict(type="LoadEmptyAnnotations", with_bbox=True),
+    ]
+    assert run(steps, alignment)["inputs"].shape[0] == 3
+
+
+@pytest.mark.parametrize("alignment", ["resize", "network"])
+@pytest.mark.parametrize(("to_float32", "dtype"), [(True, "float32"), (False, "uint8")])
+def test_the_type_of_the_pixels_is_kept(alignment, to_float32, dtype):
+    steps = [
+        dict(type="LoadImageFromFile", to_float32=to_float32),
+        dict(type="ToySeesDtype"),
+        *FASTER,
+        PACK,
+    ]
+    assert run(steps, alignment)["data_samples"].img_path == dtype
+
+
+def test_a_step_that_moves_pixels_in_an_unknown_way():
+    steps = make_pipeline(FASTER)
+    steps.insert(2, dict(type="ToySwirl"))
+    with pytest.raises(UnsupportedPipelineError, match=r"'Swirl'.*alignment='network'"):
+        run(steps, "resize")
+    image = np.zeros((96, 128, 3), np.uint8)
+    image[:, :10] = 255
+    data = run(steps, "network", image)
+    assert (data["inputs"][:, :, 7:17] == 255).all()
+    assert (data["inputs"][:, :, :7] == 0).all()
+
+
+def test_of_test_time_augmentation_the_first_view_is_taken():
+    flips = [dict(type="RandomFlip", prob=p) for p in (0.0, 1.0)]
+    steps = [
+        dict(type="LoadImageFromFile"),
+        dict(type="TestTimeAug", transforms=[list(FASTER), flips, [PACK]]),
+    ]
+    for alignment in ("resize", "letterbox"):
+        data = run(steps, alignment)
+        assert not data["data_samples"].metainfo.get("flip")
+        assert data["inputs"].shape[0] == 3
+
+
+def test_the_stride_of_large_networks_counts():
+    config = get_config("mmyolo::yolov5/yolov5_s-p6-v62_syncbn_fast_8xb16-300e_coco.py")
+    info = read_dataset(config)
+    pipeline = build_pipeline(config, info, toy(), "resize")
+    data = pipeline(dict(img=np.zeros((480, 640, 3), np.uint8), img_id=0, img_path="a"))
+    assert tuple(data["inputs"].shape[1:]) == (960, 1280)
+    data = pipeline(dict(img=np.zeros((427, 640, 3), np.uint8), img_id=0, img_path="a"))
+    assert all(n % 64 == 0 for n in data["inputs"].shape[1:])
+
+
+# ------------------------------------------------------- check_device, build_detector
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_devices_that_are_there(device):
+    assert check_device(device).type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["nonsense", "", "cuda:x", "gpu"])
+def test_what_is_no_device(device):
+    with pytest.raises(VisConfigError, match="is no device; use 'cpu'"):
+        check_device(device)
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "message"),
+    [
+        (0, "cuda:7", "this machine has no CUDA device; use 'cpu'"),
+        (0, "cuda", "this machine has no CUDA device; use 'cpu'"),
+        (2, "cuda:2", "this machine has cuda:0, cuda:1; use one of them"),
+    ],
+)
+def test_a_gpu_that_is_not_there(monkeypatch, count, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(VisConfigError, match=message) as caught:
+        check_device(device)
+    assert device in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
+def test_a_gpu_that_is_there(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert check_device(device) == torch.device(device)
+
+
+@pytest.mark.parametrize("model", [None, "yolov8", []])
+def test_a_config_without_model(model):
+    with pytest.raises(VisConfigError, match="no model=dict"):
+        build_detector(Config(dict(model=model)), torch.device("cpu"))
+
+
+def test_a_model_that_is_not_registered():
+    with pytest.raises(VisConfigError, match="'NobodyKnowsIt' cannot be built"):
+        build_detector(
+            Config(dict(model=dict(type="NobodyKnowsIt"))), torch.device("cpu")
+        )
+
+
+def test_a_detector_of_mmyolo_on_the_cpu():
+    config = get_config("mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py")
+    detector = build_detector(config, torch.device("cpu"))
+    assert type(detector).__name__ == "YOLODetector"
+    assert not detector.training
+    kinds = {type(module).__name__ for module in detector.modules()}
+    assert not any("SyncBatchNorm" in kind for kind in kinds)
+
+
+def test_the_scope_is_that_of_the_config():
+    from mmengine.registry import DefaultScope
+
+    for name in ("mmyolo", "mmdet"):
+        with default_scope(Config(dict(default_scope=name))):
+            assert DefaultScope.get_current_instance().scope_name == name
+    with default_scope(Config()):
+        assert DefaultScope.get_current_instance().scope_name == "mmdet"
+
+
+# ------------------------------------------------------------------------ load_weights
+
+
+def save(path: Path, content: Any) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def other_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return ToyDetector(PREPROCESSOR).state_dict()
+
+
+def same(detector: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
+    own = detector.state_dict()
+    return all(torch.equal(own[key], weights[key]) for key in own)
+
+
+@pytest.fixture
+def messages() -> Iterator[list[tuple[int, str]]]:
+    """What is logged to MMEngine's current logger."""
+    found: list[tuple[int, str]] = []
+
+    class Catcher(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append((record.levelno, record.getMessage()))
+
+    logger = MMLogger.get_current_instance()
+    handler = Catcher()
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+def warnings_of(messages: list[tuple[int, str]]) -> list[str]:
+    return [text for level, text in messages if level >= logging.WARNING]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_weights_that_fit(tmp_path, messages, prefix, wrapped):
+    weights = other_weights()
+    content: Any = {prefix + key: value for key, value in weights.items()}
+    metainfo = dict(classes=("square",), palette=[(1, 2, 3)])
+    if wrapped:
+        content = dict(state_dict=content, meta=dict(dataset_meta=metainfo))
+    detector = toy()
+    assert not same(detector, weights)
+    found = load_weights(detector, save(tmp_path / "a.pth", content))
+    assert same(detector, weights)
+    assert found == (metainfo if wrapped else {})
+    assert warnings_of(messages) == []
+    assert not detector.training
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        (None, {}),
+        ({}, {}),
+        (dict(epoch=3), {}),
+        (dict(dataset_meta=None), {}),
+        (dict(dataset_meta=dict(CLASSES=("a",))), dict(classes=("a",))),
+        (dict(CLASSES=("a", "b")), dict(classes=("a", "b"), palette=None)),
+        (
+            dict(CLASSES=["a"], PALETTE=[(1, 2, 3)]),
+            dict(classes=["a"], palette=[(1, 2, 3)]),
+        ),
+        (
+            dict(CLASSES=("old",), dataset_meta=dict(classes=("new",))),
+            dict(classes=("new",)),
+        ),
+    ],
+)
+def test_classes_that_weights_name(tmp_path, meta, expected):
+    content = dict(state_dict=other_weights(), meta=meta)
+    assert load_weights(toy(), save(tmp_path / "a.pth", content)) == expected
+    names, _ = classes_and_palette(expected)
+    assert names == tuple(expected.get("classes", ()))
+
+
+def test_another_architecture_names_the_keys(tmp_path):
+    weights = {key.replace("neck", "fpn"): v for key, v in other_weights().items()}
+    detector = toy()
+    total = len(detector.state_dict())
+    with pytest.raises(CheckpointError, match="another architecture") as caught:
+        load_weights(detector, save(tmp_path / "a.pth", dict(state_dict=weights)))
+    message = str(caught.value)
+    assert str(tmp_path / "a.pth") in message
+    assert f"lacks 6 of {total} weights" in message
+    assert "neck.out_layers.0.weight" in message
+    assert "fpn.out_layers.0.weight" in message
+    assert "and 2 more" in message
+    assert message.endswith("give the config that it was trained with")
+
+
+def test_a_missing_parameter_alone(tmp_path):
+    weights = other_weights()
+    del weights["head.bias"]
+    with pytest.raises(CheckpointError, match=r"lacks 1 of \d+ weights, head.bias;"):
+        load_weights(toy(), save(tmp_path / "a.pth", weights))
+
+
+def test_other_shapes_are_named(tmp_path):
+    weights = other_weights()
+    weights["head.weight"] = torch.zeros(3, 8, 1, 1)
+    with pytest.raises(CheckpointError, match="other shapes") as caught:
+        load_weights(toy(), save(tmp_path / "a.pth", dict(state_dict=weights)))
+    assert "head.weight (3, 8, 1, 1) instead of (1, 8, 1, 1)" in str(caught.value)
+
+
+def test_weights_that_belong_to_nothing_are_a_warning(tmp_path, messages):
+    weights = other_weights()
+    extra = {f"ema.part{i}": torch.zeros(1) for i in range(6)}
+    # MMDetection of old saved the mean of the preprocessor.
+    extra["data_preprocessor.mean"] = torch.zeros(3)
+    detector = toy()
+    load_weights(detector, save(tmp_path / "a.pth", dict(state_dict=weights | extra)))
+    assert same(detector, weights)
+    (warning,) = warnings_of(messages)
+    assert "6 weights belong to no part of the detector" in warning
+    assert "ema.part0" in warning
+    assert "and 2 more" in warning
+
+
+def test_counters_of_batch_norms_may_be_missing(tmp_path, messages):
+    weights = {k: v for k, v in other_weights().items() if "num_batches" not in k}
+    detector = toy()
+    load_weights(detector, save(tmp_path / "a.pth", weights))
+    assert warnings_of(messages) == []
+    assert torch.equal(detector.state_dict()["head.weight"], weights["head.weight"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [torch.zeros(3), [torch.zeros(3)], 3, "text", {}, dict(state_dict={}), dict(a=1)],
+)
+def test_what_holds_no_weights(tmp_path, content):
+    detector = toy()
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        load_weights(detector, save(tmp_path / "a.pth", content))
+    assert same(detector, before)
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(3)], None, "text"])
+def test_a_state_dict_that_is_none(tmp_path, content):
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        load_weights(toy(), save(tmp_path / "a.pth", dict(state_dict=content)))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"<html>log in</html>"])
+def test_a_file_that_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pth is no checkpoint"):
+        load_weights(toy(), str(path))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.pth"):
+        load_weights(toy(), str(tmp_path / "a.pth"))
+
+
+class Versioned(nn.Module):
+    """Renames its weights unless they are of its version, as heads of MMDetection."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls = nn.Linear(2, 2)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version") is None:
+            for key in [k for k in state_dict if k.startswith(f"{prefix}cls.")]:
+                renamed = key.replace("cls.", "conv_cls.")
+                state_dict[renamed] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+@pytest.mark.parametrize("make", [Versioned, lambda: nn.Sequential(Versioned())])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_modules_are_told_the_version_of_their_weights(tmp_path, prefix, make):
+    saved = make()
+    weights = saved.state_dict()
+    if prefix:
+        saved = nn.ModuleDict(dict(module=saved))
+    content = dict(state_dict=saved.state_dict())
+    assert isinstance(content["state_dict"], OrderedDict)
+    detector = make()
+    load_weights(detector, save(tmp_path / "a.pth", content))
+    assert same(detector, weights)
+
+
+def test_missing_statistics_of_a_norm_are_named(tmp_path):
+    detector = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    weights = detector.state_dict()
+    del weights["1.running_var"], weights["1.num_batches_tracked"]
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 7 weights, 1\.running_var;"):
+        load_weights(detector, save(tmp_path / "a.pth", dict(state_dict=weights)))

@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
+from torch import Tensor, nn
+
+from mmyolo_vis_hooks.errors import FeatureShapeError, VisError
+from mmyolo_vis_hooks.network.graph import (
+    GraphForward,
+    HeadKey,
+    PredictionGraph,
+    TapKey,
+    TapPoint,
+    head_modules,
+)
+from mmyolo_vis_hooks.network.state import frozen
+from tests.families import (
+    FAMILIES,
+    SIDES,
+    Family,
+    build_family,
+    plain_predict,
+    reference_gradients,
+)
+
+# One in the backbone with something in place behind it, and what each has of neck,
+# encoder and head; shared layers of heads are called once for each level.
+_LAYERS = {
+    "yolov5": ("backbone.stage3.1.blocks.0.conv2.bn", "bbox_head.head_module"),
+    "yolov6": ("backbone.stage4", "bbox_head.head_module.stems.0"),
+    "yolov7": ("backbone.stage3", "neck.bottom_up_layers.0"),
+    "yolov8": ("backbone.stage4", "bbox_head.head_module.cls_preds.1.0"),
+    "yolox": ("backbone.stage3.1.short_conv.bn", "neck.bottom_up_layers.0"),
+    "rtmdet": ("backbone.stage4", "bbox_head.head_module.cls_convs.0.0.conv"),
+    "ppyoloe": ("backbone.stage2", "bbox_head.head_module.cls_stems.1.conv"),
+    "retinanet": ("backbone.layer3.1.bn2", "bbox_head.cls_convs.1.conv"),
+    "fcos": ("backbone.layer3.0.bn1", "bbox_head.cls_convs.3"),
+    "atss": ("backbone.layer4", "bbox_head.reg_convs.0.gn"),
+    "rtmdet_ins": ("backbone.stage3.1.short_conv.bn", "bbox_head.cls_convs.0.0.conv"),
+    "faster_rcnn": ("backbone.layer3.1.bn2", "neck.fpn_convs.1.conv"),
+    "cascade_rcnn": ("backbone.layer3",),
+    "mask_rcnn": ("backbone.layer3.0.relu",),
+    "detr": ("backbone.layer4", "encoder.layers.0", "encoder"),
+    "deformable_detr": ("backbone.layer3", "encoder", "decoder.layers.0"),
+    "dino": ("backbone.layer3", "encoder.layers.0.ffn", "encoder"),
+}
+
+
+def predict_graph(family: Family, *layers: str, **sides: str) -> PredictionGraph:
+    detector = family.detector
+    points = [
+        TapPoint(layer, detector.get_submodule(layer), **sides) for layer in layers
+    ]
+    return GraphForward(detector, points).run(
+        family.inputs, family.data_samples[0].metainfo
+    )
+
+
+def variant(name: str, change: Any) -> Family:
+    family = build_family(name)
+    detector = copy.deepcopy(family.detector)
+    change(detector)
+    return dataclasses.replace(family, detector=detector)
+
+
+def gradients_at(graph: PredictionGraph, scalar: Tensor) -> list[Tensor]:
+    taps = list(graph.taps.values())
+    found = torch.autograd.grad(scalar, taps, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(tap) if gradient is None else gradient
+        for tap, gradient in zip(taps, found)
+    ]
+
+
+def assert_gradients(
+    graph: PredictionGraph,
+    reference: list[list[tuple[Tensor, Tensor]]],
+    target: str = "score",
+) -> None:
+    """At least three detections, each to 1e-5 of its reference's maximum."""
+    assert len(reference) >= 3
+    influences = []
+    for index, maps in enumerate(reference):
+        scalar = (
+            graph.predictions.scores[index]
+            if target == "score"
+            else graph.predictions.bboxes[index, SIDES.index(target)]
+        )
+        found = gradients_at(graph, scalar)
+        expected = [(o, g) for o, g in maps if o.ndim >= 3 and o.is_floating_point()]
+        assert len(found) == len(expected)
+        largest = max(float(gradient.abs().max()) for _, gradient in expected)
+        influences.append(largest)
+        for tap, one, (output, other) in zip(graph.taps.values(), found, expected):
+            assert torch.equal(tap.detach(), output)
+            assert float((one - other).abs().max()) <= 1e-5 * largest
+    # A layer of one level has no influence on the boxes of the others.
+    assert max(influences) > 1e-6
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_detections_are_those_of_plain_predict(name):
+    family = build_family(name)
+    plain = plain_predict(family)
+    with frozen(family.detector):
+        graph = predict_graph(family, "neck")
+    assert torch.equal(graph.predictions.scores, plain.scores)
+    assert torch.equal(graph.predictions.bboxes, plain.bboxes)
+    assert torch.equal(graph.predictions.labels, plain.labels)
+    assert graph.predictions.scores.requires_grad
+    assert graph.network_hw == (128, 160)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [(name, layer) for name in FAMILIES for layer in ("neck", *_LAYERS[name])],
+)
+def test_gradients_of_scores(name, layer):
+    family = build_family(name)
+    with frozen(family.detector):
+        graph = predict_graph(family, layer)
+        module = family.detector.get_submodule(layer)
+        assert_gradients(graph, reference_gradients(family, module))
+    assert all(parameter.grad is None for parameter in family.detector.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_the_sides_of_boxes(name):
+    family = build_family(name)
+    module = family.detector.neck
+    with frozen(family.detector):
+        graph = predict_graph(family, "neck")
+        for side in SIDES:
+            assert_gradients(
+                graph, reference_gradients(family, module, target=side), side
+            )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_several_taps_at_once_and_no_graph_before_the_first(name):
+    family = build_family(name)
+    detector = family.detector
+    layers = ("neck", _LAYERS[name][0])  # the later one first
+    first = next(iter(detector.backbone.children()))
+    graphs = []
+    handles = [
+        first.register_forward_hook(lambda m, a, o: graphs.append(o.requires_grad)),
+        detector.backbone.register_forward_hook(
+            lambda m, a, o: graphs.append(o[-1].requires_grad)
+        ),
+    ]
+    try:
+        with frozen(detector):
+            graph = predict_graph(family, *layers)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The forward may have been repeated.
+    assert graphs == [False, True] * (len(graphs) // 2)
+    assert {key.layer for key in graph.taps} == set(layers)
+    module = detector.get_submodule(layers[1])
+    reference = reference_gradients(family, module)
+    found = {
+        layer: PredictionGraph(
+            graph.inputs,
+            {key: tap for key, tap in graph.taps.items() if key.layer == layer},
+            graph.head_outputs,
+            graph.predictions,
+        )
+        for layer in layers
+    }
+    assert_gradients(found[layers[1]], reference)
+    assert_gradients(found["neck"], reference_gradients(family, detector.neck))
+
+
+def test_the_input_of_a_module():
+    family = build_family("yolov8")
+    with frozen(family.detector):
+        graph = predict_graph(family, "neck.bottom_up_layers.0", side="input")
+        ((key, tap),) = graph.taps.items()
+        assert key == TapKey("neck.bottom_up_layers.0", 0, ())
+        # It is what the module before it gives.
+        other = predict_graph(family, "neck.bottom_up_layers.0")
+        assert tap.ndim == 4
+        assert tap.shape != next(iter(other.taps.values())).shape
+        (gradient,) = torch.autograd.grad(graph.predictions.scores.sum(), tap)
+    assert gradient.abs().max() > 0
+
+
+def test_calls_of_a_shared_layer_are_told_apart():
+    family = build_family("retinanet")
+    with frozen(family.detector):
+        graph = predict_graph(family, "bbox_head.cls_convs.1.conv")
+    assert [key.call_index for key in graph.taps] == [0, 1, 2, 3, 4]
+    titles = [key.title for key in graph.taps]
+    assert titles[:2] == [
+        "bbox_head.cls_convs.1.conv",
+        "bbox_head.cls_convs.1.conv (call 2)",
+    ]
+    assert TapKey("neck", 0, (2,)).title == "neck[2]"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_raw_outputs_of_the_heads(name):
+    family = build_family(name)
+    with frozen(family.detector):
+        graph = predict_graph(family, "neck")
+    heads = head_modules(family.detector)
+    prefix = "roi_head.bbox_head" if "rcnn" in name else "bbox_head"
+    assert all(path.startswith(prefix) for path in heads)
+    assert len(heads) == (3 if name == "cascade_rcnn" else 1)
+    assert {key.path for key in graph.head_outputs} == set(heads)
+    assert all(isinstance(key, HeadKey) for key in graph.head_outputs)
+    assert all(o.requires_grad for o in graph.head_outputs.values())
+
+
+DENSE = FAMILIES[: FAMILIES.index("rtmdet_ins") + 1]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_outputs_that_only_make_boxes_stay_out_of_the_graph_of_scores(name):
+    family = build_family(name)
+    metainfo = family.data_samples[0].metainfo
+    forward = GraphForward(family.detector, [])
+    with frozen(family.detector):
+        whole = forward.run(family.inputs, metainfo, from_heads=True, scores_only=True)
+        for _ in range(50 // len(whole.predictions.scores) + 1):
+            assert all(o.requires_grad for o in whole.head_outputs.values())
+            whole = forward.run(family.inputs, metainfo, from_heads=True)
+        lean = forward.run(family.inputs, metainfo, from_heads=True, scores_only=True)
+    idle = {key for key, o in lean.head_outputs.items() if not o.requires_grad}
+    assert {key.output_index[0] for key in idle} >= {1}  # the boxes, at all levels
+    assert {key.output_index[0] for key in lean.head_outputs.keys() - idle} >= {0}
+    assert torch.equal(lean.predictions.scores, whole.predictions.scores)
+    for ours, theirs in zip(lean.predictions.scores, whole.predictions.scores):
+        expected = raw_gradients(whole, theirs)
+        assert any(float(gradient.abs().max()) > 0 for gradient in expected.values())
+        found = raw_gradients(lean, ours)
+        for key, gradient in expected.items():
+            assert torch.equal(found.get(key, torch.zeros_like(gradient)), gradient)
+    # Where boxes are wanted too, nothing is left out.
+    with frozen(family.detector):
+        again = forward.run(family.inputs, metainfo, from_heads=True)
+    assert all(o.requires_grad for o in again.head_outputs.values())
+
+
+def test_a_level_without_a_box_so_far_stays_in_the_graph():
+    family = build_family("yolox")
+    metainfo = family.data_samples[0].metainfo
+    forward = GraphForward(family.detector, [])
+
+    def silence(module: nn.Module, args: Any, output: Any) -> Any:
+        for scores in output[0][1:]:
+            scores.fill_(-20)
+
+    head = family.detector.bbox_head
+    silent = head.register_forward_hook(silence)
+    with frozen(family.detector):
+        for _ in range(20):
+            forward.run(family.inputs, metainfo, from_heads=True)
+        silent.remove()
+        graph = forward.run(family.inputs, metainfo, from_heads=True, scores_only=True)
+    wanted = [
+        key.output_index for key, o in graph.head_outputs.items() if o.requires_grad
+    ]
+    assert wanted == [(kind, level) for kind in (0, 2) for level in range(3)]
+
+
+def raw_gradients(graph: PredictionGraph, scalar: Tensor) -> dict[HeadKey, Tensor]:
+    raw = {key: o for key, o in graph.head_outputs.items() if o.requires_grad}
+    found = torch.autograd.grad(
+        scalar, list(raw.values()), retain_graph=True, allow_unused=True
+    )
+    return {k: torch.zeros_like(raw[k]) if g is None else g for k, g in zip(raw, found)}
+
+
+def test_all_scores_of_yolov5():
+    """Then no row is selected before the product in place."""
+
+    def change(detector: Any) -> None:
+        detector.bbox_head.test_cfg.update(score_thr=0.0, multi_label=False)
+
+    family = variant("yolov5", change)
+    plain = plain_predict(family)
+    with frozen(family.detector):
+        graph = predict_graph(family, "neck")
+        assert torch.equal(graph.predictions.scores, plain.scores)
+        changed = [float(g.abs().max()) for g in gradients_at(graph, plain_sum(graph))]
+    assert all(change > 0 for change in changed)
+
+
+def plain_sum(graph: PredictionGraph) -> Tensor:
+    return graph.predictions.scores.sum()
+
+
+def test_soft_nms_is_refused():
+    def change(detector: Any) -> None:
+        detector.bbox_head.test_cfg.nms = dict(type="soft_nms", iou_threshold=0.5)
+
+    family = variant("retinanet", change)
+    with frozen(family.detector):
+        with pytest.raises(VisError, match=r"RetinaNet carry no gradients.*soft-NMS"):
+            predict_graph(family, "neck")
+        assert not family.detector.neck._forward_hooks
+        assert not family.detector.bbox_head._forward_hooks
+
+
+def test_layers_that_give_no_gradient():
+    family = variant("yolov8", lambda d: d.add_module("unused", nn.Conv2d(3, 3, 1)))
+    missing = pytest.raises(FeatureShapeError, match="unused did not run")
+    with frozen(family.detector), missing:
+        predict_graph(family, "neck", "unused")
+    rcnn = build_family("faster_rcnn")
+    with frozen(rcnn.detector):
+        with pytest.raises(FeatureShapeError, match="cannot be laid over an image"):
+            predict_graph(rcnn, "roi_head.bbox_roi_extractor")
+        # The proposals are constants.
+        with pytest.raises(VisError, match="carry no gradients"):
+            predict_graph(rcnn, "rpn_head.rpn_conv")
+    for detector in (family.detector, rcnn.detector):
+        assert not any(m._forward_hooks for m in detector.modules())
+
+
+class Interruption(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Interruption])
+def test_no_hook_is_left_after_an_error(error):
+    family = build_family("rtmdet")
+    head: Any = family.detector.bbox_head
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    head.predict_by_feat, own = fail, head.predict_by_feat
+    try:
+        with frozen(family.detector), pytest.raises(error):
+            predict_graph(family, "neck", "backbone")
+    finally:
+        del head.predict_by_feat
+    assert head.predict_by_feat == own
+    for module in family.detector.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in vars(module)
+    # No mode is left either: this product is in place.
+    leaf = torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError):
+        leaf.mul_(2)
+
+
+# Where the caller stands.
+
+
+@pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode])
+def test_gradients_where_the_surroundings_forbid_them(surroundings):
+    family = build_family("yolov8")
+    reference = reference_gradients(family, family.detector.neck)
+    with surroundings():
+        own = dataclasses.replace(family, inputs=family.inputs.clone())
+        with frozen(family.detector):
+            assert_gradients(predict_graph(own, "neck"), reference)
+            graph = predict_graph(own, "backbone.stem", side="input")
+            (gradient,) = gradients_at(graph, graph.predictions.scores[0])
+            assert gradient.shape == family.inputs.shape
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() == (
+            surroundings is torch.inference_mode
+        )
+
+
+def test_a_training_model_is_left_as_it_was():
+    family = build_family("rtmdet")
+    detector = copy.deepcopy(family.detector).train().requires_grad_(True)
+    detector.backbone.stem.eval()
+    detector.neck.requires_grad_(False)
+    grads = {}
+    for parameter in detector.parameters():
+        if parameter.requires_grad:
+            grads[parameter] = parameter.grad = torch.rand_like(parameter)
+    modes = [module.training for module in detector.modules()]
+    wanted = [parameter.requires_grad for parameter in detector.parameters()]
+    state = {key: value.clone() for key, value in detector.state_dict().items()}
+    random_states = random.getstate(), np.random.get_state()[1].copy()
+    torch_state = torch.get_rng_state()
+    own = dataclasses.replace(family, detector=detector)
+    reference = reference_gradients(family, family.detector.neck)
+    with frozen(detector):
+        graph = predict_graph(own, "neck")
+        assert_gradients(graph, reference)
+        torch.rand(1), np.random.rand(), random.random()
+    assert [module.training for module in detector.modules()] == modes
+    assert [parameter.requires_grad for parameter in detector.parameters()] == wanted
+    assert all(parameter.grad is grads.get(parameter) for parameter in grads)
+    for key, value in detector.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert random.getstate() == random_states[0]
+    assert np.array_equal(np.random.get_state()[1], random_states[1])
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def set_checkpoints(detector: nn.Module) -> None:
+    for module in detector.modules():
+        if hasattr(module, "with_cp"):
+            module.with_cp = True
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_checkpoints,
+        lambda detector: turn_on_activation_checkpointing(
+            detector.backbone, ["layer2", "layer3"]
+        ),
+    ],
+    ids=["with_cp", "mmengine"],
+)
+def test_activations_that_are_computed_again(change):
+    """Layers in blocks that keep no activations for the backward pass."""
+    family = build_family("retinanet")
+    checkpointed = variant("retinanet", change)
+    detector: Any = checkpointed.detector
+    own_forward = vars(detector.backbone.layer3).get("forward")
+    for layer in ("backbone.layer2.0", "backbone.layer3.1.conv1"):
+        reference = reference_gradients(family, family.detector.get_submodule(layer))
+        with frozen(detector):
+            assert_gradients(predict_graph(checkpointed, layer), reference)
+    assert vars(detector.backbone.layer3).get("forward") is own_forward
+    assert detector.backbone.layer3[0].with_cp == (change is set_checkpoints)

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.network.graph import (
+    GraphForward,
+    HeadKey,
+    head_modules,
+)
+from mmyolo_vis_hooks.network.levels import Pyramid, last_maps, survey
+from mmyolo_vis_hooks.network.nested import flatten_tensors
+from mmyolo_vis_hooks.network.replay import ReplayEngine
+from mmyolo_vis_hooks.network.state import frozen
+from tests.families import FAMILIES, Family, build_family, plain_predict
+
+_NECK = [f"neck[{i}]" for i in range(5)]
+_YOLOV5 = [
+    "input of neck.top_down_layers[1]",
+    "input of neck.bottom_up_layers[0]",
+    "input of neck.bottom_up_layers[1]",
+]
+_YOLOV7 = [f"input of neck.out_layers[{i}]" for i in range(3)]
+
+# Titles, number of own raw outputs of each level, and radii. A map of 4x5 cells is
+# seen as a whole by two convolutions of 3x3; group norms and squeezing see all.
+_EXPECTED: dict[str, tuple[list[str], int, list[int | None]]] = {
+    "yolov5": (_YOLOV5, 3, [1, 1, 1]),
+    "yolov6": (_NECK[:3], 2, [1, 1, 1]),
+    "yolov7": (_YOLOV7, 3, [1, 1, 1]),
+    "yolov8": (_NECK[:3], 2, [2, 2, None]),
+    "yolox": (_NECK[:3], 3, [2, 2, None]),
+    "rtmdet": (_NECK[:3], 2, [2, 2, None]),
+    "ppyoloe": (_NECK[:3], 2, [None, None, None]),
+    "retinanet": (_NECK, 2, [5, None, None, None, None]),
+    "fcos": (_NECK, 3, [None] * 5),
+    "atss": (_NECK, 3, [None] * 5),
+    "rtmdet_ins": (_NECK[:3], 3, [2, 2, None]),
+    # Regions and queries may look at every level.
+    "faster_rcnn": (_NECK, 0, [None] * 5),
+    "cascade_rcnn": (_NECK, 0, [None] * 5),
+    "mask_rcnn": (_NECK, 0, [None] * 5),
+    "detr": (["encoder"], 0, [None]),
+    "deformable_detr": (["encoder"], 0, [None]),
+    "dino": (["encoder"], 0, [None]),
+}
+
+
+def survey_of(family: Family) -> Pyramid:
+    detector, metainfo = family.detector, family.data_samples[0].metainfo
+    engine = ReplayEngine(detector, head_modules(detector), logging.getLogger("test"))
+
+    def forward() -> Any:
+        return detector(family.inputs, family.data_samples, mode="predict")
+
+    with frozen(detector):
+        return survey(detector, family.inputs, metainfo, lambda: engine.trace(forward))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_levels_of_each_family(name):
+    family = build_family(name)
+    pyramid = survey_of(family)
+    titles, num_outputs, radii = _EXPECTED[name]
+    assert [level.tap.title for level in pyramid.levels] == titles
+    assert [len(level.outputs) for level in pyramid.levels] == [num_outputs] * len(
+        titles
+    )
+    assert [level.radius for level in pyramid.levels] == radii
+    # No two levels have an output in common.
+    outputs = [key for level in pyramid.levels for key in level.outputs]
+    assert len(outputs) == len(set(outputs))
+    assert not any(m._forward_hooks for m in family.detector.modules())
+
+
+@pytest.mark.parametrize("name", FAMILIES[:11])
+def test_the_radius_is_enough_and_needed(name):
+    """By differences: what lies farther away than the radius changes nothing."""
+    family = build_family(name)
+    pyramid = survey_of(family)
+    metainfo = family.data_samples[0].metainfo
+    for level in pyramid.levels:
+        if level.radius is None:
+            continue
+        points = {point.layer: point for point in pyramid.points}
+        point = points[level.tap.layer]
+        with frozen(family.detector):
+            forward = GraphForward(family.detector, [point])
+            before = forward.run(family.inputs, metainfo)
+            height, width = before.taps[level.tap].shape[-2:]
+            row, column = height // 2, width // 2
+            radius = level.radius
+            window = (
+                slice(max(row - radius, 0), row + radius + 1),
+                slice(max(column - radius, 0), column + radius + 1),
+            )
+            inner = (
+                slice(max(row - radius + 1, 0), row + radius),
+                slice(max(column - radius + 1, 0), column + radius),
+            )
+            for kept, same in ((window, True), (inner, False)):
+                mask = torch.ones(height, width, dtype=torch.bool)
+                mask[kept] = False
+                after = outputs_with_noise(family, point, level.tap, mask)
+                cells = [
+                    torch.equal(
+                        before.head_outputs[key][..., row, column],
+                        after[key][..., row, column],
+                    )
+                    for key in level.outputs
+                ]
+                assert all(cells) == same
+
+
+def outputs_with_noise(family: Family, point: Any, tap: Any, mask: Any) -> dict:
+    """Raw outputs where the cells of a mask have other values."""
+
+    def change(value: Any) -> Any:
+        maps = list(value) if isinstance(value, (list, tuple)) else [value]
+        place = tap.output_index[0] if tap.output_index else 0
+        maps[place] = maps[place] + mask * maps[place].abs().mean()
+        return maps[0] if isinstance(value, torch.Tensor) else tuple(maps)
+
+    if point.side == "input":
+        handle = point.module.register_forward_pre_hook(lambda m, args: change(args))
+    else:
+        handle = point.module.register_forward_hook(lambda m, a, out: change(out))
+    outputs: dict[HeadKey, torch.Tensor] = {}
+    (head,) = head_modules(family.detector).items()
+
+    def collect(_module: nn.Module, _args: Any, output: Any) -> None:
+        for index, tensor in flatten_tensors(output):
+            outputs[HeadKey(head[0], 0, index)] = tensor
+
+    handles = [handle, head[1].register_forward_hook(collect)]
+    try:
+        plain_predict(family)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def test_which_level_made_an_output():
+    pyramid = survey_of(build_family("retinanet"))
+    fine, coarse = (HeadKey("bbox_head", 0, (0, i)) for i in (0, 2))
+    boxes = HeadKey("bbox_head", 0, (1, 0))
+    for keys, level in (([fine], 0), ([fine, boxes], 0), ([coarse], 2)):
+        found = pyramid.level_of(keys)
+        assert found is pyramid.levels[level]
+    assert pyramid.level_of([fine, coarse]) is None
+    assert pyramid.level_of([]) is None
+
+
+def test_the_last_maps():
+    for name, layer in (("yolov5", "neck"), ("detr", "encoder")):
+        point = last_maps(build_family(name).detector)
+        assert point.layer == layer
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    with pytest.raises(VisConfigError, match=r"target_layers=None.*Sequential"):
+        last_maps(model)
+    model.backbone = nn.Identity()
+    assert last_maps(model).layer == "backbone"

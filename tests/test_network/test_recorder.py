@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mmyolo_vis_hooks.errors import FeatureShapeError
+from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from mmyolo_vis_hooks.network.recorder import LayerRecorder, spatial_maps
+
+
+class Sample:
+    def __init__(self, **metainfo):
+        self.metainfo = metainfo
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+class Dict(nn.Module):
+    def forward(self, x):
+        return {"p3": x, "deep": [x + 1, (x + 2, "text", None)]}
+
+
+class Net(nn.Module):
+    """Each layer's output is known by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice = Double()
+        self.nested = Dict()
+        self.rois = nn.Identity()
+        self.vector = nn.Identity()
+        self.tokens = nn.Identity()
+        self.unused = nn.Identity()
+        self.fails = False
+
+    def forward(self, inputs, data_samples=None, mode="predict"):
+        x = self.twice(inputs)
+        x.add_(100)  # an in-place operation after the layer
+        x = self.twice(x)
+        self.nested(x)
+        self.rois(torch.zeros(7, 3, 2, 2))
+        self.vector(torch.zeros(len(inputs), 5))
+        self.tokens(torch.arange(16.0).reshape(1, 16, 1).repeat(len(inputs), 1, 1))
+        if self.fails:
+            raise KeyboardInterrupt
+        return x
+
+
+def hooks_left(model: nn.Module) -> int:
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
+    )
+
+
+def run(layers, keep=(0,), batch=2, flips=(False,)):
+    net = Net()
+    recorder = LayerRecorder(net, resolve_layers(net, layers))
+    inputs = torch.arange(batch * 3 * 8 * 8, dtype=torch.float32)
+    inputs = inputs.reshape(batch, 3, 8, 8)
+    with recorder.record(keep) as record:
+        for i, flip in enumerate(flips):
+            samples = [Sample(img_id=k, view=i, flip=flip) for k in range(batch)]
+            net(inputs + 1000 * i, samples)
+    assert hooks_left(net) == 0
+    return record, inputs
+
+
+def test_keeps_the_chosen_images_only_and_every_call():
+    record, inputs = run(["twice"], keep=(1,))
+    first, second = record.activations(0)
+    assert (first.title, second.title) == ("twice", "twice (call 2)")
+    torch.testing.assert_close(first.feature_map, inputs[1] * 2)
+    torch.testing.assert_close(second.feature_map, (inputs[1] * 2 + 100) * 2)
+    assert record.inputs.shape == (1, 3, 8, 8)
+    assert record.metainfos[0]["img_id"] == 1
+
+
+def test_in_place_operations_do_not_change_what_was_recorded():
+    record, inputs = run(["twice"], keep=(0, 1))
+    torch.testing.assert_close(record.activations(1)[0].feature_map, inputs[1] * 2)
+
+
+def test_nested_outputs_give_every_map_with_its_place():
+    record, _ = run(["nested"])
+    found = record.activations(0)
+    assert [a.title for a in found] == [
+        "nested[p3]",
+        "nested[deep][0]",
+        "nested[deep][1][0]",
+    ]
+    difference = found[2].feature_map - found[0].feature_map
+    assert difference.unique().tolist() == [2.0]
+
+
+def test_order_is_the_users():
+    record, _ = run(["nested", "twice"])
+    assert [a.layer for a in record.activations(0)] == ["nested"] * 3 + ["twice"] * 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("rois", "batch of 2"),
+        ("vector", "no feature map"),
+        ("unused", "did not run"),
+    ],
+)
+def test_outputs_that_are_no_maps_are_named(layer, message):
+    record, _ = run([layer])
+    assert isinstance(record.error, FeatureShapeError)
+    assert layer in str(record.error)
+    assert message in str(record.error)
+
+
+def test_first_unflipped_view_is_recorded():
+    record, inputs = run(["twice"], flips=(True, False, False))
+    assert record.metainfos[0]["view"] == 1
+    torch.testing.assert_close(
+        record.activations(0)[0].feature_map, (inputs[0] + 1000) * 2
+    )
+    assert len(record.activations(0)) == 2
+
+
+def test_only_flipped_views_are_an_error():
+    record, _ = run(["twice"], flips=(True,))
+    with pytest.raises(FeatureShapeError, match="unflipped"):
+        record.activations(0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_no_hook_is_left_after_a_failure(error):
+    net = Net()
+    net.fails = True
+    recorder = LayerRecorder(net, resolve_layers(net, ["twice", "nested"]))
+    inputs = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(KeyboardInterrupt), recorder.record([0]):
+        net(inputs, [Sample()])
+    assert hooks_left(net) == 0
+    with pytest.raises(error), recorder.record([0]):
+        raise error
+    assert hooks_left(net) == 0
+
+
+def test_tokens_are_folded_row_by_row():
+    record, _ = run(["tokens"])  # 16 tokens over 8x8 pixels: stride 2
+    (activation,) = record.activations(0)
+    torch.testing.assert_close(
+        activation.feature_map, torch.arange(16.0).reshape(1, 4, 4)
+    )
+
+
+def test_tokens_of_a_pyramid_and_a_class_token():
+    # 64x96 pixels: 8x12 cells at stride 8, 4x6 at 16, 2x3 at 32.
+    tokens = torch.arange(96 + 24 + 6, dtype=torch.float32)[:, None].repeat(1, 5)
+    levels = spatial_maps(tokens, (64, 96), "encoder")
+    assert [tuple(level.shape) for level in levels] == [
+        (5, 8, 12),
+        (5, 4, 6),
+        (5, 2, 3),
+    ]
+    assert levels[1][0, 0, 0] == 96
+    assert levels[2][0, 1, 2] == 96 + 24 + 5
+    (single,) = spatial_maps(tokens[:25], (64, 96), "vit")  # 24 cells and a token
+    assert single.shape == (5, 4, 6)
+    assert single[0, 0, 0] == 1
+
+
+def test_tokens_that_fit_no_grid():
+    with pytest.raises(FeatureShapeError, match=r"decoder.*100 tokens"):
+        spatial_maps(torch.zeros(100, 4), (64, 96), "decoder")

@@ -1,0 +1,198 @@
+"""N images leave N files, N TensorBoard images and N W&B images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.logging import MMLogger
+from mmengine.runner import Runner
+from mmengine.visualization import LocalVisBackend, Visualizer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmyolo_vis_hooks.errors import ErrorPolicy, PublishError
+from mmyolo_vis_hooks.publish.publisher import Publisher
+from mmyolo_vis_hooks.records import VisImage
+from tests import wandb_file
+from tests.test_hooks.helpers import box_spy, pictures, spy
+from tests.toy import toy_config
+from tests.toy_boxes import box_config
+
+BACKENDS = (
+    dict(type="LocalVisBackend"),
+    dict(type="TensorboardVisBackend"),
+    dict(type="WandbVisBackend", init_kwargs=dict(mode="offline", project="toy")),
+)
+IDS = ["1_image", "3_image", "6_image"]
+
+
+@pytest.fixture(autouse=True)
+def wandb_offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def tensorboard_images(work_dir: Path) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for path in work_dir.rglob("events.out.tfevents*"):
+        events = EventAccumulator(str(path), size_guidance={"images": 0})
+        events.Reload()
+        for tag in events.Tags()["images"]:
+            found.setdefault(tag, []).extend(e.step for e in events.Images(tag))
+    return found
+
+
+def test_training_with_two_hooks_loses_nothing(tmp_path, toy_data):
+    hooks = [spy(image_indices=[0, 2, 5]), spy(image_indices=[0], alignment="network")]
+    cfg = toy_config(tmp_path, hooks, data_root=toy_data, vis_backends=BACKENDS)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    tags = [f"featmap/{i}" for i in IDS] + ["featmap_2/1_image"]
+
+    expected = {f"val.{t.replace('/', '.')}_{e}.png" for t in tags for e in (1, 2)}
+    assert set(pictures(tmp_path)) == expected
+    assert tensorboard_images(tmp_path) == {f"val/{t}": [1, 2] for t in tags}
+
+    rows = wandb_file.history_rows(tmp_path)
+    with_images = [row for row in rows if wandb_file.images(row)]
+    assert len(with_images) == 2  # one for each validation
+    for row in with_images:
+        assert wandb_file.images(row) == {f"val/{t}" for t in tags}
+        assert "coco/bbox_mAP" in row  # the row of the metrics
+    media = list(tmp_path.rglob("files/media/images/**/*.png"))
+    assert len(media) == 2 * len(tags)
+
+
+def test_explanations_go_to_every_backend(tmp_path, toy_data):
+    hooks = [
+        box_spy(image_indices=[0, 2, 5]),
+        spy(image_indices=[0]),
+        box_spy(image_indices=[2], method="gradcam"),
+    ]
+    cfg = box_config(tmp_path, hooks, data_root=toy_data, vis_backends=BACKENDS)
+    Runner.from_cfg(cfg).train()
+    tags = [f"boxam/{i}" for i in IDS] + ["featmap/1_image", "boxam_2/3_image"]
+
+    expected = {f"val.{t.replace('/', '.')}_{e}.png" for t in tags for e in (1, 2)}
+    assert set(pictures(tmp_path)) == expected
+    assert tensorboard_images(tmp_path) == {f"val/{t}": [1, 2] for t in tags}
+    rows = wandb_file.history_rows(tmp_path)
+    with_images = [row for row in rows if wandb_file.images(row)]
+    assert len(with_images) == 2
+    for row in with_images:
+        assert wandb_file.images(row) == {f"val/{t}" for t in tags}
+        assert "coco/bbox_mAP" in row
+    assert len(list(tmp_path.rglob("files/media/images/**/*.png"))) == 2 * len(tags)
+
+
+def test_test_run_has_a_row_of_its_own(tmp_path, toy_data):
+    hooks = [spy(num_images=-1), spy(num_images=2)]
+    cfg = toy_config(tmp_path, hooks, data_root=toy_data, vis_backends=BACKENDS)
+    Runner.from_cfg(cfg).test()
+    found = pictures(tmp_path)
+    assert len(found) == 8
+    assert all(name.startswith("test.featmap") for name in found)
+    assert all(name.endswith("_0.png") for name in found)
+    assert sum(map(len, tensorboard_images(tmp_path).values())) == 8
+    rows = wandb_file.history_rows(tmp_path)
+    assert [len(wandb_file.images(row)) for row in rows] == [8]
+
+
+def test_pure_validation_without_logger_hook_ends_its_row(tmp_path, toy_data):
+    cfg = toy_config(
+        tmp_path, [spy(num_images=3)], data_root=toy_data, vis_backends=BACKENDS
+    )
+    cfg.default_hooks.logger = None
+    runner = Runner.from_cfg(cfg)
+    runner.val()
+    runner.visualizer.close()
+    rows = wandb_file.history_rows(tmp_path)
+    assert [len(wandb_file.images(row)) for row in rows] == [3]
+
+
+class Broken:
+    def add_image(self, name, image, step):
+        raise OSError("no route to the tracking server")
+
+
+class Keeping:
+    def __init__(self):
+        self.images = []
+
+    def add_image(self, name, image, step):
+        self.images.append((name, image, step))
+
+
+def make_publisher(backends, on_error="log", **kwargs):
+    visualizer = Visualizer()
+    visualizer._vis_backends = backends
+    policy = ErrorPolicy(on_error, MMLogger.get_instance("publisher_test"))
+    return Publisher(visualizer, name="featmap", policy=policy, **kwargs), policy
+
+
+PICTURE = VisImage(
+    "7_x", np.random.RandomState(0).randint(0, 255, (20, 30, 3)).astype(np.uint8)
+)
+
+
+def test_a_broken_backend_keeps_nothing_from_the_others():
+    keeping = Keeping()
+    publisher, policy = make_publisher({"Broken": Broken(), "Keeping": keeping})
+    publisher.publish("val", PICTURE, 3)
+    ((name, image, step),) = keeping.images
+    assert (name, step) == ("val/featmap/7_x", 3)
+    np.testing.assert_array_equal(image, PICTURE.image_rgb)
+    assert policy.num_failures == 1
+    assert publisher.num_published == 0  # not complete
+
+
+def test_raise_lets_it_out():
+    publisher, _ = make_publisher({"Broken": Broken()}, on_error="raise")
+    with pytest.raises(OSError, match="tracking server"):
+        publisher.publish("val", PICTURE, 3)
+
+
+def test_local_file_that_was_not_written_is_an_error(tmp_path):
+    backend = LocalVisBackend(save_dir=str(tmp_path))
+    backend._init_env()
+    (tmp_path / "vis_image").rmdir() if (tmp_path / "vis_image").exists() else None
+    (tmp_path / "vis_image").mkdir()
+    # A folder in the place of the file: imwrite gives False and says nothing.
+    (tmp_path / "vis_image" / "val.featmap.7_x_3.png").mkdir()
+    publisher, _ = make_publisher({"Local": backend}, on_error="raise")
+    with pytest.raises((PublishError, OSError)):
+        publisher.publish("val", PICTURE, 3)
+
+
+def test_mlflow_gets_file_names_with_steps():
+    class MLflowVisBackend(Keeping):
+        pass
+
+    backend = MLflowVisBackend()
+    publisher, _ = make_publisher({"MLflow": backend})
+    publisher.publish("val", PICTURE, 3)
+    assert backend.images[0][0] == "val/featmap/7_x_3.png"
+
+
+def test_show_opens_a_window_and_publishes_nothing(monkeypatch):
+    keeping, shown = Keeping(), []
+    publisher, _ = make_publisher({"Keeping": keeping}, show=True, wait_time=0.5)
+    monkeypatch.setattr(
+        publisher._visualizer, "show", lambda *a, **k: shown.append((a, k))
+    )
+    publisher.publish("test", PICTURE, 0)
+    assert keeping.images == []
+    ((_, options),) = shown
+    assert options == dict(win_name="test/featmap/7_x", wait_time=0.5)
+
+
+def test_visualizer_that_stores_pictures_itself():
+    class OwnVisualizer(Visualizer):
+        def add_image(self, name, image, step=0):
+            self.kept = (name, step)
+
+    visualizer = OwnVisualizer()
+    policy = ErrorPolicy("raise", MMLogger.get_instance("publisher_test"))
+    Publisher(visualizer, name="a", policy=policy).publish("val", PICTURE, 2)
+    assert visualizer.kept == ("val/a/7_x", 2)

@@ -1,0 +1,541 @@
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from mmengine.visualization import Visualizer
+
+from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError
+from mmyolo_vis_hooks.geometry import FrameTransform
+from mmyolo_vis_hooks.records import Activation, Detections, VisSample
+from mmyolo_vis_hooks.render import featmap_panel as explainer_module
+from mmyolo_vis_hooks.render import montage as montage_module
+from mmyolo_vis_hooks.render.featmap_panel import (
+    FeatMapExplainer,
+    overlay_feature_map,
+    resized_frame,
+)
+from mmyolo_vis_hooks.render.heatmap import color_heatmap
+
+CASES = [
+    # feature map, image
+    ((64, 20, 20), (640, 640)),
+    ((33, 13, 17), (427, 640)),
+    ((7, 40, 30), (33, 21)),
+    ((8, 10, 10), (10, 10)),
+    ((20, 1, 20), (101, 333)),
+    ((3, 7, 9), (50, 51)),
+    ((1, 5, 5), (64, 37)),
+]
+
+
+def random_map(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def photo(height: int, width: int, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def mmengine_overlay(feature_map, image_rgb, **options) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Visualizer.draw_featmap(feature_map, image_rgb, **options)
+
+
+def differences(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.abs(first.astype(int) - second.astype(int))
+
+
+class TestOverlayEqualsMMEngine:
+    @pytest.mark.parametrize(("shape", "image_hw"), CASES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_select_max_is_identical(self, shape, image_hw, dtype):
+        feature_map, image_rgb = random_map(*shape).to(dtype), photo(*image_hw)
+        ours = overlay_feature_map(feature_map, image_rgb)
+        theirs = mmengine_overlay(
+            feature_map, image_rgb, channel_reduction="select_max"
+        )
+        assert np.array_equal(ours, theirs)
+
+    @pytest.mark.parametrize(("shape", "image_hw"), CASES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_squeeze_mean_is_within_two_grey_levels(self, shape, image_hw, dtype):
+        feature_map, image_rgb = random_map(*shape).to(dtype), photo(*image_hw)
+        ours = overlay_feature_map(
+            feature_map, image_rgb, channel_reduction="squeeze_mean"
+        )
+        difference = differences(
+            ours,
+            mmengine_overlay(feature_map, image_rgb, channel_reduction="squeeze_mean"),
+        )
+        assert difference.max() <= 2
+        assert (difference > 0).mean() < 0.01
+
+    def test_squeeze_mean_at_the_widest_step_of_jet(self):
+        # Levels 158 and 159 lie 5 apart. With 0, 255 and 159 +- rounding errors, a
+        # third of the pixels may fall on either side.
+        feature_map = torch.zeros(8, 1, 3000)
+        feature_map[:, :, 1000:2000] = 255.0
+        around = torch.linspace(158.9999, 159.0001, 1000)
+        feature_map[:, :, 2000:] = around + random_map(8, 1, 1000) * 0.5
+        feature_map[:, :, 2000:] += around - feature_map[:, :, 2000:].mean(0)
+        image_rgb = photo(2, 4501)
+        difference = differences(
+            overlay_feature_map(
+                feature_map, image_rgb, channel_reduction="squeeze_mean"
+            ),
+            mmengine_overlay(feature_map, image_rgb, channel_reduction="squeeze_mean"),
+        )
+        assert difference.max() <= 2
+
+    @pytest.mark.parametrize(("shape", "image_hw"), CASES)
+    def test_each_topk_tile_is_identical(self, shape, image_hw, monkeypatch):
+        # Their figure passes every tile through matplotlib; the tiles themselves
+        # are what select_max gives for a single channel.
+        feature_map, image_rgb = random_map(*shape), photo(*image_hw)
+        monkeypatch.setattr(montage_module, "_draw_tile_label", lambda *_: None)
+        block = overlay_feature_map(
+            feature_map,
+            image_rgb,
+            channel_reduction=None,
+            topk=5,
+            arrangement=(2, 3),
+        )
+        height, width = image_hw
+        assert block.shape == (2 * height, 3 * width, 3)
+        upsampled = torch.nn.functional.interpolate(
+            feature_map[None], image_hw, mode="bilinear", align_corners=False
+        )[0]
+        k = min(5, shape[0])
+        chosen = torch.topk(upsampled.sum((1, 2)), k).indices.tolist()
+        for place, channel in enumerate(chosen):
+            row, column = divmod(place, 3)
+            tile = block[
+                row * height : (row + 1) * height, column * width : (column + 1) * width
+            ]
+            theirs = mmengine_overlay(
+                feature_map[channel : channel + 1],
+                image_rgb,
+                channel_reduction="select_max",
+            )
+            assert np.array_equal(tile, theirs)
+
+    def test_topk_figure_agrees(self):
+        feature_map, image_rgb = random_map(16, 8, 8), photo(120, 160)
+        options = dict(channel_reduction=None, topk=4, arrangement=(2, 2))
+        ours = overlay_feature_map(feature_map, image_rgb, **options)
+        theirs = mmengine_overlay(feature_map, image_rgb, **options)
+        assert ours.shape == theirs.shape
+        # Labels lie in the top rows of a tile, and matplotlib blurs tile edges.
+        inner = np.zeros((240, 320), dtype=bool)
+        for y in (0, 120):
+            for x in (0, 160):
+                inner[y + 25 : y + 118, x + 2 : x + 158] = True
+        assert np.median(differences(ours, theirs)[inner]) <= 2
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_picture_is_identical(self, channels):
+        feature_map, image_rgb = random_map(channels, 9, 11), photo(64, 80)
+        options = dict(channel_reduction=None, topk=-1)
+        assert np.array_equal(
+            overlay_feature_map(feature_map, image_rgb, **options),
+            mmengine_overlay(feature_map, image_rgb, **options),
+        )
+
+    @pytest.mark.parametrize("alpha", [0, 0.2, 0.8, 1])
+    def test_alpha(self, alpha):
+        feature_map, image_rgb = random_map(6, 9, 11), photo(64, 80)
+        assert np.array_equal(
+            overlay_feature_map(feature_map, image_rgb, alpha=alpha),
+            mmengine_overlay(
+                feature_map, image_rgb, channel_reduction="select_max", alpha=alpha
+            ),
+        )
+
+    @pytest.mark.parametrize("reduction", ["select_max", "squeeze_mean"])
+    @pytest.mark.parametrize("shape", [(4, 1, 1), (4, 6, 6)])
+    def test_zeros(self, reduction, shape):
+        feature_map, image_rgb = torch.zeros(shape), photo(30, 40)
+        assert np.array_equal(
+            overlay_feature_map(feature_map, image_rgb, channel_reduction=reduction),
+            mmengine_overlay(feature_map, image_rgb, channel_reduction=reduction),
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_is_drawn_as_its_single_precision(self, dtype):
+        # MMEngine itself cannot draw bfloat16, and sums float16 with overflows.
+        feature_map, image_rgb = random_map(16, 8, 8).to(dtype), photo(64, 80)
+        theirs = mmengine_overlay(
+            feature_map.float(), image_rgb, channel_reduction="select_max"
+        )
+        assert np.array_equal(overlay_feature_map(feature_map, image_rgb), theirs)
+
+
+class TestOverlay:
+    def test_constant_map_is_the_first_colour(self):
+        image_rgb = photo(30, 41)
+        drawn = overlay_feature_map(torch.full((4, 1, 1), 0.3), image_rgb, alpha=1)
+        assert (drawn == color_heatmap(np.zeros((1, 1), np.float32))).all()
+
+    def test_letterbox_leaves_the_padding_out(self):
+        feature_map = torch.zeros(1, 8, 8)
+        feature_map[0, 3, 6] = 1.0
+        feature_map[0, [0, 7]] = 50.0  # only in the padding
+        frame = FrameTransform((100, 200), (64, 64), (0.32, 0.32), (0.0, 16.0))
+        drawn = overlay_feature_map(
+            feature_map, np.zeros((100, 200, 3), np.uint8), frame=frame, alpha=1
+        )
+        red = (drawn == (128, 0, 0)).all(axis=2)
+        rows, columns = np.nonzero(red)
+        # The cell's centre is network pixel (28, 52).
+        assert abs(rows.mean() + 0.5 - 12 / 0.32) < 2
+        assert abs(columns.mean() + 0.5 - 52 / 0.32) < 2
+        assert (drawn[0, 0] == (0, 0, 128)).all()
+
+    def test_non_finite_is_drawn_as_the_minimum(self):
+        feature_map = torch.full((1, 8, 8), 1.0)
+        feature_map[0, 0, 0] = 0.0
+        feature_map[0, 7, 7] = float("inf")
+        drawn = overlay_feature_map(feature_map, photo(80, 80), alpha=1)
+        assert drawn[0, 0].tolist() == drawn[79, 79].tolist() == [0, 0, 128]
+
+    def test_inputs_are_left_alone(self):
+        feature_map, image_rgb = random_map(6, 9, 11), photo(64, 80)
+        overlay_feature_map(feature_map, image_rgb, channel_reduction=None, topk=2)
+        assert torch.equal(feature_map, random_map(6, 9, 11))
+        assert np.array_equal(image_rgb, photo(64, 80))
+
+    def test_labels_are_drawn(self):
+        feature_map, image_rgb = random_map(6, 9, 11), photo(64, 80)
+        block = overlay_feature_map(
+            feature_map, image_rgb, channel_reduction=None, topk=1, arrangement=(1, 1)
+        )
+        bare = overlay_feature_map(feature_map, image_rgb)
+        changed = np.nonzero((block != bare).any(axis=2))[0]
+        assert len(changed) > 50
+        assert changed.max() < 32
+
+    @pytest.mark.parametrize(
+        ("image_rgb", "part"),
+        [
+            (np.zeros((4, 4), np.uint8), r"\(4, 4\)"),
+            (np.zeros((4, 4, 3), np.float32), "float32"),
+        ],
+    )
+    def test_bad_image(self, image_rgb, part):
+        with pytest.raises(VisConfigError, match=f"image_rgb.*{part}"):
+            overlay_feature_map(random_map(2, 3, 3), image_rgb)
+
+    def test_frame_of_another_image(self):
+        with pytest.raises(VisConfigError, match=r"frame\.image_hw=\(5, 5\)"):
+            overlay_feature_map(
+                random_map(2, 3, 3), photo(4, 4), frame=FrameTransform.identity((5, 5))
+            )
+
+    @pytest.mark.parametrize("shape", [(3, 3), (2, 0, 3), (1, 2, 3, 3)])
+    def test_bad_map(self, shape):
+        with pytest.raises(FeatureShapeError, match="shape"):
+            overlay_feature_map(torch.zeros(shape), photo(4, 4))
+
+
+def sample(
+    image_hw=(240, 330), layers=("backbone", "neck"), channels=8, seed=0
+) -> VisSample:
+    activations = tuple(
+        Activation(layer, 0, (), random_map(channels, 6, 7, seed=seed + i))
+        for i, layer in enumerate(layers)
+    )
+    return VisSample(
+        image_id="000000000139",
+        image_rgb=photo(*image_hw),
+        frame=FrameTransform.stretch(image_hw, (192, 224)),
+        activations=activations,
+        detections=Detections(
+            np.array([[20, 60, 150, 200], [160, 70, 300, 210]], dtype=np.float32),
+            np.array([0.9, 0.4], dtype=np.float32),
+            np.array([0, 1]),
+        ),
+    )
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    """The cells of the panels that the test draws."""
+    seen = []
+
+    def spy(given, *args):
+        seen.append(list(given))
+        return montage_module.montage(given, *args)
+
+    monkeypatch.setattr(explainer_module, "montage", spy)
+    return seen
+
+
+class TestExplainer:
+    def test_one_cell_per_layer_with_its_caption(self, cells):
+        panel = FeatMapExplainer()(sample(layers=("backbone", "neck", "neck.out")))
+        assert panel.image_id == "000000000139"
+        assert panel.image_rgb.dtype == np.uint8
+        (row,) = cells
+        titles = [cell.title for cell in row]
+        assert titles == ["000000000139", "backbone", "neck", "neck.out"]
+        assert row[0].note == "330 x 240 px · 2 boxes with score > 0.3"
+        for i, cell in enumerate(row[1:]):
+            feature_map = random_map(8, 6, 7, seed=i)
+            assert "(8, 6, 7) · channel " in cell.note
+            channel = int(cell.note.split("channel ")[1].split(" ")[0])
+            low, high = feature_map[channel].min(), feature_map[channel].max()
+            assert cell.note.endswith(f"values {low:.3g} to {high:.3g}")
+
+    def test_cell_is_the_bare_overlay(self, cells):
+        # At this size nothing is resized.
+        given = sample()
+        FeatMapExplainer()(given)
+        for cell, activation in zip(cells[0][1:], given.activations):
+            expected = overlay_feature_map(activation.feature_map, given.image_rgb)
+            assert np.array_equal(cell.image_rgb, expected)
+
+    def test_every_cell_is_on_the_panel(self, cells):
+        panel = FeatMapExplainer()(sample(layers=tuple("abcd"))).image_rgb
+        assert len(cells[0]) == 5
+        for cell in cells[0]:
+            assert _contains(panel, cell.image_rgb)
+
+    def test_same_title_for_each_output_and_call(self, cells):
+        given = sample()
+        feature_map = given.activations[0].feature_map
+        given = replace(
+            given,
+            activations=(
+                Activation("neck", 0, (0,), feature_map),
+                Activation("neck", 0, (1,), feature_map),
+                Activation("neck", 1, (0,), feature_map),
+            ),
+        )
+        FeatMapExplainer()(given)
+        titles = [cell.title for cell in cells[0][1:]]
+        assert titles == ["neck[0]", "neck[1]", "neck[0] (call 2)"]
+
+    def test_no_activation(self, cells):
+        FeatMapExplainer()(sample(layers=()))
+        assert len(cells[0]) == 1
+
+    @pytest.mark.parametrize(
+        ("score_thr", "count", "note"),
+        [
+            (0.3, 2, "330 x 240 px · 2 boxes with score > 0.3"),
+            (0.5, 1, "330 x 240 px · 1 box with score > 0.5"),
+            (0.95, 0, "330 x 240 px · no boxes with score > 0.95"),
+            (1, 0, "330 x 240 px"),
+        ],
+    )
+    def test_score_thr(self, cells, score_thr, count, note):
+        given = sample()
+        FeatMapExplainer(score_thr=score_thr, palette=[(255, 0, 0), (0, 255, 0)])(given)
+        first = cells[0][0]
+        assert first.note == note
+        changed = (first.image_rgb != given.image_rgb).any(axis=2)
+        assert changed[100:, 20:150].any() == (count > 0)
+        assert changed[100:, 160:300].any() == (count > 1)
+
+    def test_a_score_of_one_is_not_drawn_at_threshold_one(self, cells):
+        given = sample()
+        given = replace(
+            given,
+            detections=replace(given.detections, scores=np.ones(2, np.float32)),
+        )
+        FeatMapExplainer(score_thr=1)(given)
+        assert np.array_equal(cells[0][0].image_rgb, given.image_rgb)
+
+    def test_class_names_and_palette_reach_the_boxes(self, cells):
+        explainers = [
+            FeatMapExplainer(),
+            FeatMapExplainer(class_names=["cat", "dog"]),
+            FeatMapExplainer(palette=[(1, 2, 3), (4, 5, 6)]),
+        ]
+        for explainer in explainers:
+            explainer(sample())
+        first = [row[0].image_rgb for row in cells]
+        assert not np.array_equal(first[0], first[1])
+        assert not np.array_equal(first[0], first[2])
+
+    @pytest.mark.parametrize(
+        ("reduction", "part"),
+        [("squeeze_mean", "mean of channels"), (None, "top 3 channels")],
+    )
+    def test_caption_of_other_reductions(self, cells, reduction, part):
+        FeatMapExplainer(channel_reduction=reduction, topk=3)(sample())
+        assert part in cells[0][1].note
+
+    def test_topk_is_a_block_of_the_arrangement(self, cells):
+        given = sample(image_hw=(240, 320))
+        FeatMapExplainer(channel_reduction=None, topk=5, arrangement=(2, 3))(given)
+        image, *blocks = (cell.image_rgb for cell in cells[0])
+        # Tiles of 240x320 with gaps of 4.
+        for block in blocks:
+            assert block.shape == (484, 968, 3)
+        assert image.shape[:2] == (480, 640)
+        # Each tile is what its channel looks like alone.
+        activation = given.activations[0].feature_map
+        chosen = torch.topk(
+            torch.nn.functional.interpolate(
+                activation[None], (240, 320), mode="bilinear", align_corners=False
+            )[0].sum((1, 2)),
+            5,
+        ).indices.tolist()
+        for place, channel in enumerate(chosen):
+            row, column = divmod(place, 3)
+            tile = blocks[0][row * 244 :, column * 324 :][40:240, :320]
+            alone = overlay_feature_map(
+                activation[channel : channel + 1], given.image_rgb
+            )
+            assert np.array_equal(tile, alone[40:])
+
+    def test_picture_of_three_channels(self, cells):
+        FeatMapExplainer(channel_reduction=None, topk=-1)(sample(channels=3))
+        assert cells[0][1].note.startswith("(3, 6, 7) · as a picture · values ")
+
+    @pytest.mark.parametrize(
+        ("image_hw", "cell_hw"),
+        [((1500, 2000), (768, 1024)), ((96, 48), (320, 160)), ((400, 500), (400, 500))],
+    )
+    def test_cell_size(self, cells, image_hw, cell_hw):
+        FeatMapExplainer()(sample(image_hw))
+        assert {cell.image_rgb.shape[:2] for cell in cells[0]} == {cell_hw}
+
+    def test_large_image_looks_like_its_reduced_overlay(self, cells):
+        given = sample((1500, 2000))
+        FeatMapExplainer(alpha=1)(given)
+        full = overlay_feature_map(
+            given.activations[0].feature_map, given.image_rgb, alpha=1
+        )
+        reduced = montage_module.resize_image(full, (768, 1024))
+        assert differences(cells[0][1].image_rgb, reduced).max() <= 8
+
+    def test_channel_is_chosen_at_the_size_of_the_image(self, cells):
+        # Five pixels from four cells weigh a corner by 1.3 * 1.3 and an inner cell
+        # by 1.2 * 1.2; the 320 pixels of the drawing weigh all cells the same.
+        feature_map = torch.zeros(2, 4, 4)
+        feature_map[0, 0, 0] = 1.0
+        feature_map[1, 1, 1] = 1.1
+        given = VisSample(
+            "a",
+            photo(5, 5),
+            FrameTransform.stretch((5, 5), (4, 4)),
+            (Activation("neck", 0, (), feature_map),),
+            Detections(),
+        )
+        FeatMapExplainer()(given)
+        assert "channel 0" in cells[0][1].note
+
+    def test_boxes_follow_the_resized_image(self, cells):
+        given = replace(
+            sample((100, 120)),
+            detections=Detections(
+                np.array([[30, 40, 90, 80]], np.float32),
+                np.array([0.9], np.float32),
+                np.array([0]),
+            ),
+        )
+        explainer = FeatMapExplainer(palette=[(255, 0, 0)])
+        explainer(given)
+        first = cells[0][0].image_rgb
+        scale = 320 / 120
+        red = (first == (255, 0, 0)).all(axis=2)[round(41 * scale) :]
+        columns = np.nonzero(red.any(axis=0))[0]
+        assert columns.min() == round(30 * scale)
+        assert columns.max() == round(90 * scale) - 1
+
+    def test_letterbox_map_lies_on_the_object(self, cells):
+        # 40x80 in a 64x64 input, padded by 16 rows above and below.
+        feature_map = torch.zeros(1, 8, 8)
+        feature_map[0, 4, 5] = 1.0
+        given = VisSample(
+            "a",
+            np.zeros((40, 80, 3), np.uint8),
+            FrameTransform((40, 80), (64, 64), (0.8, 0.8), (0.0, 16.0)),
+            (Activation("neck", 0, (), feature_map),),
+            Detections(),
+        )
+        FeatMapExplainer(alpha=1)(given)
+        heat = cells[0][1].image_rgb
+        rows, columns = np.nonzero((heat == (128, 0, 0)).all(axis=2))
+        # Cell centre: network pixel (36, 44), image (25, 55), cell four times that.
+        assert abs(rows.mean() + 0.5 - 100) < 4
+        assert abs(columns.mean() + 0.5 - 220) < 4
+
+    def test_sample_is_left_alone(self):
+        given = sample()
+        FeatMapExplainer()(given)
+        again = sample()
+        assert np.array_equal(given.image_rgb, again.image_rgb)
+        for one, other in zip(given.activations, again.activations):
+            assert torch.equal(one.feature_map, other.feature_map)
+        assert np.array_equal(given.detections.boxes_xyxy, again.detections.boxes_xyxy)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, cells, dtype):
+        given = sample(layers=("neck",))
+        activation = given.activations[0]
+        halves = replace(activation, feature_map=activation.feature_map.to(dtype))
+        FeatMapExplainer()(replace(given, activations=(halves,)))
+        assert len(cells[0]) == 2
+
+    def test_error_names_the_layer(self):
+        explainer = FeatMapExplainer(channel_reduction=None, topk=-1)
+        with pytest.raises(VisConfigError, match=r"layer .backbone.: .*has 8"):
+            explainer(sample())
+        flat = Activation("head.fc", 0, (), torch.zeros(8))
+        with pytest.raises(FeatureShapeError, match=r"head\.fc.*\(8,\)"):
+            FeatMapExplainer()(replace(sample(), activations=(flat,)))
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "parts"),
+        [
+            (dict(channel_reduction="max"), ["channel_reduction='max'", "select_max"]),
+            (dict(channel_reduction=None, topk=9), ["topk=9", "arrangement"]),
+            (dict(arrangement=4), ["arrangement=4"]),
+            (dict(alpha=2), ["alpha=2"]),
+            (dict(colormap="jett"), ["colormap='jett'", "'jet'"]),
+            (dict(score_thr="0.3"), ["score_thr='0.3'"]),
+            (dict(score_thr=None), ["score_thr=None", "1 draws no box"]),
+            (dict(score_thr=30), ["score_thr=30", "0 to 1"]),
+            (dict(score_thr=float("nan")), ["score_thr=nan", "0 to 1"]),
+            (dict(max_cell_size=10), ["max_cell_size=10", "1024"]),
+            (dict(max_cell_size=512.0), ["max_cell_size=512.0"]),
+        ],
+    )
+    def test_bad_values_name_argument_and_remedy(self, options, parts):
+        with pytest.raises(VisConfigError) as caught:
+            FeatMapExplainer(**options)
+        for part in parts:
+            assert part in str(caught.value)
+
+    def test_keyword_only(self):
+        with pytest.raises(TypeError):
+            FeatMapExplainer("select_max")
+
+
+def test_resized_frame_covers_the_same_network_pixels():
+    frame = FrameTransform((100, 200), (64, 64), (0.32, 0.32), (0.0, 16.0))
+    resized = resized_frame(frame, (50, 400))
+    assert resized.image_hw == (50, 400)
+    assert resized.scale_xy == pytest.approx((0.16, 0.64))
+    assert resized.offset_xy == frame.offset_xy
+    assert resized.network_hw == frame.network_hw
+
+
+def _contains(panel: np.ndarray, picture: np.ndarray) -> bool:
+    """Whether the picture is somewhere on the panel, pixel by pixel."""
+    height, width = picture.shape[:2]
+    firsts = np.argwhere((panel == picture[0, 0]).all(axis=2))
+    return any(
+        np.array_equal(panel[y : y + height, x : x + width], picture) for y, x in firsts
+    )
