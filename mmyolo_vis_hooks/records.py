@@ -65,6 +65,8 @@ class VisSample:
         frame: How a pixel of ``image_rgb`` lies in the network's input.
         activations: Maps of the image, in the order of the layers and calls.
         detections: In pixels of ``image_rgb``.
+        note: How ``image_rgb`` was made of an image that is not three 8-bit
+            channels, a few words for the caption; empty otherwise.
     """
 
     image_id: str
@@ -72,6 +74,7 @@ class VisSample:
     frame: FrameTransform
     activations: tuple[Activation, ...]
     detections: Detections
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ class BoxSample:
         detections: In pixels of ``image_rgb``.
         explanations: Of the detections that were asked about, the highest score
             first.
+        note: How ``image_rgb`` was made of an image that is not three 8-bit
+            channels, a few words for the caption; empty otherwise.
     """
 
     image_id: str
@@ -122,6 +127,7 @@ class BoxSample:
     frame: FrameTransform
     detections: Detections
     explanations: tuple[BoxExplanation, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from mmyolo_vis_hooks.detector import (
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.records import VisSample
-from mmyolo_vis_hooks.render.featmap_panel import FeatMapExplainer
+from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel
 from mmyolo_vis_hooks.samples import ALIGNMENTS, SampleMaker
 
 CONFIGS = {
@@ -196,7 +196,7 @@ def centre_of_mass(levels: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
     return np.array(centre) / mass.sum() * scale
 
 
-def panel_levels(explainer: FeatMapExplainer, sample: VisSample) -> list[np.ndarray]:
+def panel_levels(explainer: FeatMapPanel, sample: VisSample) -> list[np.ndarray]:
     """Cut the maps out of the full panel, which must hold each of them unchanged."""
     panel = explainer(sample).image_rgb
     grey = np.ascontiguousarray(panel[..., 0])
@@ -212,8 +212,8 @@ def panel_levels(explainer: FeatMapExplainer, sample: VisSample) -> list[np.ndar
     return found
 
 
-def make_explainer(score_thr: float = 1.0) -> FeatMapExplainer:
-    return FeatMapExplainer(
+def make_explainer(score_thr: float = 1.0) -> FeatMapPanel:
+    return FeatMapPanel(
         channel_reduction="squeeze_mean",
         alpha=1.0,
         colormap="gray",

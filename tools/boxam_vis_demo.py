@@ -17,7 +17,7 @@ from mmyolo_vis_hooks.box_samples import BoxSampleMaker
 from mmyolo_vis_hooks.data.samples import labels_of
 from mmyolo_vis_hooks.errors import VisConfigError, VisError
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
-from mmyolo_vis_hooks.render.boxam_panel import SCOPES, BoxAMExplainer
+from mmyolo_vis_hooks.render.boxam_panel import SCOPES, BoxAMPanel
 
 
 def parse_args() -> argparse.Namespace:
@@ -149,7 +149,7 @@ def main() -> None:
         score_thr=args.score_thr,
         caption=caption_of(args.method, args.target),
     )
-    BoxAMExplainer(**drawing)  # wrong values fail before the network is built
+    BoxAMPanel(**drawing)  # wrong values fail before the network is built
     demo = Demo.of(args)
     detector = demo.build()
     if args.preview_model:
@@ -159,7 +159,7 @@ def main() -> None:
         wanted = [int(c) if c.isdecimal() else c for c in args.classes]
         options = options.with_classes(labels_of(wanted, demo.class_names))
     maker = _sample_maker(demo, detector, options)
-    explainer = BoxAMExplainer(
+    explainer = BoxAMPanel(
         **drawing, class_names=demo.class_names, palette=demo.palette
     )
     sys.exit(demo.run(maker, explainer))

@@ -8,7 +8,7 @@ import sys
 from _vis_demo import Demo, make_demo_parser, run_demo
 from mmyolo_vis_hooks.featmap import CHANNEL_REDUCTIONS
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
-from mmyolo_vis_hooks.render.featmap_panel import FeatMapExplainer
+from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel
 from mmyolo_vis_hooks.samples import SampleMaker
 
 
@@ -61,7 +61,7 @@ def main() -> None:
         colormap=args.colormap,
         score_thr=args.score_thr,
     )
-    FeatMapExplainer(**options)  # wrong values fail before the network is built
+    FeatMapPanel(**options)  # wrong values fail before the network is built
     demo = Demo.of(args)
     detector = demo.build()
     if args.preview_model:
@@ -72,7 +72,7 @@ def main() -> None:
         resolve_layers(detector, args.target_layers),
         alignment=args.alignment,
     )
-    explainer = FeatMapExplainer(
+    explainer = FeatMapPanel(
         **options, class_names=demo.class_names, palette=demo.palette
     )
     sys.exit(demo.run(maker, explainer))

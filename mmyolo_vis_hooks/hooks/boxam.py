@@ -17,7 +17,7 @@ from ..box_samples import BoxSampleMaker
 from ..data.samples import labels_of
 from ..errors import VisError
 from ..network.layer_path import resolve_layers
-from ..render.boxam_panel import BoxAMExplainer
+from ..render.boxam_panel import BoxAMPanel
 from ..samples import SampleMaker
 from .base import (
     BaseVisHook,
@@ -192,7 +192,7 @@ class BoxAMVisHook(BaseVisHook):
             f"method={method!r} looks at no layer; leave target_layers=None",
         )
         self._make_explainer = partial(
-            BoxAMExplainer,
+            BoxAMPanel,
             scope=scope,
             fusion=fusion,
             normalize_layers=normalize_layers,

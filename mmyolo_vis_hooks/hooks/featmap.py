@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.registry import HOOKS
 
-from ..render.featmap_panel import FeatMapExplainer
+from ..render.featmap_panel import FeatMapPanel
 from .base import BaseVisHook, Explainer, refuse_unknown_options
 
 
@@ -120,7 +120,7 @@ class FeatMapVisHook(BaseVisHook):
             on_error=on_error,
         )
         self._make_explainer = partial(
-            FeatMapExplainer,
+            FeatMapPanel,
             channel_reduction=channel_reduction,
             topk=topk,
             arrangement=arrangement,

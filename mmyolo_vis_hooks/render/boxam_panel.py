@@ -49,7 +49,7 @@ _CAPTION_HEIGHT = 50
 _NO_BREAK = "\u00a0"
 
 
-class BoxAMExplainer:
+class BoxAMPanel:
     """Draws where the network looked for each of its boxes.
 
     First comes the image with its boxes, then the maps of all explained boxes in
@@ -255,6 +255,8 @@ class BoxAMExplainer:
         )
         image_h, image_w = sample.image_rgb.shape[:2]
         notes = [f"{image_w} x {image_h} px"]
+        if sample.note:
+            notes.append(sample.note)
         if self.score_thr < 1:
             notes.append(f"{_count(len(detections))} with score > {self.score_thr:g}")
         explained = len(sample.explanations)

@@ -38,7 +38,7 @@ MAX_OVERLAY_SIZE = 480
 """Longest side, in pixels, of a map that a page lays over an image."""
 
 
-class FeatMapExplainer:
+class FeatMapPanel:
     """Draws the image with its boxes and each layer's feature map in one panel.
 
     Each map is drawn at the resolution of its cell; the channels are those that
@@ -188,6 +188,8 @@ class FeatMapExplainer:
             palette=self.palette,
         )
         note = f"{image_w} x {image_h} px"
+        if sample.note:
+            note += f" · {sample.note}"
         if self.score_thr < 1:
             count = len(detections)
             boxes = f"{count} box" if count == 1 else f"{count or 'no'} boxes"

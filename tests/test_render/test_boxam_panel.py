@@ -13,7 +13,7 @@ from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.records import BoxExplanation, BoxSample, Detections, LayerMap
 from mmyolo_vis_hooks.render import boxam_panel as explainer_module
 from mmyolo_vis_hooks.render import montage as montage_module
-from mmyolo_vis_hooks.render.boxam_panel import BoxAMExplainer, crop_window
+from mmyolo_vis_hooks.render.boxam_panel import BoxAMPanel, crop_window
 from mmyolo_vis_hooks.render.heatmap import colormap_lut
 
 NAMES = ["cat", "dog", "car"]
@@ -81,7 +81,7 @@ def draw(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(explainer_module, "montage", spy)
             options = {"class_names": NAMES, "caption": "boxam · score", **options}
-            panel = BoxAMExplainer(**options)(given)
+            panel = BoxAMPanel(**options)(given)
         assert panel.image_id == given.image_id
         assert panel.image_rgb.dtype == np.uint8
         cells = [cell for part in seen for cell in part]
@@ -218,7 +218,7 @@ class TestWithoutDetections:
 
 class TestHeat:
     def test_colours_by_hand(self):
-        explainer = BoxAMExplainer(alpha=0.5)
+        explainer = BoxAMPanel(alpha=0.5)
         image_rgb = np.full((1, 4, 3), 100, np.uint8)
         saliency = np.array([[0.0, 0.25, 0.6, 1.0]], np.float32)
         drawn = explainer._overlay(saliency, image_rgb)[0]
@@ -431,7 +431,7 @@ class TestWindow:
 class TestLayout:
     def test_panels_are_in_line_with_the_pictures_above(self):
         given = sample(np.zeros((480, 640, 3), np.uint8))
-        panel = BoxAMExplainer(alpha=0)(given).image_rgb
+        panel = BoxAMPanel(alpha=0)(given).image_rgb
         black = (panel == 0).all(axis=2)
         first_columns = [np.flatnonzero(row)[0] for row in black if row.mean() > 0.5]
         assert len(set(first_columns)) == 1
@@ -445,7 +445,7 @@ class TestLayout:
         boxes = [np.array(BOXES[i % 3]) * scale for i in range(count)]
         given = sample(photo(*image_hw), boxes, [i % 3 for i in range(count)])
         for scope in ("box", "class"):
-            panel = BoxAMExplainer(scope=scope)(given).image_rgb
+            panel = BoxAMPanel(scope=scope)(given).image_rgb
             assert panel.ndim == 3
             assert panel.shape[1] < 3 * 1024 + 300
 
@@ -473,7 +473,7 @@ class TestLayout:
         assert cells[0].image_rgb.shape == (768, 1024, 3)
         widths = {cell.image_rgb.shape[1] for cell in cells[2:]}
         assert min(widths) >= 200
-        panel = BoxAMExplainer()(given).image_rgb
+        panel = BoxAMPanel()(given).image_rgb
         assert panel.shape[0] * panel.shape[1] < 12e6
 
 
@@ -481,7 +481,7 @@ class TestLayout:
 def test_sample_is_left_alone(scope):
     given = sample(silent=[1])
     before = copy.deepcopy(given)
-    BoxAMExplainer(scope=scope, norm_in_bbox=True)(given)
+    BoxAMPanel(scope=scope, norm_in_bbox=True)(given)
     assert np.array_equal(given.image_rgb, before.image_rgb)
     assert np.array_equal(given.detections.boxes_xyxy, before.detections.boxes_xyxy)
     assert np.array_equal(given.detections.scores, before.detections.scores)
@@ -496,7 +496,7 @@ def test_read_only_arrays_can_be_drawn():
     arrays += [m.saliency for e in given.explanations for m in e.maps]
     for array in arrays:
         array.flags.writeable = False
-    BoxAMExplainer()(given)
+    BoxAMPanel()(given)
 
 
 class TestOptions:
@@ -523,13 +523,13 @@ class TestOptions:
     )
     def test_bad_values_name_argument_and_remedy(self, options, parts):
         with pytest.raises(VisConfigError) as caught:
-            BoxAMExplainer(**options)
+            BoxAMPanel(**options)
         for part in parts:
             assert part in str(caught.value)
 
     def test_keyword_only(self):
         with pytest.raises(TypeError):
-            BoxAMExplainer("box")
+            BoxAMPanel("box")
 
     def test_fusion_smooth_and_normalisation_reach_the_map(self, draw):
         given = with_maps(sample(), bump((60, 100), 20), 5 * bump((130, 180), 20))

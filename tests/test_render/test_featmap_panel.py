@@ -14,7 +14,7 @@ from mmyolo_vis_hooks.records import Activation, Detections, VisSample
 from mmyolo_vis_hooks.render import featmap_panel as explainer_module
 from mmyolo_vis_hooks.render import montage as montage_module
 from mmyolo_vis_hooks.render.featmap_panel import (
-    FeatMapExplainer,
+    FeatMapPanel,
     overlay_feature_map,
     resized_frame,
 )
@@ -278,7 +278,7 @@ def cells(monkeypatch):
 
 class TestExplainer:
     def test_one_cell_per_layer_with_its_caption(self, cells):
-        panel = FeatMapExplainer()(sample(layers=("backbone", "neck", "neck.out")))
+        panel = FeatMapPanel()(sample(layers=("backbone", "neck", "neck.out")))
         assert panel.image_id == "000000000139"
         assert panel.image_rgb.dtype == np.uint8
         (row,) = cells
@@ -295,13 +295,13 @@ class TestExplainer:
     def test_cell_is_the_bare_overlay(self, cells):
         # At this size nothing is resized.
         given = sample()
-        FeatMapExplainer()(given)
+        FeatMapPanel()(given)
         for cell, activation in zip(cells[0][1:], given.activations):
             expected = overlay_feature_map(activation.feature_map, given.image_rgb)
             assert np.array_equal(cell.image_rgb, expected)
 
     def test_every_cell_is_on_the_panel(self, cells):
-        panel = FeatMapExplainer()(sample(layers=tuple("abcd"))).image_rgb
+        panel = FeatMapPanel()(sample(layers=tuple("abcd"))).image_rgb
         assert len(cells[0]) == 5
         for cell in cells[0]:
             assert _contains(panel, cell.image_rgb)
@@ -317,12 +317,12 @@ class TestExplainer:
                 Activation("neck", 1, (0,), feature_map),
             ),
         )
-        FeatMapExplainer()(given)
+        FeatMapPanel()(given)
         titles = [cell.title for cell in cells[0][1:]]
         assert titles == ["neck[0]", "neck[1]", "neck[0] (call 2)"]
 
     def test_no_activation(self, cells):
-        FeatMapExplainer()(sample(layers=()))
+        FeatMapPanel()(sample(layers=()))
         assert len(cells[0]) == 1
 
     @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ class TestExplainer:
     )
     def test_score_thr(self, cells, score_thr, count, note):
         given = sample()
-        FeatMapExplainer(score_thr=score_thr, palette=[(255, 0, 0), (0, 255, 0)])(given)
+        FeatMapPanel(score_thr=score_thr, palette=[(255, 0, 0), (0, 255, 0)])(given)
         first = cells[0][0]
         assert first.note == note
         changed = (first.image_rgb != given.image_rgb).any(axis=2)
@@ -349,14 +349,14 @@ class TestExplainer:
             given,
             detections=replace(given.detections, scores=np.ones(2, np.float32)),
         )
-        FeatMapExplainer(score_thr=1)(given)
+        FeatMapPanel(score_thr=1)(given)
         assert np.array_equal(cells[0][0].image_rgb, given.image_rgb)
 
     def test_class_names_and_palette_reach_the_boxes(self, cells):
         explainers = [
-            FeatMapExplainer(),
-            FeatMapExplainer(class_names=["cat", "dog"]),
-            FeatMapExplainer(palette=[(1, 2, 3), (4, 5, 6)]),
+            FeatMapPanel(),
+            FeatMapPanel(class_names=["cat", "dog"]),
+            FeatMapPanel(palette=[(1, 2, 3), (4, 5, 6)]),
         ]
         for explainer in explainers:
             explainer(sample())
@@ -369,12 +369,12 @@ class TestExplainer:
         [("squeeze_mean", "mean of channels"), (None, "top 3 channels")],
     )
     def test_caption_of_other_reductions(self, cells, reduction, part):
-        FeatMapExplainer(channel_reduction=reduction, topk=3)(sample())
+        FeatMapPanel(channel_reduction=reduction, topk=3)(sample())
         assert part in cells[0][1].note
 
     def test_topk_is_a_block_of_the_arrangement(self, cells):
         given = sample(image_hw=(240, 320))
-        FeatMapExplainer(channel_reduction=None, topk=5, arrangement=(2, 3))(given)
+        FeatMapPanel(channel_reduction=None, topk=5, arrangement=(2, 3))(given)
         image, *blocks = (cell.image_rgb for cell in cells[0])
         # Tiles of 240x320 with gaps of 4.
         for block in blocks:
@@ -397,7 +397,7 @@ class TestExplainer:
             assert np.array_equal(tile, alone[40:])
 
     def test_picture_of_three_channels(self, cells):
-        FeatMapExplainer(channel_reduction=None, topk=-1)(sample(channels=3))
+        FeatMapPanel(channel_reduction=None, topk=-1)(sample(channels=3))
         assert cells[0][1].note.startswith("(3, 6, 7) · as a picture · values ")
 
     @pytest.mark.parametrize(
@@ -405,12 +405,12 @@ class TestExplainer:
         [((1500, 2000), (768, 1024)), ((96, 48), (320, 160)), ((400, 500), (400, 500))],
     )
     def test_cell_size(self, cells, image_hw, cell_hw):
-        FeatMapExplainer()(sample(image_hw))
+        FeatMapPanel()(sample(image_hw))
         assert {cell.image_rgb.shape[:2] for cell in cells[0]} == {cell_hw}
 
     def test_large_image_looks_like_its_reduced_overlay(self, cells):
         given = sample((1500, 2000))
-        FeatMapExplainer(alpha=1)(given)
+        FeatMapPanel(alpha=1)(given)
         full = overlay_feature_map(
             given.activations[0].feature_map, given.image_rgb, alpha=1
         )
@@ -430,7 +430,7 @@ class TestExplainer:
             (Activation("neck", 0, (), feature_map),),
             Detections(),
         )
-        FeatMapExplainer()(given)
+        FeatMapPanel()(given)
         assert "channel 0" in cells[0][1].note
 
     def test_boxes_follow_the_resized_image(self, cells):
@@ -442,7 +442,7 @@ class TestExplainer:
                 np.array([0]),
             ),
         )
-        explainer = FeatMapExplainer(palette=[(255, 0, 0)])
+        explainer = FeatMapPanel(palette=[(255, 0, 0)])
         explainer(given)
         first = cells[0][0].image_rgb
         scale = 320 / 120
@@ -462,7 +462,7 @@ class TestExplainer:
             (Activation("neck", 0, (), feature_map),),
             Detections(),
         )
-        FeatMapExplainer(alpha=1)(given)
+        FeatMapPanel(alpha=1)(given)
         heat = cells[0][1].image_rgb
         rows, columns = np.nonzero((heat == (128, 0, 0)).all(axis=2))
         # Cell centre: network pixel (36, 44), image (25, 55), cell four times that.
@@ -471,7 +471,7 @@ class TestExplainer:
 
     def test_sample_is_left_alone(self):
         given = sample()
-        FeatMapExplainer()(given)
+        FeatMapPanel()(given)
         again = sample()
         assert np.array_equal(given.image_rgb, again.image_rgb)
         for one, other in zip(given.activations, again.activations):
@@ -483,16 +483,16 @@ class TestExplainer:
         given = sample(layers=("neck",))
         activation = given.activations[0]
         halves = replace(activation, feature_map=activation.feature_map.to(dtype))
-        FeatMapExplainer()(replace(given, activations=(halves,)))
+        FeatMapPanel()(replace(given, activations=(halves,)))
         assert len(cells[0]) == 2
 
     def test_error_names_the_layer(self):
-        explainer = FeatMapExplainer(channel_reduction=None, topk=-1)
+        explainer = FeatMapPanel(channel_reduction=None, topk=-1)
         with pytest.raises(VisConfigError, match=r"layer .backbone.: .*has 8"):
             explainer(sample())
         flat = Activation("head.fc", 0, (), torch.zeros(8))
         with pytest.raises(FeatureShapeError, match=r"head\.fc.*\(8,\)"):
-            FeatMapExplainer()(replace(sample(), activations=(flat,)))
+            FeatMapPanel()(replace(sample(), activations=(flat,)))
 
 
 class TestOptions:
@@ -514,13 +514,13 @@ class TestOptions:
     )
     def test_bad_values_name_argument_and_remedy(self, options, parts):
         with pytest.raises(VisConfigError) as caught:
-            FeatMapExplainer(**options)
+            FeatMapPanel(**options)
         for part in parts:
             assert part in str(caught.value)
 
     def test_keyword_only(self):
         with pytest.raises(TypeError):
-            FeatMapExplainer("select_max")
+            FeatMapPanel("select_max")
 
 
 def test_resized_frame_covers_the_same_network_pixels():
