@@ -363,7 +363,7 @@ class Demo:
         page: HtmlPage | None,
     ) -> _Picture:
         """Draw, encode and write one picture; runs beside the network."""
-        picture_rgb = explainer(sample).image_rgb
+        picture_rgb = explainer(sample)
         file = self.args.out_file
         if self.args.out_dir is not None:
             file = file or os.path.join(self.args.out_dir, f"{sample.image_id}.jpg")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.fileio.backends.registry_utils import backends
 from mmengine.hooks import Hook, LoggerHook
@@ -40,7 +41,7 @@ from ..records import VisImage, VisSample
 from ..samples import ALIGNMENTS, SampleMaker
 from .loop_recording import LoopRecording, data_samples_of
 
-Explainer = Callable[[Any], VisImage]
+Explainer = Callable[[Any], np.ndarray]
 
 
 @dataclass
@@ -417,7 +418,7 @@ class BaseVisHook(Hook):
             state.seen.add(image.image_id)
             with self._policy.guard(f"draw {image.image_id}"), preserve_rng_state():
                 sample = self._make_sample(state, image, position, outputs[position])
-                picture = state.explainer(sample)
+                picture = VisImage(sample.image_id, state.explainer(sample))
                 if is_main_process():
                     self._publisher.publish(mode, picture, self._step(runner, state))
                 else:

@@ -15,7 +15,7 @@ import numpy as np
 from ..attribution.saliency import FUSIONS, box_saliency, saliency_range
 from ..errors import VisConfigError
 from ..geometry import FrameTransform
-from ..records import BoxExplanation, BoxSample, Detections, OverlayMap, VisImage
+from ..records import BoxExplanation, BoxSample, Detections, OverlayMap
 from .boxes import class_name, draw_detections
 from .colorbar import colorbar
 from .featmap_panel import (
@@ -131,7 +131,7 @@ class BoxAMPanel:
         self.class_names = class_names
         self.palette = palette
 
-    def __call__(self, sample: BoxSample) -> VisImage:
+    def __call__(self, sample: BoxSample) -> np.ndarray:
         """Draw one image.
 
         Args:
@@ -139,16 +139,16 @@ class BoxAMPanel:
                 is modified.
 
         Returns:
-            VisImage: The image with its boxes and the map of all of them above,
-            the panels of the boxes or classes below. Without an explained box only
-            the image, whose caption says so.
+            np.ndarray: ``(H, W, 3)`` uint8, RGB: the image with its boxes and the map
+            of all of them above, the panels of the boxes or classes below. Without an
+            explained box only the image, whose caption says so.
         """
         groups = self._groups(sample)
         num_panels = 0 if self.scope == "image" else len(groups)
         drawing = _Drawing.of(sample, self.max_cell_size, num_panels)
         first = self._image_cell(drawing)
         if not groups:
-            return VisImage(sample.image_id, montage([first]))
+            return montage([first])
         picture_h, picture_w = drawing.picture_rgb.shape[:2]
         layout = _PanelLayout.of(num_panels, (picture_h, picture_w), self.max_cell_size)
         image_map = np.zeros((picture_h, picture_w), np.float32)
@@ -170,7 +170,7 @@ class BoxAMPanel:
                     self._class_cell(group, group_map, silent_in_group, drawing, layout)
                 )
         second = self._map_cell(image_map, silent, drawing)
-        return VisImage(sample.image_id, layout.stack([first, second], panels))
+        return layout.stack([first, second], panels)
 
     def overlay_maps(
         self, sample: BoxSample, max_size: int = MAX_OVERLAY_SIZE

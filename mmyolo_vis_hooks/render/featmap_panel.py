@@ -17,7 +17,7 @@ from ..featmap import (
     validate_reduction_options,
 )
 from ..geometry import FrameTransform
-from ..records import Activation, Detections, OverlayMap, VisImage, VisSample
+from ..records import Activation, Detections, OverlayMap, VisSample
 from .boxes import draw_detections
 from .heatmap import (
     heat_levels,
@@ -99,7 +99,7 @@ class FeatMapPanel:
     def _has_tiles(self) -> bool:
         return self.channel_reduction is None and self.topk > 0
 
-    def __call__(self, sample: VisSample) -> VisImage:
+    def __call__(self, sample: VisSample) -> np.ndarray:
         """Draw one image.
 
         Args:
@@ -107,8 +107,8 @@ class FeatMapPanel:
                 of it is modified.
 
         Returns:
-            VisImage: First the image with its boxes, then one cell per
-            activation, by rows.
+            np.ndarray: ``(H, W, 3)`` uint8, RGB: first the image with its boxes,
+            then one cell per activation, by rows.
 
         Raises:
             VisConfigError: If ``topk`` is -1 and a layer has neither 1 nor 3
@@ -123,7 +123,7 @@ class FeatMapPanel:
         cells = [self._image_cell(sample, picture)]
         for activation in sample.activations:
             cells.append(self._layer_cell(activation, sample, background, map_frame))
-        return VisImage(sample.image_id, montage(cells))
+        return montage(cells)
 
     def overlay_maps(
         self, sample: VisSample, max_size: int = MAX_OVERLAY_SIZE

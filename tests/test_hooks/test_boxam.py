@@ -21,7 +21,7 @@ from mmyolo_vis_hooks.errors import VisConfigError, VisError
 from mmyolo_vis_hooks.render import boxam_panel as boxam_explainer
 from tests.families import build_family
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
-from tests.test_hooks.test_featmap_vis_hook import GEOMETRIES
+from tests.test_hooks.test_featmap import GEOMETRIES
 from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy import LETTERBOX, make_pipeline
 from tests.toy_boxes import box_config
