@@ -47,7 +47,7 @@ def main(work_dir: str, data_root: str, alignment: str, failing_rank: str) -> No
             return explain
 
         for hook in vis_hooks(runner):
-            hook.build_explainer = fail
+            hook.build_panel = fail
     runner.test()
 
 

@@ -25,6 +25,7 @@ LEVELS = {
     "detector": 2,
     "samples": 2,
     "box_samples": 2,
+    "options": 2,
     "api": 3,
     "hooks": 3,
 }

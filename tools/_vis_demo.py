@@ -60,7 +60,7 @@ from mmyolo_vis_hooks.publish.html_page import (
 )
 from mmyolo_vis_hooks.render.boxes import class_name
 from mmyolo_vis_hooks.render.montage import cell_size_hw, resize_image
-from mmyolo_vis_hooks.samples import ALIGNMENTS, SampleMaker
+from mmyolo_vis_hooks.samples import SampleMaker
 
 OUT_DIR = "./output"
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -71,13 +71,8 @@ _TIMEOUT = 60.0
 logger = logging.getLogger("mmyolo_vis_hooks")
 
 
-def make_demo_parser(description: str, layers: Sequence[str] | None) -> Any:
-    """Make a parser with the options of both tools.
-
-    Args:
-        description: First line of the help.
-        layers: Default of ``--target-layers``.
-    """
+def make_demo_parser(description: str) -> argparse.ArgumentParser:
+    """Make a parser with what both tools take, but for the options of pictures."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=_HelpFormatter
     )
@@ -92,15 +87,6 @@ def make_demo_parser(description: str, layers: Sequence[str] | None) -> Any:
         "MMYOLO brings (mmdet:: likewise)",
     )
     parser.add_argument("checkpoint", help="its weights, a path or an address")
-    parser.add_argument(
-        "--target-layers",
-        nargs="+",
-        default=layers,
-        metavar="LAYER",
-        help="module paths such as backbone, neck, backbone.stage4 or "
-        "'neck.out_layers[2]'; --preview-model lists them"
-        + (" (default: for each box the map on which it was decided)" * (not layers)),
-    )
     parser.add_argument(
         "--preview-model",
         action="store_true",
@@ -121,20 +107,6 @@ def make_demo_parser(description: str, layers: Sequence[str] | None) -> Any:
         "--device",
         default="cuda:0" if torch.cuda.is_available() else "cpu",
         help="where the network runs: cuda:0 is the first GPU",
-    )
-    parser.add_argument(
-        "--score-thr",
-        type=float,
-        default=0.3,
-        help="only boxes with a higher score are drawn",
-    )
-    parser.add_argument(
-        "--alignment",
-        choices=ALIGNMENTS,
-        default="resize",
-        help="what the network looks at: resize, the image scaled so that it needs no "
-        "padding; letterbox, the config's own input, with the maps put back to "
-        "the image; network, the same, drawn on the padded input",
     )
     add_cfg_options(parser)
     return parser
@@ -224,7 +196,7 @@ class Demo:
         """
         detector = build_detector(self.config, self.device)
         self.pipeline = build_pipeline(
-            self.config, self.dataset, detector, self.args.alignment
+            self.config, self.dataset, detector, self.args.alignment or "resize"
         )
         if not self.args.preview_model:
             resolve_layers(detector, self.args.target_layers or ())

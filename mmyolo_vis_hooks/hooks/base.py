@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 from mmengine.dist import all_gather_object, is_main_process
-from mmengine.fileio.backends.registry_utils import backends
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
@@ -27,21 +23,21 @@ from ..data.pipeline import (
 )
 from ..data.samples import class_names_of, palette_of
 from ..data.selector import (
-    ALL_IMAGES,
     ImageSelector,
     SelectedImage,
     leaf_datasets,
 )
-from ..errors import ErrorPolicy, UnknownOptionError, VisConfigError, VisError
-from ..network.layer_path import parse_layer_path, resolve_layers
+from ..errors import ErrorPolicy, VisConfigError, VisError
+from ..network.layer_path import resolve_layers
 from ..network.state import preserve_rng_state
+from ..options import RunOptions
 from ..publish.gather import RankSpool
 from ..publish.publisher import Publisher
 from ..records import VisImage, VisSample
-from ..samples import ALIGNMENTS, SampleMaker
+from ..samples import SampleMaker
 from .loop_recording import LoopRecording, data_samples_of
 
-Explainer = Callable[[Any], np.ndarray]
+Panel = Callable[[Any], np.ndarray]
 
 
 @dataclass
@@ -52,7 +48,7 @@ class _LoopState:
     loop: BaseLoop
     selector: ImageSelector
     sample_maker: SampleMaker
-    explainer: Explainer
+    panel: Panel
     # Resize-only copies of the test pipelines, by the identity of their dataset.
     pipelines: dict[int, Callable] = field(default_factory=dict)
     recording: LoopRecording | None = None
@@ -74,132 +70,33 @@ class BaseVisHook(Hook):
     """Draws pictures of chosen images in every validation or test run.
 
     A subclass says what is captured in :meth:`build_sample_maker` and how a picture
-    is made of it in :meth:`build_explainer`. The options are described in
-    ``FeatMapVisHook``.
+    is made of it in :meth:`build_panel`.
+
+    Args:
+        options (Options): What is drawn; has ``target_layers`` and ``alignment``.
+        run (RunOptions): When, and where to.
     """
 
     priority = "NORMAL"
     default_name = "vis"
-    # Whether target_layers=None has a meaning.
-    chooses_layers = False
 
-    def __init__(
-        self,
-        *,
-        target_layers: Sequence[str] | str | None,
-        draw: bool,
-        interval: int,
-        num_images: int,
-        image_indices: Sequence[int] | None,
-        alignment: str,
-        override_loop_pipeline: bool,
-        name: str | None,
-        show: bool,
-        wait_time: float,
-        backend_args: dict | None,
-        on_error: str,
-    ) -> None:
-        if isinstance(target_layers, str):
-            target_layers = [target_layers]
-        automatic = self.chooses_layers and target_layers is None
-        check_option(
-            "target_layers",
-            target_layers,
-            automatic
-            or (isinstance(target_layers, Sequence) and len(target_layers) > 0),
-            "give at least one module path, such as 'backbone' or 'neck'"
-            + (", or None for the layer that made a box" * self.chooses_layers),
-        )
-        for path in target_layers or ():
-            parse_layer_path(path)
-        check_option("draw", draw, isinstance(draw, bool), "use True or False")
-        check_option(
-            "interval",
-            interval,
-            _is_int(interval) and interval >= 1,
-            "use a positive number of validation runs",
-        )
-        check_option(
-            "num_images",
-            num_images,
-            _is_int(num_images) and (num_images >= 1 or num_images == ALL_IMAGES),
-            "use a positive number, or -1 for all images",
-        )
-        check_option(
-            "image_indices",
-            image_indices,
-            image_indices is None
-            or (
-                isinstance(image_indices, (list, tuple, range))
-                and len(image_indices) > 0
-                and all(_is_int(i) and i >= 0 for i in image_indices)
-            ),
-            "use a list of indices into the dataset, counted from 0, or None",
-        )
-        check_option(
-            "alignment",
-            alignment,
-            alignment in ALIGNMENTS,
-            f"use one of {', '.join(map(repr, ALIGNMENTS))}",
-        )
-        check_option(
-            "override_loop_pipeline",
-            override_loop_pipeline,
-            isinstance(override_loop_pipeline, bool)
-            and (not override_loop_pipeline or alignment == "resize"),
-            "it is a bool, and True needs alignment='resize', since the loop then "
-            "runs on the Resize-only pipeline",
-        )
-        check_option(
-            "name",
-            name,
-            name is None
-            or (
-                isinstance(name, str) and bool(re.fullmatch(r"[\w-]{1,64}", name, re.A))
-            ),
-            "use at most 64 letters, digits, '_' and '-': it is part of file names",
-        )
-        check_option("show", show, isinstance(show, bool), "use True or False")
-        check_option(
-            "wait_time",
-            wait_time,
-            isinstance(wait_time, (int, float)) and wait_time >= 0,
-            "use seconds; 0 waits for a key",
-        )
-        check_option(
-            "backend_args",
-            backend_args,
-            backend_args is None
-            or (
-                isinstance(backend_args, dict)
-                and backend_args.get("backend", "local") in backends
-            ),
-            f"use None or a dict whose 'backend' is one of {', '.join(backends)}",
-        )
-        check_option(
-            "on_error",
-            on_error,
-            on_error in ErrorPolicy.CHOICES,
-            f"use one of {', '.join(map(repr, ErrorPolicy.CHOICES))}",
-        )
-        self.target_layers = None if target_layers is None else tuple(target_layers)
-        self.draw = draw
-        self.interval = interval
-        self.num_images = num_images
-        self.image_indices = image_indices
-        self.alignment = alignment
-        self.override_loop_pipeline = override_loop_pipeline
-        self.name = name or self.default_name
-        self.show = show
-        self.wait_time = wait_time
-        self.backend_args = backend_args
-        self.on_error = on_error
+    def __init__(self, options: Any, run: RunOptions) -> None:
+        if run.override_loop_pipeline and options.alignment not in (None, "resize"):
+            raise VisConfigError(
+                f"override_loop_pipeline=True cannot work with "
+                f"alignment={options.alignment!r}, since the loop then runs on the "
+                "Resize-only pipeline; leave alignment=None"
+            )
+        self.options = options
+        self.alignment = options.alignment or "resize"
+        self.run_options = run
+        self.name = run.name or self.default_name
         self._loops: dict[str, _LoopState] = {}
 
     def build_sample_maker(
         self, runner: Runner, detector: nn.Module, class_names: Sequence[str]
     ) -> SampleMaker:
-        """Give what turns an image into the sample that the explainer takes.
+        """Give what turns an image into the sample that the panel takes.
 
         Args:
             runner (Runner): The runner.
@@ -211,14 +108,13 @@ class BaseVisHook(Hook):
         """
         return SampleMaker(
             detector,
-            resolve_layers(detector, self.target_layers or ()),
+            resolve_layers(detector, self.options.target_layers or ()),
             alignment=self.alignment,
-            backend_args=self.backend_args,
         )
 
-    def build_explainer(
+    def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None
-    ) -> Explainer:
+    ) -> Panel:
         """Give the function that turns a sample into a picture.
 
         Args:
@@ -235,20 +131,20 @@ class BaseVisHook(Hook):
         Raises:
             VisConfigError: If an option does not fit them.
         """
-        if not self.draw:
+        if not self.run_options.draw:
             return
         if not self._loops:
             self._take_name(runner)
-            self._policy = ErrorPolicy(self.on_error, runner.logger)
+            self._policy = ErrorPolicy(self.run_options.on_error, runner.logger)
             self._spool = RankSpool()
             self._publisher = Publisher(
                 runner.visualizer,
                 name=self.name,
                 policy=self._policy,
-                show=self.show,
-                wait_time=self.wait_time,
+                show=self.run_options.show,
+                wait_time=self.run_options.wait_time,
             )
-            if self.show and not _has_display():
+            if self.run_options.show and not _has_display():
                 runner.logger.warning(
                     "%s: show=True, but this machine has no display, so nobody will "
                     "see the pictures; leave show=False to publish them.",
@@ -271,7 +167,9 @@ class BaseVisHook(Hook):
     def _take_name(self, runner: Runner) -> None:
         """Give two hooks of one name different tags."""
         earlier = runner.hooks[: runner.hooks.index(self)]
-        taken = {h.name for h in earlier if isinstance(h, BaseVisHook) and h.draw}
+        taken = {
+            h.name for h in earlier if isinstance(h, BaseVisHook) and h.run_options.draw
+        }
         base, count = self.name, 1
         while self.name in taken:
             count += 1
@@ -284,15 +182,17 @@ class BaseVisHook(Hook):
         state = _LoopState(
             mode,
             loop,
-            ImageSelector(dataset, self.num_images, self.image_indices),
+            ImageSelector(
+                dataset, self.run_options.num_images, self.run_options.image_indices
+            ),
             self.build_sample_maker(runner, self._detector, class_names),
-            self.build_explainer(class_names, palette_of(metainfo)),
+            self.build_panel(class_names, palette_of(metainfo)),
         )
         for leaf in leaf_datasets(dataset):
             _check_packed_keys(leaf, self.alignment)
         if self.alignment == "resize":
             self._prepare_pipelines(runner, state, dataset)
-        if self.alignment != "resize" or self.override_loop_pipeline:
+        if self.alignment != "resize" or self.run_options.override_loop_pipeline:
             state.recording = LoopRecording(
                 loop,
                 f"{mode}_step",
@@ -304,7 +204,9 @@ class BaseVisHook(Hook):
     def _prepare_pipelines(
         self, runner: Runner, state: _LoopState, dataset: Any
     ) -> None:
-        if self.override_loop_pipeline and isinstance(runner.model, BaseTTAModel):
+        if self.run_options.override_loop_pipeline and isinstance(
+            runner.model, BaseTTAModel
+        ):
             raise VisConfigError(
                 "override_loop_pipeline=True cannot work with test-time augmentation, "
                 "which needs a pipeline of several views; leave it False"
@@ -316,9 +218,9 @@ class BaseVisHook(Hook):
                 stride=network_stride(self._detector, dataset),
             )
             state.pipelines[id(leaf)] = pipeline
-            if self.override_loop_pipeline:
+            if self.run_options.override_loop_pipeline:
                 leaf.pipeline = pipeline
-        if self.override_loop_pipeline:
+        if self.run_options.override_loop_pipeline:
             runner.logger.warning(
                 "%s: override_loop_pipeline=True: the %s loop runs on the Resize-only "
                 "pipeline, and its metrics are of that pipeline.",
@@ -390,7 +292,7 @@ class BaseVisHook(Hook):
                 "%s: %d picture(s) %s",
                 self.name,
                 self._publisher.num_published,
-                "shown" if self.show else "published",
+                "shown" if self.run_options.show else "published",
             )
         summary = self._policy.summary()
         if summary:
@@ -401,7 +303,7 @@ class BaseVisHook(Hook):
         state = self._loops.get(mode)
         if state is None:
             return
-        state.drawing = state.num_runs % self.interval == 0
+        state.drawing = state.num_runs % self.run_options.interval == 0
         state.num_runs += 1
         state.seen.clear()
 
@@ -418,7 +320,7 @@ class BaseVisHook(Hook):
             state.seen.add(image.image_id)
             with self._policy.guard(f"draw {image.image_id}"), preserve_rng_state():
                 sample = self._make_sample(state, image, position, outputs[position])
-                picture = VisImage(sample.image_id, state.explainer(sample))
+                picture = VisImage(sample.image_id, state.panel(sample))
                 if is_main_process():
                     self._publisher.publish(mode, picture, self._step(runner, state))
                 else:
@@ -500,45 +402,11 @@ def unwrap_detector(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_option(name: str, value: Any, valid: bool, remedy: str) -> None:
-    """Refuse an option that cannot work.
-
-    Raises:
-        VisConfigError: With the option, its value and the remedy.
-    """
-    if not valid:
-        raise VisConfigError(f"{name}={value!r} cannot work: {remedy}")
-
-
-def refuse_unknown_options(hook: Hook, unknown: Mapping[str, Any]) -> None:
-    """Refuse options that a hook does not have.
-
-    Raises:
-        UnknownOptionError: With the option that was probably meant.
-    """
-    if not unknown:
-        return
-    known = [
-        name
-        for name, parameter in inspect.signature(type(hook)).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    name = next(iter(unknown))
-    near = difflib.get_close_matches(name, known, n=1) or known
-    raise UnknownOptionError(
-        f"{type(hook).__name__} has no option {name!r}; use {', '.join(near)}"
-    )
-
-
 def _has_display() -> bool:
     """Whether windows can open; other systems than Linux always have a desktop."""
     return not sys.platform.startswith("linux") or any(
         os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
     )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_packed_keys(dataset: Any, alignment: str) -> None:

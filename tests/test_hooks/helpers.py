@@ -18,8 +18,8 @@ class _KeepsSamples(BaseVisHook):
 
     samples: list
 
-    def build_explainer(self, class_names, palette):
-        explain = super().build_explainer(class_names, palette)
+    def build_panel(self, class_names, palette):
+        explain = super().build_panel(class_names, palette)
         self.samples = []
 
         def explain_and_keep(sample):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,9 @@ def test_layer_whose_output_is_no_map(tmp_path, toy_data, alignment):
     runner.model.neck.register_forward_hook(
         lambda module, args, output: (output[0], output[1][:, 0, 0, 0])
     )
-    vis_hooks(runner)[0].target_layers = ("neck.out_layers[0]", "head", "neck.shared")
+    own = vis_hooks(runner)[0]
+    layers = ("neck.out_layers[0]", "head", "neck.shared")
+    own.options = replace(own.options, target_layers=layers)
 
     def broken_select(tensor, keep):
         raise torch.cuda.OutOfMemoryError("no memory left")

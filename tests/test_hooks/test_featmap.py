@@ -32,53 +32,11 @@ def test_registered_in_the_root_registry():
     assert HOOKS.get("FeatMapVisHook") is FeatMapVisHook
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(target_layers=[]), "target_layers"),
-        (dict(target_layers=["backbone["]), "target_layers"),
-        (dict(target_layers=3), "target_layers"),
-        (dict(channel_reduction="mean"), "channel_reduction"),
-        (dict(channel_reduction=None, topk=0), "topk"),
-        (dict(channel_reduction=None, topk=5, arrangement=(2, 2)), "arrangement"),
-        (dict(arrangement=(2,)), "arrangement"),
-        (dict(alpha=1.5), "alpha"),
-        (dict(colormap="jett"), "colormap"),
-        (dict(score_thr="high"), "score_thr"),
-        (dict(draw="yes"), "draw"),
-        (dict(interval=0), "interval"),
-        (dict(num_images=0), "num_images"),
-        (dict(num_images=True), "num_images"),
-        (dict(image_indices=[]), "image_indices"),
-        (dict(image_indices=[-1]), "image_indices"),
-        (dict(alignment="pad"), "alignment"),
-        (dict(alignment="network", override_loop_pipeline=True), "override_loop"),
-        (dict(name="a/b"), "name"),
-        (dict(name=""), "name"),
-        (dict(name="n" * 65), "name"),
-        (dict(show=1), "show"),
-        (dict(wait_time=-1), "wait_time"),
-        (dict(backend_args="local"), "backend_args"),
-        (dict(backend_args=dict(backend="nope")), "backend_args.*local"),
-        (dict(on_error="ignore"), "on_error"),
-    ],
-)
-def test_bad_values_fail_when_the_runner_is_built(tmp_path, toy_data, options, message):
-    hook = dict(dict(type="FeatMapVisHook"), **options)
-    with pytest.raises(ValueError, match=message) as error:
+def test_a_bad_value_fails_when_the_runner_is_built(tmp_path, toy_data):
+    hook = dict(type="FeatMapVisHook", alpha=1.5)
+    with pytest.raises(ValueError, match="alpha") as error:
         Runner.from_cfg(toy_config(tmp_path, [hook], data_root=toy_data))
-    assert isinstance(error.value.__cause__ or error.value, (VisError, ValueError))
-
-
-def test_unknown_and_positional_options_are_refused():
-    with pytest.raises(TypeError, match="no option 'target_layer'; use target_layers"):
-        HOOKS.build(dict(type="FeatMapVisHook", target_layer="neck"))
-    with pytest.raises(
-        VisConfigError, match=r"'zzz'; use target_layers, .*, on_error$"
-    ):
-        FeatMapVisHook(zzz=1)
-    with pytest.raises(TypeError):
-        FeatMapVisHook("neck")
+    assert isinstance(error.value.__cause__ or error.value, VisError)
 
 
 @pytest.mark.parametrize("run", ["train", "val", "test"])
@@ -457,9 +415,3 @@ def test_show_without_a_display_is_reported(tmp_path, toy_data, monkeypatch, dis
     ]
     assert pictures(tmp_path) == {}
     assert ("no display" in log_of(tmp_path)) == (display == "")
-
-
-def test_images_are_read_with_the_backend_that_is_named(tmp_path, toy_data):
-    hook = spy(num_images=1, backend_args=dict(backend="local"))
-    Runner.from_cfg(toy_config(tmp_path, [hook], data_root=toy_data)).test()
-    assert len(pictures(tmp_path)) == 1

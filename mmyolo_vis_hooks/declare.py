@@ -1,0 +1,189 @@
+"""Declared options: from fields to constructors, command lines and tables."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .errors import UnknownOptionError, VisConfigError
+
+Check = Callable[[str, Any], Any]
+"""Gives the value as the package uses it; raises VisConfigError."""
+
+
+def option(default: Any, check: Check, help: str, **command_line: Any) -> Any:
+    """Declare an option.
+
+    Args:
+        default: Its default, as a user would write it.
+        check (Callable): Called with name and value.
+        help (str): One line for ``--help`` and the tables, in Markdown.
+        **command_line: What ``argparse`` needs beyond what follows from the default,
+            such as ``nargs``; ``program_default`` is a default of the programs alone.
+    """
+    metadata = {"check": check, "help": help, "command_line": command_line}
+    return field(default=default, metadata=metadata)
+
+
+def refuse(name: str, value: Any, remedy: str) -> VisConfigError:
+    """The error for a value that cannot work."""
+    return VisConfigError(f"{name}={value!r} cannot work: {remedy}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked values; a copy with others comes from ``dataclasses.replace``.
+
+    Raises:
+        VisConfigError: If a value can never work.
+    """
+
+    def __post_init__(self) -> None:
+        for declared in dataclasses.fields(self):
+            value = getattr(self, declared.name)
+            checked = declared.metadata["check"](declared.name, value)
+            object.__setattr__(self, declared.name, checked)
+
+
+def fields_of(kind: type[Options]) -> list[dataclasses.Field]:
+    """The options of a kind, its own ones before those that it shares."""
+    own = vars(kind).get("__annotations__", {})
+    return sorted(dataclasses.fields(kind), key=lambda field: field.name not in own)
+
+
+ENDED = {
+    "backend_args": "images are read by the test pipeline's own loading steps, with "
+    "the backend_args that these have; leave it out",
+}
+"""Options of earlier versions, and what to do instead."""
+
+_Options = TypeVar("_Options", bound=Options)
+
+
+def read_options(
+    owner: str, given: Mapping[str, Any], *kinds: type[_Options]
+) -> tuple[Any, ...]:
+    """Check options that a user gave by keyword.
+
+    Args:
+        owner (str): Who takes them, for the messages: ``'BoxAMVisHook'``.
+        given (Mapping): Names and values.
+        *kinds (type): Kinds of options that the owner has.
+
+    Returns:
+        tuple: One of each kind.
+
+    Raises:
+        UnknownOptionError: If none of the kinds has an option of a name.
+        VisConfigError: If a value can never work.
+    """
+    known = [own.name for kind in kinds for own in fields_of(kind)]
+    for name in given:
+        if name in ENDED:
+            raise UnknownOptionError(
+                f"{owner} has no option {name!r} any more: {ENDED[name]}"
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or known
+            raise UnknownOptionError(
+                f"{owner} has no option {name!r}; use {', '.join(near)}"
+            )
+    return tuple(
+        kind(
+            **{
+                own.name: given[own.name]
+                for own in fields_of(kind)
+                if own.name in given
+            }
+        )
+        for kind in kinds
+    )
+
+
+def takes_options(*kinds: type[Options]) -> Callable[[Any], Any]:
+    """Give a class or function that takes ``**options`` their signature and docs.
+
+    Args:
+        *kinds (type): Kinds of options that it reads with :func:`read_options`.
+    """
+
+    def decorate(owner: Any) -> Any:
+        fields = [own for kind in kinds for own in fields_of(kind)]
+        function = owner.__init__ if inspect.isclass(owner) else owner
+        own = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        declared = [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=f.default,
+                annotation=f.type,
+            )
+            for f in fields
+        ]
+        owner.__signature__ = inspect.Signature([*own, *declared])
+        lines = "".join(_doc_line(f) for f in fields)
+        owner.__doc__ = inspect.cleandoc(owner.__doc__ or "").replace(
+            "{options}", textwrap.indent(lines, "    ").strip()
+        )
+        return owner
+
+    return decorate
+
+
+def _doc_line(declared: dataclasses.Field) -> str:
+    text = f"{declared.name}: {declared.metadata['help']}. "
+    text += f"Defaults to {declared.default!r}."
+    return textwrap.fill(text.replace("`", ""), 84, subsequent_indent="    ") + "\n"
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, kind: type[Options], **defaults: Any
+) -> None:
+    """Give a command line the options of a kind.
+
+    Args:
+        parser (ArgumentParser): Gets ``--channel-reduction`` for
+            ``channel_reduction``, and so on.
+        kind (type): A kind of options.
+        **defaults: Defaults of the program where they are not the hook's.
+    """
+    for declared in fields_of(kind):
+        extra = dict(declared.metadata["command_line"])
+        default = extra.pop("program_default", declared.default)
+        help = re.sub("`'?([^`]*?)'?`", r"\1", declared.metadata["help"])
+        help = re.sub(r"\[(\w+)\]\(([^)]+)\)", r"\1 in \2", help)
+        name = "--" + declared.name.replace("_", "-")
+        if isinstance(default, bool):
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            parser.add_argument(name, action=action, default=default, help=help)
+            continue
+        if not isinstance(default, (str, tuple, type(None))):
+            extra.setdefault("type", type(default))
+        parser.add_argument(name, default=default, help=help, **extra)
+
+
+def options_from(args: argparse.Namespace, kind: type[_Options]) -> _Options:
+    """The options of a kind that a command line gave.
+
+    Raises:
+        VisConfigError: If a value can never work.
+    """
+    return kind(**{own.name: getattr(args, own.name) for own in fields_of(kind)})
+
+
+def option_rows(kind: type[Options]) -> list[tuple[str, str, str]]:
+    """Name, default and help of each option, for tables in documents."""
+    return [
+        (own.name, repr(own.default), own.metadata["help"]) for own in fields_of(kind)
+    ]

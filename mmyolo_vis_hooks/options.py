@@ -1,0 +1,418 @@
+"""Every option of the hooks, the programs and the Python API, declared once.
+
+Constructors, command lines and the tables in the documents are made of these fields:
+a new option is one field here, and the place that uses it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from .attribution.methods import METHODS, validate
+from .attribution.saliency import FUSIONS
+from .attribution.targets import BOX_SIDES, TARGETS, validate_target
+from .declare import Check, Options, option, refuse
+from .errors import ErrorPolicy, VisConfigError
+from .featmap import CHANNEL_REDUCTIONS, validate_reduction_options
+from .network.layer_path import parse_layer_path
+from .render.heatmap import colormap_lut
+
+ALIGNMENTS = ("resize", "letterbox", "network")
+SCOPES = ("box", "class", "image")
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise refuse(name, value, "use True or False")
+    return value
+
+
+def choice(values: Sequence[Any]) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if any(value is known or _same_text(value, known) for known in values):
+            return value
+        near = difflib.get_close_matches(str(value).lower(), _texts(values), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        shown = ", ".join(map(repr, values))
+        raise VisConfigError(f"{name}={value!r} is unknown; {hint}Use one of {shown}")
+
+    return check
+
+
+def share(remedy: str = "use 0 to 1") -> Check:
+    def check(name: str, value: Any) -> float:
+        if not _is_real(value) or not 0 <= float(value) <= 1:
+            raise refuse(name, value, remedy)
+        return float(value)
+
+    return check
+
+
+def count(remedy: str, least: int = 1, special: int | None = None) -> Check:
+    def check(name: str, value: Any) -> int:
+        if not is_int(value) or not (value >= least or value == special):
+            raise refuse(name, value, remedy)
+        return int(value)
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def layers(remedy: str) -> Check:
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        paths = [value] if isinstance(value, str) else value
+        if not isinstance(paths, Sequence) or not len(paths):
+            raise refuse(name, value, remedy)
+        for path in paths:
+            parse_layer_path(path)
+        return tuple(paths)
+
+    return check
+
+
+def colormap(name: str, value: Any) -> Any:
+    colormap_lut(value)
+    return value
+
+
+def indices(name: str, value: Any) -> tuple[int, ...]:
+    is_list = isinstance(value, (list, tuple, range)) and len(value) > 0
+    if not is_list or not all(is_int(i) and i >= 0 for i in value):
+        raise refuse(name, value, "use a list of indices, counted from 0, or None")
+    return tuple(value)
+
+
+def three_channels(name: str, value: Any) -> tuple[int, ...]:
+    chosen = indices(name, value)
+    if len(chosen) != 3:
+        raise refuse(name, value, "name three channels, counted from 0, as R, G and B")
+    return chosen
+
+
+def class_list(name: str, value: Any) -> tuple[str | int, ...]:
+    wanted = [value] if isinstance(value, str) or is_int(value) else value
+    if (
+        not isinstance(wanted, (list, tuple))
+        or not wanted
+        or not all(isinstance(c, str) or (is_int(c) and c >= 0) for c in wanted)
+    ):
+        remedy = "use names or indices of classes, counted from 0, or None for all"
+        raise refuse(name, value, remedy)
+    return tuple(wanted)
+
+
+def grid(name: str, value: Any) -> tuple[int, int]:
+    validate_reduction_options("select_max", 1, value)
+    rows, columns = value
+    return int(rows), int(columns)
+
+
+def map_limit(name: str, value: Any) -> tuple[int, int]:
+    sizes = (value,) if is_int(value) else value
+    if (
+        not isinstance(sizes, (list, tuple))
+        or len(sizes) not in (1, 2)
+        or not all(is_int(n) and (n == -1 or n >= 1) for n in sizes)
+    ):
+        remedy = "use one number of cells, or a height and a width; -1 sets no limit"
+        raise refuse(name, value, remedy)
+    return int(sizes[0]), int(sizes[-1])
+
+
+def channel_share(name: str, value: Any) -> float:
+    if not _is_real(value) or not 0 < float(value) <= 1:
+        raise refuse(name, value, "use more than 0 and at most 1, all channels")
+    return float(value)
+
+
+def tag(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w-]{1,64}", value, re.A):
+        remedy = "use at most 64 letters, digits, '_' and '-': it is part of file names"
+        raise refuse(name, value, remedy)
+    return value
+
+
+def seconds(name: str, value: Any) -> float:
+    if not _is_real(value) or not 0 <= float(value) <= 86_400:
+        raise refuse(name, value, "use seconds, at most a day; 0 waits for a key")
+    return float(value)
+
+
+def target_name(name: str, value: Any) -> str:
+    validate_target(value)
+    return value
+
+
+def method_name(name: str, value: Any) -> str:
+    validate(value)
+    return value
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or NumPy, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _same_text(value: Any, known: Any) -> bool:
+    return isinstance(value, str) and isinstance(known, str) and value == known
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    return [value for value in values if isinstance(value, str)]
+
+
+# --------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class _Seen(Options):
+    score_thr: float = option(
+        0.3, share("use 0 to 1; 1 draws no box"), "boxes with a higher score are drawn"
+    )
+    alignment: str | None = option(
+        None,
+        optional(choice(ALIGNMENTS)),
+        "what the network looks at: `'resize'`, the image scaled so that it needs no "
+        "padding; `'letterbox'`, the pipeline's own input, with the maps put back to "
+        "the image; `'network'`, the same, drawn on the padded input; `None` takes "
+        "`'resize'` where it can be had, else `'network'`",
+        choices=ALIGNMENTS,
+    )
+    image_channels: Sequence[int] | None = option(
+        None,
+        optional(three_channels),
+        "of an image with more than three channels those that are shown as red, "
+        "green and blue; `None` takes the first three",
+        nargs=3,
+        type=int,
+        metavar="CHANNEL",
+    )
+
+
+@dataclass(frozen=True)
+class FeatMapOptions(_Seen):
+    """What is drawn of a detector's feature maps."""
+
+    target_layers: Sequence[str] | str = option(
+        ("backbone", "neck"),
+        layers("give at least one module path, such as 'backbone' or 'neck'"),
+        "module paths such as `'backbone'`, `'backbone.stage4'` or "
+        "`'neck.out_layers[2]'`; each map of a layer that gives several is shown",
+        nargs="+",
+        metavar="LAYER",
+    )
+    channel_reduction: str | None = option(
+        "squeeze_mean",
+        choice((*CHANNEL_REDUCTIONS, None)),
+        "`'squeeze_mean'` averages the channels, `'select_max'` takes the one with "
+        "the largest sum, `None` shows the `topk` channels with the largest sums",
+        choices=(*CHANNEL_REDUCTIONS, None),
+        type=lambda text: None if text == "None" else text,
+    )
+    topk: int = option(
+        4,
+        count("use a positive number of channels, or -1", special=-1),
+        "how many channels for `None`; `-1` draws a map of 1 or 3 channels as a "
+        "picture",
+    )
+    arrangement: Sequence[int] = option(
+        (2, 2),
+        grid,
+        "rows and columns of those channels",
+        nargs=2,
+        type=int,
+        metavar=("ROWS", "COLUMNS"),
+    )
+    alpha: float = option(0.5, share(), "share of the heat map in the blend")
+    colormap: str | int = option("jet", colormap, "any name of OpenCV or matplotlib")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate_reduction_options(self.channel_reduction, self.topk, self.arrangement)
+
+
+@dataclass(frozen=True)
+class BoxAMOptions(_Seen):
+    """What is explained of a detector's boxes, and how it is drawn."""
+
+    method: str = option(
+        "boxam",
+        method_name,
+        "how a map is made: " + ", ".join(f"`{name!r}`" for name in METHODS),
+        metavar="METHOD",
+    )
+    target: str = option(
+        "score",
+        target_name,
+        "what is explained: the final `'score'`, the raw class `'logit'`, the raw "
+        "`'objectness'` (centerness counts), or a side `'x1'`, `'y1'`, `'x2'`, "
+        "`'y2'` of the box",
+        choices=TARGETS,
+    )
+    target_layers: Sequence[str] | str | None = option(
+        None,
+        optional(layers("give module paths, or None for the layer that made a box")),
+        "module paths; `None` takes for each box the map on which it was decided",
+        nargs="+",
+        metavar="LAYER",
+    )
+    scope: str = option(
+        "box",
+        choice(SCOPES),
+        "panels per `'box'` or per `'class'`; `'image'` draws only the joint map",
+        choices=SCOPES,
+    )
+    fusion: str = option(
+        "max",
+        choice(FUSIONS),
+        "how maps of several layers become one: "
+        + ", ".join(f"`{f!r}`" for f in FUSIONS),
+        choices=FUSIONS,
+    )
+    normalize_layers: bool = option(
+        True, flag, "divide each layer's map by its maximum first"
+    )
+    smooth: float | None = option(
+        None,
+        optional(share("use a share of the box's size, 0 (not smoothed) to 1")),
+        "sigma of a Gaussian over the map, in units of the square root of the box's "
+        "area; `None` takes the method's own: 0.1 for `'boxam'`, 0 for the others",
+        type=float,
+    )
+    norm_in_bbox: bool = option(
+        False, flag, "show and normalise a map inside its box only"
+    )
+    eigen_smooth: bool = option(
+        False,
+        flag,
+        "first principal component of the weighted activations instead of their sum",
+    )
+    aug_smooth: bool = option(
+        False, flag, "mean over the mirrored image and three brightnesses"
+    )
+    topk: int = option(
+        10,
+        count("use a positive number, or -1 for all", special=-1),
+        "explain at most so many boxes of an image, the best first; `-1` all",
+        program_default=-1,  # as the guide has it
+    )
+    classes: Sequence[str | int] | str | int | None = option(
+        None,
+        optional(class_list),
+        "explain boxes of these classes only, by name or index",
+        nargs="+",
+        type=lambda text: int(text) if text.isdecimal() else text,
+    )
+    max_shape: int | Sequence[int] = option(
+        -1,
+        map_limit,
+        "reduce activations to this height and width first; `-1` does not",
+        nargs="+",
+        type=int,
+        metavar="CELLS",
+    )
+    batch_size: int | None = option(
+        None,
+        optional(count("use a positive number, or None")),
+        "how many changed activations or images run at once; `None` takes what suits "
+        "the network",
+        type=int,
+    )
+    ratio_channels_to_ablate: float = option(
+        1.0, channel_share, "share of the channels that `'ablationcam'` tries"
+    )
+    num_masks: int = option(
+        1000, count("use a positive number of masks"), "masks of `'drise'`"
+    )
+    alpha: float = option(
+        0.6, share(), "share of the heat map in the blend where the map is strong"
+    )
+    colormap: str | int = option("plasma", colormap, "any name of OpenCV or matplotlib")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        method = validate(self.method, eigen_smooth=self.eigen_smooth)
+        wrong: list[tuple[str, str]] = []
+        if method.kind == "black_box":
+            if self.target_layers is not None:
+                wrong.append(("target_layers", "it looks at no layer; leave it out"))
+            if self.aug_smooth:
+                remedy = "it is a mean over many changed images already; leave it False"
+                wrong.append(("aug_smooth", remedy))
+            if self.target != "score":
+                remedy = "it sees what is found, not how; leave target='score'"
+                wrong.append(("target", remedy))
+        if method.name == "odam_combined" and self.target != "score":
+            remedy = "it joins the score and the four sides; leave target='score'"
+            wrong.append(("target", remedy))
+        if method.kind in ("ablation", "masking") and self.target in BOX_SIDES:
+            remedy = "it compares scores; use 'score', 'logit' or 'objectness'"
+            wrong.append(("target", remedy))
+        for name, remedy in wrong:
+            raise VisConfigError(
+                f"{name}={getattr(self, name)!r} cannot work with "
+                f"method={self.method!r}: {remedy}"
+            )
+
+    @property
+    def sigma(self) -> float:
+        """The smoothing that is meant: the method's own where none is named."""
+        own = METHODS[self.method].default_smooth
+        return own if self.smooth is None else self.smooth
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """When a hook draws in a run, and what happens to its pictures."""
+
+    draw: bool = option(True, flag, "`False` switches the hook off")
+    interval: int = option(
+        1,
+        count("use a positive number of validation runs"),
+        "every how many validation (or test) runs, starting with the first",
+    )
+    num_images: int = option(
+        4,
+        count("use a positive number, or -1 for all images", special=-1),
+        "how many images, spread evenly over the data set; `-1` all",
+    )
+    image_indices: Sequence[int] | None = option(
+        None,
+        optional(indices),
+        "explicit indices instead, also through wrapped data sets",
+    )
+    override_loop_pipeline: bool = option(
+        False,
+        flag,
+        "let the loop itself run on the Resize-only pipeline; its metrics are then of "
+        "that pipeline",
+    )
+    name: str | None = option(
+        None,
+        optional(tag),
+        "part of the tags; `None` is `'featmap'` or `'boxam'`, and a second hook of "
+        "one name gets a number",
+    )
+    show: bool = option(False, flag, "show pictures in a window and publish none")
+    wait_time: float = option(0.0, seconds, "seconds per window; 0 waits for a key")
+    on_error: str = option(
+        "log",
+        choice(ErrorPolicy.CHOICES),
+        "`'log'`: a failure while drawing is logged and counted, and the run goes on; "
+        "`'raise'` ends it",
+    )

@@ -1,0 +1,57 @@
+"""Write the tables of options into the documents: ``python tools/option_tables.py``.
+
+A table stands between ``<!-- options: BoxAMOptions -->`` and ``<!-- end -->``. English
+tables come whole from the declarations; in others names and defaults do, and what a
+translator wrote beside a name stays.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from mmyolo_vis_hooks import options
+from mmyolo_vis_hooks.declare import option_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "README_zh-CN.md")
+_TABLE = re.compile(r"(<!-- options: (\w+) -->\n\n)(.*?)(\n<!-- end -->)", re.S)
+
+
+def with_tables(text: str, *, translated: bool) -> str:
+    """A document with its tables as they should be.
+
+    Args:
+        text: The document.
+        translated: Keep the words beside a name that is there already.
+    """
+    return _TABLE.sub(
+        lambda match: match[1] + _table(match, translated) + match[4], text
+    )
+
+
+def _table(match: re.Match, translated: bool) -> str:
+    header = match[3].splitlines()[:2]
+    known = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (.*) \|$", match[3], re.M))
+    rows = []
+    for name, default, help in option_rows(getattr(options, match[2])):
+        text = known.get(name, help) if translated else help
+        rows.append(f"| `{name}` | `{default}` | {text} |")
+    return "\n".join([*header, *rows]) + "\n"
+
+
+def main() -> None:
+    changed = False
+    for name in DOCUMENTS:
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = with_tables(old, translated="zh" in name)
+        changed |= new != old
+        path.write_text(new, encoding="utf-8")
+    if "--check" in sys.argv and changed:
+        sys.exit("error: tables were out of date; commit what was written")
+
+
+if __name__ == "__main__":
+    main()
