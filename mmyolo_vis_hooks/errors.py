@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from logging import Logger
+
+from mmengine.dist import all_gather_object, get_world_size, is_main_process
 
 
 class VisError(Exception):
@@ -41,30 +43,49 @@ class PublishError(VisError, RuntimeError):
     """A backend did not keep a picture that was handed to it."""
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """All failures of one kind: the first of them, and how many there were."""
+
+    kind: tuple[str, str, int]
+    report: str
+    message: str
+    count: int = 1
+
+
 class ErrorPolicy:
     """Decides what a failure while drawing does to the run.
 
     Args:
-        on_error (str): ``'log'`` logs the first failure of each kind with its
-            traceback, counts all of them and lets the run go on; ``'raise'``
-            lets the exception through.
-        logger (Logger): Where failures are reported.
+        on_error (str): ``'log'`` logs the first failure of each kind, counts all of
+            them and lets the run go on; ``'raise'`` lets the exception through. In a
+            distributed run it waits for :meth:`share`, which raises on every rank:
+            a rank that stops alone leaves the others waiting.
+        logger (Logger): Where failures are reported. Those that are no
+            :class:`VisError` are reported with their traceback.
+        name (str): Whose failures they are; stands before each message.
 
     ``KeyboardInterrupt`` and ``SystemExit`` are never swallowed.
     """
 
     CHOICES = ("log", "raise")
 
-    def __init__(self, on_error: str, logger: Logger) -> None:
+    def __init__(self, on_error: str, logger: Logger, name: str) -> None:
         self.on_error = on_error
         self._logger = logger
-        self._failures: Counter[tuple[str, str, int]] = Counter()
-        self._first_messages: dict[tuple[str, str, int], str] = {}
+        self._name = name
+        self._failures: dict[tuple[str, str, int], _Failure] = {}
+        self._waiting: Exception | None = None
 
     @property
     def num_failures(self) -> int:
-        """Number of failures that were swallowed so far."""
-        return sum(self._failures.values())
+        """Number of failures that were swallowed and not yet reported."""
+        return sum(failure.count for failure in self._failures.values())
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether :meth:`share` will raise, so that drawing on has no use."""
+        return self._waiting is not None
 
     @contextlib.contextmanager
     def guard(self, action: str) -> Iterator[None]:
@@ -77,30 +98,62 @@ class ErrorPolicy:
             yield
         except Exception as error:
             if self.on_error == "raise":
-                raise
+                if get_world_size() == 1:
+                    raise
+                self._waiting = self._waiting or error
             self.record(action, error)
 
     def record(self, action: str, error: Exception) -> None:
-        """Count a failure; log the first of its kind with the traceback."""
-        kind = _kind(error)
-        self._failures[kind] += 1
-        if self._failures[kind] == 1:
-            self._first_messages[kind] = f"{type(error).__name__}: {error}"
-            self._logger.error(
-                "Could not %s; the run goes on. Set on_error='raise' to stop here.",
-                action,
-                exc_info=error,
-            )
+        """Count a failure; log the first of its kind."""
+        message = f"{type(error).__name__}: {error}"
+        ending = "goes on" if self.on_error == "log" else "ends"
+        report = f"Could not {action}; the run {ending}"
+        if isinstance(error, VisError):
+            report += f": {message}"
+        else:
+            lines = "".join(traceback.format_exception(error)).rstrip()
+            report += f". Set on_error='raise' to stop here.\n{lines}"
+        self._add(_Failure(_kind(error), report, message))
 
-    def summary(self) -> str | None:
-        """One line on everything that failed, or None if nothing did."""
-        if not self._failures:
-            return None
-        kinds = "; ".join(
-            f"{n} x {self._first_messages[kind]}"
-            for kind, n in self._failures.most_common(3)
-        )
-        return f"{self.num_failures} visualization step(s) failed: {kinds}"
+    def share(self) -> None:
+        """Bring the failures of all ranks to rank 0; every rank must call this.
+
+        Raises:
+            Exception: With ``on_error='raise'``, on every rank, if one has failed.
+        """
+        ranks = all_gather_object(list(self._failures.values()))
+        failed = [(rank, f) for rank, failures in enumerate(ranks) for f in failures]
+        if is_main_process():
+            for rank, failure in failed:
+                if rank != 0:
+                    report = f"rank {rank}: {failure.report}"
+                    self._add(replace(failure, report=report))
+        else:
+            self._failures.clear()
+        if self.on_error == "raise" and failed:
+            rank, failure = failed[0]
+            raise self._waiting or VisError(f"rank {rank} failed: {failure.message}")
+
+    def report(self) -> None:
+        """Log one line on everything that failed since the last report."""
+        if self._failures:
+            kinds = sorted(self._failures.values(), key=lambda f: -f.count)
+            shown = "; ".join(f"{f.count} x {f.message}" for f in kinds[:3])
+            # As an error: MMEngine drops a warning that it has logged before.
+            self._logger.error(
+                f"{self._name}: {self.num_failures} visualization step(s) failed: "
+                f"{shown}"
+            )
+        self._failures.clear()
+
+    def _add(self, failure: _Failure) -> None:
+        known = self._failures.get(failure.kind)
+        if known is None:
+            self._failures[failure.kind] = failure
+            self._logger.error(f"{self._name}: {failure.report}")
+        else:
+            count = known.count + failure.count
+            self._failures[failure.kind] = replace(known, count=count)
 
 
 def _kind(error: Exception) -> tuple[str, str, int]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from mmengine.dist import get_rank
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 
+from mmyolo_vis_hooks.publish.gather import RankSpool
 from tests.test_hooks.helpers import box_spy, spy, vis_hooks
 from tests.toy_boxes import box_config
 
@@ -23,32 +27,71 @@ class CpuDataParallel(MMDistributedDataParallel):
         super().__init__(module, broadcast_buffers=False, **kwargs)
 
 
-def main(work_dir: str, data_root: str, alignment: str, failing_rank: str) -> None:
-    """Test a toy with both hooks on five images; one rank may fail to draw."""
-    torch.set_num_threads(1)
-    # Before the Runner, whose own way demands a GPU.
-    torch.distributed.init_process_group("gloo")
-    options = dict(alignment=alignment, num_images=-1, on_error="log")
+def refuse(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def damage(fault: str, runner: Runner, patch: pytest.MonkeyPatch) -> None:
+    """Let something fail on one of the ranks."""
+    rank = get_rank()
+    keep = RankSpool._keep
+
+    def keep_all_but_one(self, image_id, png):
+        if image_id == "4_image":
+            refuse()
+        keep(self, image_id, png)
+
+    def die(self):
+        assert len(self)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if fault == "drawing" and rank == 1:
+        for hook in vis_hooks(runner):
+            hook.build_panel = lambda class_names, palette: refuse
+    elif fault == "spool" and rank == 1:
+        patch.setattr(RankSpool, "_keep", keep_all_but_one)
+    elif fault == "reading" and rank == 1:
+        patch.setattr(RankSpool, "_read", lambda self, index: ("2_image", b""))
+    elif fault == "killed" and rank == 1:
+        patch.setattr(RankSpool, "gather", die)
+    elif fault == "backend" and rank == 0:
+        # That of a picture of the other rank, while that one waits.
+        backend = runner.visualizer.get_backend("LocalVisBackend")
+        add_image = backend.add_image
+        backend.add_image = lambda name, *args: (
+            refuse() if "2_image" in name else add_image(name, *args)
+        )
+
+
+def test(work_dir: Path, data_root: str, alignment: str, fault: str, on_error: str):
+    """Test a toy with both hooks on five images."""
+    options = dict(alignment=alignment, num_images=-1, on_error=on_error)
     hooks = [spy(**options), box_spy(**options)]
-    cfg = box_config(Path(work_dir), hooks, data_root=Path(data_root), batch_size=1)
+    cfg = box_config(work_dir, hooks, data_root=Path(data_root), batch_size=1)
     cfg.test_dataloader.dataset.indices = 5
     cfg.test_evaluator = []
     cfg.launcher = "pytorch"
     cfg.model_wrapper_cfg = dict(type="CpuDataParallel")
     runner = Runner.from_cfg(cfg)
-    if get_rank() == int(failing_rank):
+    with pytest.MonkeyPatch.context() as patch:
+        damage(fault, runner, patch)
+        try:
+            runner.test()
+        except Exception as error:
+            # Said by every rank: none may wait for one that is gone.
+            ended = f"ended by {type(error).__name__}: {error}"
+            (work_dir / f"rank{get_rank()}.txt").write_text(ended)
 
-        def fail(class_names, palette):
-            raise_error = RuntimeError("this rank cannot draw")
 
-            def explain(sample):
-                raise raise_error
-
-            return explain
-
-        for hook in vis_hooks(runner):
-            hook.build_panel = fail
-    runner.test()
+def main(work_dir: str, data_root: str, *scenarios: str) -> None:
+    """Run scenarios, each ``alignment:fault:on_error``, in folders of these names."""
+    torch.set_num_threads(1)
+    # Before the Runner, whose own way demands a GPU.
+    torch.distributed.init_process_group("gloo")
+    for scenario in scenarios:
+        test(Path(work_dir) / scenario, data_root, *scenario.split(":"))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -607,10 +607,7 @@ class BoxMapper:
         warning = "" if shown else self._why_blank(image, k, maps)
         if warning:
             self._logger.warning(
-                "detection %d (class %d): %s",
-                image.indices[k],
-                image.labels[k],
-                warning,
+                f"detection {image.indices[k]} (class {image.labels[k]}): {warning}"
             )
         return BoxExplanation(image.indices[k], shown, warning)
 

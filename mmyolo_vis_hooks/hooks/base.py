@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,6 +11,7 @@ from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.visualization import Visualizer
 from torch import nn
 
 from ..data.pipeline import (
@@ -33,6 +32,7 @@ from ..network.state import preserve_rng_state
 from ..options import RunOptions
 from ..publish.gather import RankSpool
 from ..publish.publisher import Publisher
+from ..publish.window import why_no_window
 from ..records import VisImage, VisSample
 from ..samples import SampleMaker
 from .loop_recording import LoopRecording, data_samples_of
@@ -134,35 +134,42 @@ class BaseVisHook(Hook):
         if not self.run_options.draw:
             return
         if not self._loops:
-            self._take_name(runner)
-            self._policy = ErrorPolicy(self.run_options.on_error, runner.logger)
-            self._spool = RankSpool()
-            self._publisher = Publisher(
-                runner.visualizer,
-                name=self.name,
-                policy=self._policy,
-                show=self.run_options.show,
-                wait_time=self.run_options.wait_time,
-            )
-            if self.run_options.show and not _has_display():
-                runner.logger.warning(
-                    "%s: show=True, but this machine has no display, so nobody will "
-                    "see the pictures; leave show=False to publish them.",
-                    self.name,
-                )
-            if not self._publisher.has_destination:
-                runner.logger.warning(
-                    "%s: the visualizer has no backend, so no picture will be kept. "
-                    "Set visualizer=dict(vis_backends=[dict(type='LocalVisBackend')]); "
-                    "DetVisualizationHook(show=True) removes all backends.",
-                    self.name,
-                )
+            self._set_up(runner)
+        elif any(isinstance(hook, LoggerHook) for hook in runner.hooks):
+            # At the end of the run before, it closed the visualizer's backends.
+            self._publisher.reopen()
         self._detector = unwrap_detector(runner.model)
         # A loop that is not built yet is not the one that runs now.
         for mode, loop in (("val", runner._val_loop), ("test", runner._test_loop)):
             known = self._loops.get(mode)
             if isinstance(loop, BaseLoop) and (known is None or known.loop is not loop):
                 self._loops[mode] = self._prepare_loop(runner, mode, loop)
+
+    def _set_up(self, runner: Runner) -> None:
+        """Prepare what all loops share."""
+        problem = why_no_window() if self.run_options.show else None
+        # A visualizer of the user's own may show pictures elsewhere.
+        if problem and type(runner.visualizer).show is Visualizer.show:
+            raise VisConfigError(
+                f"show=True cannot work: {problem}; leave show=False to publish the "
+                "pictures through the visualizer's backends"
+            )
+        self._take_name(runner)
+        self._policy = ErrorPolicy(self.run_options.on_error, runner.logger, self.name)
+        self._spool = RankSpool(runner.work_dir)
+        self._publisher = Publisher(
+            runner.visualizer,
+            name=self.name,
+            policy=self._policy,
+            show=self.run_options.show,
+            wait_time=self.run_options.wait_time,
+        )
+        if not self._publisher.has_destination:
+            runner.logger.warning(
+                f"{self.name}: the visualizer has no backend, so no picture will be "
+                "kept. Set visualizer=dict(vis_backends=[dict(type='LocalVisBackend'"
+                ")]); DetVisualizationHook(show=True) removes all backends."
+            )
 
     def _take_name(self, runner: Runner) -> None:
         """Give two hooks of one name different tags."""
@@ -222,10 +229,8 @@ class BaseVisHook(Hook):
                 leaf.pipeline = pipeline
         if self.run_options.override_loop_pipeline:
             runner.logger.warning(
-                "%s: override_loop_pipeline=True: the %s loop runs on the Resize-only "
-                "pipeline, and its metrics are of that pipeline.",
-                self.name,
-                state.mode,
+                f"{self.name}: override_loop_pipeline=True: the {state.mode} loop runs "
+                "on the Resize-only pipeline, and its metrics are of that pipeline."
             )
 
     def _positions(self, state: _LoopState, data_batch: Any) -> list[int]:
@@ -287,17 +292,11 @@ class BaseVisHook(Hook):
         """Say what was drawn and what failed."""
         if not self._loops:
             return
-        if self._publisher.num_published:
-            runner.logger.info(
-                "%s: %d picture(s) %s",
-                self.name,
-                self._publisher.num_published,
-                "shown" if self.run_options.show else "published",
-            )
-        summary = self._policy.summary()
-        if summary:
-            runner.logger.warning("%s: %s", self.name, summary)
-        self._spool.clear()
+        count, self._publisher.num_published = self._publisher.num_published, 0
+        if count:
+            done = "shown" if self.run_options.show else "published"
+            runner.logger.info(f"{self.name}: {count} picture(s) {done}")
+        self._policy.report()
 
     def _start_run(self, mode: str) -> None:
         state = self._loops.get(mode)
@@ -312,6 +311,8 @@ class BaseVisHook(Hook):
     ) -> None:
         state = self._loops.get(mode)
         if state is None or not state.drawing or not outputs:
+            return
+        if self._policy.ends_run:
             return
         wanted: list[tuple[int, SelectedImage]] = []
         with self._policy.guard(f"find the images of a {mode} batch"):
@@ -345,27 +346,30 @@ class BaseVisHook(Hook):
         state = self._loops.get(mode)
         if state is None or not state.drawing:
             return
-        met = set(state.seen)
+        # Between the first and the last collective no rank may fail alone.
+        met = set().union(*all_gather_object(state.seen))
         with self._policy.guard("gather the pictures of the other ranks"):
-            for seen in all_gather_object(sorted(state.seen)):
-                met.update(seen)
-            for picture in self._spool.gather():
-                # Samplers repeat images so that all ranks have equally many.
-                if picture.image_id not in state.seen:
-                    state.seen.add(picture.image_id)
-                    self._publisher.publish(mode, picture, self._step(runner, state))
+            self._spool.gather()
+        if is_main_process():
+            self._publish_gathered(state, self._step(runner, state))
+            self._publisher.finish(commit=self._ends_row(runner, mode))
+        state.drawing = False
+        self._policy.share()
         missing = [i.image_id for i in state.selector.images if i.image_id not in met]
         if missing:
             runner.logger.warning(
-                "%s: %d selected image(s) never came through the %s loop: %s",
-                self.name,
-                len(missing),
-                mode,
-                ", ".join(missing[:5]),
+                f"{self.name}: {len(missing)} selected image(s) never came through the "
+                f"{mode} loop: {', '.join(missing[:5])}"
             )
-        if is_main_process():
-            self._publisher.finish(commit=self._ends_row(runner, mode))
-        state.drawing = False
+
+    def _publish_gathered(self, state: _LoopState, step: int) -> None:
+        with self._policy.guard("read the pictures of the other ranks"):
+            for picture in self._spool.images():
+                # Samplers repeat images so that all ranks have equally many.
+                if picture.image_id not in state.seen:
+                    state.seen.add(picture.image_id)
+                    self._publisher.publish(state.mode, picture, step)
+        self._spool.clear()
 
     def _ends_row(self, runner: Runner, mode: str) -> bool:
         """Whether nobody after this hook ends the run's row of history."""
@@ -400,13 +404,6 @@ def unwrap_detector(model: nn.Module) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = cast(nn.Module, model.module)
     return model
-
-
-def _has_display() -> bool:
-    """Whether windows can open; other systems than Linux always have a desktop."""
-    return not sys.platform.startswith("linux") or any(
-        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
-    )
 
 
 def _check_packed_keys(dataset: Any, alignment: str) -> None:

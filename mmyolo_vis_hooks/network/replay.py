@@ -456,10 +456,8 @@ class ReplayEngine:
 
     def _warn(self, target: ReplayTarget, reason: object) -> None:
         self._logger.warning(
-            "Whole forwards are run for what depends on %s, since it cannot be re-run "
-            "by itself: %s",
-            target.call.path,
-            reason,
+            f"Whole forwards are run for what depends on {target.call.path}, since it "
+            f"cannot be re-run by itself: {reason}"
         )
 
     def _plan(

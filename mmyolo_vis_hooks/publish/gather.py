@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 import cv2
 import numpy as np
@@ -12,22 +13,36 @@ from mmengine.dist import (
     all_gather_object,
     broadcast_object_list,
     get_rank,
-    get_world_size,
+    is_main_process,
 )
 
 from ..errors import VisError
 from ..records import VisImage
 
+# An image's id and its PNG file; no bytes for one that could not be read.
+_Packet = tuple[str, bytes]
+
 
 class RankSpool:
-    """Keeps a rank's pictures as PNG files until they are handed over.
+    """Keeps a rank's pictures on the disk until they are published.
 
-    Files, not arrays: a whole validation set of panels would not fit in memory.
+    In one file without a name, not in memory: a whole validation set of panels would
+    not fit there. Whatever ends the process, the system removes such a file.
+
+    Args:
+        folder (str): Where the file lies: the work dir, which has the space that the
+            pictures need in the end.
     """
 
-    def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory | None = None
-        self._paths: list[tuple[str, str]] = []
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+        # Image id, offset and size of each PNG in the file.
+        self._places: list[tuple[str, int, int]] = []
+
+    def __len__(self) -> int:
+        """Number of pictures that are kept."""
+        return len(self._places)
 
     def add(self, image: VisImage) -> None:
         """Keep one picture.
@@ -35,65 +50,102 @@ class RankSpool:
         Raises:
             VisError: If it cannot be written.
         """
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="mmyolo_vis_hooks_")
-        path = os.path.join(self._folder.name, f"{len(self._paths)}.png")
         bgr = cv2.cvtColor(image.image_rgb, cv2.COLOR_RGB2BGR)
-        if not cv2.imwrite(path, bgr):
-            raise VisError(f"cannot keep the picture {image.image_id} in {path}")
-        self._paths.append((image.image_id, path))
+        encoded, png = cv2.imencode(".png", bgr)
+        if not encoded:
+            raise VisError(f"the picture {image.image_id} cannot be encoded as PNG")
+        self._keep(image.image_id, png.tobytes())
 
-    def gather(self) -> Iterator[VisImage]:
-        """Hand the pictures of all ranks to rank 0; every rank must call this.
+    def gather(self) -> None:
+        """Bring the pictures of all ranks to rank 0; every rank must call this.
 
-        Yields:
-            VisImage: On rank 0 those of the other ranks; elsewhere nothing.
+        No rank fails before all have had their turn: the others would wait for ever.
 
         Raises:
-            VisError: On rank 0, after all others, if pictures did not arrive whole.
+            VisError: On rank 0, if pictures were not read or kept; all others are
+                there.
         """
-        counts = all_gather_object(len(self._paths))
-        lost = 0
-        for source in range(1, get_world_size()):
-            for i in range(counts[source]):
-                payload = [self._read(i) if get_rank() == source else None]
-                broadcast_object_list(payload, src=source)
-                if get_rank() != 0:
-                    continue
-                picture = _decode(payload[0])
-                if picture is None:
-                    lost += 1
-                else:
-                    yield picture
-        self.clear()
-        # Not earlier: the other ranks would wait for ever for their turn.
-        if lost:
+        counts = all_gather_object(len(self))
+        lost: list[str] = []
+        for source, count in enumerate(counts[1:], start=1):
+            for i in range(count):
+                packet = [self._read(i) if get_rank() == source else None]
+                broadcast_object_list(packet, src=source)
+                if is_main_process():
+                    lost += self._try_to_keep(packet[0])
+        if not is_main_process():
+            self.clear()
+        elif lost:
             raise VisError(
-                f"{lost} picture(s) of other ranks did not arrive whole; look at the "
-                "free space of their temporary folders (TMPDIR)"
+                f"{len(lost)} picture(s) of other ranks did not arrive ({lost[0]}); "
+                "look at the free space of the work dir"
             )
+
+    def images(self) -> Iterator[VisImage]:
+        """Hand out what is kept, one by one.
+
+        Raises:
+            VisError: After all others, if pictures could not be read again.
+        """
+        lost = 0
+        for i in range(len(self)):
+            image_id, png = self._read(i)
+            encoded = np.frombuffer(png, np.uint8)
+            bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if png else None
+            if bgr is None:
+                lost += 1
+            else:
+                yield VisImage(image_id, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
+        if lost:
+            raise VisError(f"{lost} kept picture(s) could not be read again")
 
     def clear(self) -> None:
         """Remove what is kept."""
-        if self._folder is not None:
-            self._folder.cleanup()
-        self._folder, self._paths = None, []
+        if self._file is not None:
+            self._file.close()
+        self._file, self._places = None, []
 
-    def _read(self, index: int) -> tuple[str, bytes] | None:
-        image_id, path = self._paths[index]
+    def _keep(self, image_id: str, png: bytes) -> None:
         try:
-            with open(path, "rb") as file:
-                return image_id, file.read()
+            if self._file is None:
+                self._file = _nameless_file(self._folder)
+            # Behind the last whole picture.
+            offset = sum(self._places[-1][1:]) if self._places else 0
+            self._file.seek(offset)
+            written = self._file.write(png)
+        except OSError as error:
+            raise VisError(
+                f"the picture {image_id} cannot be kept in {self._folder} ({error})"
+            ) from error
+        if written != len(png):
+            raise VisError(
+                f"the picture {image_id} cannot be kept in {self._folder} "
+                f"({written} of {len(png)} bytes were written)"
+            )
+        self._places.append((image_id, offset, len(png)))
+
+    def _try_to_keep(self, packet: _Packet | None) -> list[str]:
+        """Keep a picture of another rank; give what was wrong, if anything."""
+        image_id, png = packet or ("?", b"")
+        if not png:
+            return [f"the picture {image_id} could not be read again"]
+        try:
+            self._keep(image_id, png)
+        except VisError as error:
+            return [str(error)]
+        return []
+
+    def _read(self, index: int) -> _Packet:
+        image_id, offset, size = self._places[index]
+        assert self._file is not None
+        try:
+            self._file.seek(offset)
+            png = self._file.read(size)
         except OSError:
-            # The other ranks wait for an answer, whatever happened to the file.
-            return None
+            png = b""
+        return image_id, png if len(png) == size else b""
 
 
-def _decode(payload: tuple[str, bytes] | None) -> VisImage | None:
-    if not payload or not payload[1]:
-        return None
-    image_id, png = payload
-    image_bgr = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
-    if image_bgr is None:
-        return None
-    return VisImage(image_id, cv2.cvtColor(image_bgr, cv2.COLOR_BGR2RGB))
+def _nameless_file(folder: str) -> IO[bytes]:
+    os.makedirs(folder, exist_ok=True)
+    return tempfile.TemporaryFile(dir=folder, buffering=0)

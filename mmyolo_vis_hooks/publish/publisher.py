@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import numpy as np
 from mmengine.visualization import Visualizer
 
-from ..errors import ErrorPolicy, PublishError
+from ..errors import ErrorPolicy
 from ..records import VisImage
-
-_PNG_END = b"IEND\xaeB`\x82"
+from .backends import BackendAdapter, adapter_for
 
 
 class Publisher:
@@ -26,6 +23,9 @@ class Publisher:
         policy (ErrorPolicy): What a failing backend does to the run.
         show (bool): Show pictures in a window instead of publishing them.
         wait_time (float): Seconds the window stays; 0 waits for a key.
+
+    Attributes:
+        num_published (int): Pictures that a backend has taken, or that were shown.
     """
 
     def __init__(
@@ -42,14 +42,15 @@ class Publisher:
         self._policy = policy
         self._show = show
         self._wait_time = wait_time
-        # W&B: one row of history per run, so its images wait for the row.
-        self._wandb_rows: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, BackendAdapter] = {}
+        # Tags of this run that wait for a backend, and those that one has taken.
+        self._waiting: set[str] = set()
         self.num_published = 0
 
     @property
     def has_destination(self) -> bool:
         """Whether a picture that is handed over will be seen anywhere."""
-        return self._show or bool(self._backends())
+        return self._show or bool(self._adapters())
 
     def publish(self, mode: str, image: VisImage, step: int) -> None:
         """Hand one picture to every backend.
@@ -67,78 +68,44 @@ class Publisher:
                 )
                 self.num_published += 1
             return
-        failed = False
-        for backend_name, backend in self._backends().items():
-            action = f"publish {tag} through {backend_name}"
-            before = self._policy.num_failures
-            with self._policy.guard(action):
-                self._add_image(backend_name, backend, tag, image.image_rgb, step)
-            failed |= self._policy.num_failures > before
-        self.num_published += not failed
+        taken = False
+        for name, adapter in self._adapters().items():
+            with self._policy.guard(f"publish {tag} through {name}"):
+                taken |= adapter.add(tag, image.image_rgb, step)
+        if taken:
+            self.num_published += 1
+        else:
+            self._waiting.add(tag)
 
     def finish(self, commit: bool) -> None:
-        """Complete a run: W&B gets its images as one row.
+        """Complete a validation or test run.
 
         Args:
-            commit (bool): Whether the row ends here. False where somebody who
-                comes later, MMEngine's ``LoggerHook``, ends it with the metrics.
+            commit (bool): Whether the run's row of history ends here. False where
+                somebody who comes later, MMEngine's ``LoggerHook``, ends it with the
+                metrics.
         """
-        for backend_name, backend in self._backends().items():
-            row = self._wandb_rows.pop(backend_name, None)
-            if row:
-                with self._policy.guard(f"publish {len(row)} images through W&B"):
-                    backend.experiment.log(
-                        row, commit=commit and getattr(backend, "_commit", True)
-                    )
+        taken: set[str] = set()
+        for name, adapter in self._adapters().items():
+            with self._policy.guard(f"publish the pictures of a run through {name}"):
+                taken.update(adapter.finish(commit))
+        self.num_published += len(taken & self._waiting)
+        self._waiting.clear()
 
-    def _backends(self) -> dict[str, Any]:
+    def reopen(self) -> None:
+        """Open backends again that MMEngine has closed after a run."""
+        for adapter in self._adapters().values():
+            adapter.reopen()
+
+    def _adapters(self) -> dict[str, BackendAdapter]:
+        """Of the backends that there are now: other hooks may remove some."""
+        backends: dict[str, Any]
         backends = dict(getattr(self._visualizer, "_vis_backends", None) or {})
-        if backends or type(self._visualizer).add_image is Visualizer.add_image:
-            return backends
-        # A visualizer of the user's own that stores pictures by itself.
-        return {type(self._visualizer).__name__: self._visualizer}
-
-    def _add_image(
-        self, name: str, backend: Any, tag: str, image_rgb: np.ndarray, step: int
-    ) -> None:
-        kinds = {base.__name__ for base in type(backend).__mro__}
-        if "LocalVisBackend" in kinds:
-            _add_local_image(backend, tag, image_rgb, step)
-        elif "WandbVisBackend" in kinds:
-            picture = _wandb_image(backend, image_rgb, tag, step)
-            self._wandb_rows.setdefault(name, {})[tag] = picture
-        elif "MLflowVisBackend" in kinds:
-            # MLflow takes the name for a file name and knows no steps.
-            backend.add_image(f"{tag}_{step}.png", image_rgb, step)
-        else:
-            backend.add_image(tag, image_rgb, step)
-
-
-def _add_local_image(backend: Any, tag: str, image_rgb: np.ndarray, step: int) -> None:
-    """Write a PNG file and make sure that it is whole.
-
-    The backend writes ``{name}_{step}.png`` and does not look whether the file
-    came about: a name with a slash or a full disk loses it without an error.
-    """
-    # Neither mode, name nor image id holds a dot, so names cannot collide.
-    name = tag.replace("/", ".")
-    backend.add_image(name, image_rgb, step)
-    path = os.path.join(backend._img_save_dir, f"{name}_{step}.png")
-    try:
-        with open(path, "rb") as file:
-            file.seek(-len(_PNG_END), os.SEEK_END)
-            whole = file.read() == _PNG_END
-    except OSError:
-        whole = False
-    if not whole:
-        if os.path.exists(path):
-            os.remove(path)
-        raise PublishError(
-            f"LocalVisBackend did not write {path}; look at the free space and the "
-            "permissions of the work dir"
-        )
-
-
-def _wandb_image(backend: Any, image_rgb: np.ndarray, tag: str, step: int) -> Any:
-    # The picture is written to W&B's media folder now; only its handle is kept.
-    return backend.experiment.Image(image_rgb, caption=f"{tag} @ {step}")
+        own = type(self._visualizer).add_image is not Visualizer.add_image
+        if not backends and own:
+            # A visualizer of the user's own that stores pictures by itself.
+            backends = {type(self._visualizer).__name__: self._visualizer}
+        for name, backend in backends.items():
+            if name not in self._known or self._known[name].backend is not backend:
+                self._known[name] = adapter_for(backend)
+        return {name: self._known[name] for name in backends}

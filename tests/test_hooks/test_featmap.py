@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -395,23 +393,3 @@ def test_a_visualizer_without_backends_is_reported(tmp_path, toy_data):
     Runner.from_cfg(cfg).test()
     assert "no picture will be kept" in log_of(tmp_path)
     assert pictures(tmp_path) == {}
-
-
-@pytest.mark.parametrize("display", ["", ":7"])
-def test_show_without_a_display_is_reported(tmp_path, toy_data, monkeypatch, display):
-    monkeypatch.setenv("DISPLAY", display)
-    monkeypatch.setenv("WAYLAND_DISPLAY", "")
-    monkeypatch.setattr(sys, "platform", "linux")
-    cfg = toy_config(tmp_path, [spy(show=True, num_images=2)], data_root=toy_data)
-    runner = Runner.from_cfg(cfg)
-    shown = []
-    monkeypatch.setattr(
-        runner.visualizer, "show", lambda image, **options: shown.append(options)
-    )
-    runner.test()
-    assert [options["win_name"] for options in shown] == [
-        "test/featmap/1_image",
-        "test/featmap/6_image",
-    ]
-    assert pictures(tmp_path) == {}
-    assert ("no display" in log_of(tmp_path)) == (display == "")

@@ -6,91 +6,129 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from mmengine.runner import Runner
 
 from mmyolo_vis_hooks.errors import VisError
-from mmyolo_vis_hooks.publish import gather
 from mmyolo_vis_hooks.publish.gather import RankSpool
 from mmyolo_vis_hooks.records import VisImage
-from tests.test_hooks.helpers import box_spy, pictures, spy
+from tests.test_hooks.helpers import box_spy, log_of, pictures, spy
 from tests.toy_boxes import box_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_on_two_ranks(work_dir: Path, toy_data: Path, alignment: str, failing: int):
+ALIGNMENTS = ("resize", "letterbox")
+FAULTS = ("drawing", "spool", "reading", "backend")
+
+
+def run_on_two_ranks(work_dir: Path, toy_data: Path, *scenarios: str) -> int:
+    """The status; a folder per scenario, see ``tests/distributed_run.py``."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
         *("--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
-        *("-m", "tests.distributed_run"),
-        *(str(work_dir), str(toy_data), alignment, str(failing)),
+        *("-m", "tests.distributed_run", str(work_dir), str(toy_data), *scenarios),
     ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return pictures(work_dir)
+    # A rank that waits for ever ends here.
+    done = subprocess.run(command, cwd=ROOT, timeout=300)
+    return done.returncode
 
 
-@pytest.mark.parametrize("alignment", ["resize", "letterbox"])
-def test_two_ranks_give_the_pictures_of_one(tmp_path, toy_data, alignment):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, toy_data) -> Path:
+    """All scenarios, in one start of the two processes."""
+    work_dir = tmp_path_factory.mktemp("ranks")
+    scenarios = [f"{alignment}:none:log" for alignment in ALIGNMENTS]
+    scenarios += [f"resize:{fault}:log" for fault in FAULTS]
+    scenarios += [f"resize:{fault}:raise" for fault in ("drawing", "backend")]
+    assert run_on_two_ranks(work_dir, toy_data, *scenarios) == 0
+    return work_dir
+
+
+def names(*image_ids: int) -> list[str]:
+    hooks = ("boxam", "featmap")
+    return [f"test.{hook}.{i}_image_0.png" for hook in hooks for i in image_ids]
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_two_ranks_give_the_pictures_of_one(runs, tmp_path, toy_data, alignment):
     """Five images on two ranks: the sampler repeats one of them."""
-    found = run_on_two_ranks(tmp_path / "two", toy_data, alignment, failing=-1)
+    found = pictures(runs / f"{alignment}:none:log")
     options = dict(alignment=alignment, num_images=-1)
     hooks = [spy(**options), box_spy(**options)]
-    cfg = box_config(tmp_path / "one", hooks, data_root=toy_data, batch_size=1)
+    cfg = box_config(tmp_path, hooks, data_root=toy_data, batch_size=1)
     cfg.test_dataloader.dataset.indices = 5
     cfg.test_evaluator = []
     Runner.from_cfg(cfg).test()
-    expected = pictures(tmp_path / "one")
-    assert len(expected) == 2 * 5
+    expected = pictures(tmp_path)
+    assert sorted(expected) == names(1, 2, 3, 4, 5)
     assert found.keys() == expected.keys()
     for name, image in expected.items():
         np.testing.assert_array_equal(found[name], image)
 
 
-def test_a_rank_that_cannot_draw_holds_nobody_up(tmp_path, toy_data):
-    found = run_on_two_ranks(tmp_path, toy_data, "resize", failing=1)
-    # Rank 0 had the first, third and fifth image.
-    assert sorted(found) == [
-        f"test.{name}.{i}_image_0.png"
-        for name in ("boxam", "featmap")
-        for i in (1, 3, 5)
-    ]
+@pytest.mark.parametrize(
+    ("fault", "there", "says"),
+    [
+        ("drawing", (1, 3, 5), ["rank 1: Could not draw 2_image", "3 x OSError"]),
+        ("spool", (1, 2, 3, 5), ["rank 1: Could not draw 4_image", "1 x OSError"]),
+        ("reading", (1, 3, 5), ["2_image could not be read again", "1 x VisError"]),
+        ("backend", (1, 3, 4, 5), ["publish test/featmap/2_image", "1 x OSError"]),
+    ],
+)
+def test_a_rank_that_fails_holds_nobody_up(runs, fault, there, says):
+    """What another rank could not do is in the one log that is read."""
+    work_dir = runs / f"resize:{fault}:log"
+    assert sorted(pictures(work_dir)) == names(*there)
+    log = log_of(work_dir)
+    for text in says:
+        assert text in log
+    # A closing line for each hook.
+    assert log.count("visualization step(s) failed") == 2
 
 
-def test_spool_is_emptied_and_needs_no_other_rank():
-    spool = RankSpool()
-    image = np.random.RandomState(0).randint(0, 255, (9, 7, 3)).astype(np.uint8)
-    spool.add(VisImage("a", image))
-    folder = Path(spool._folder.name)
-    assert len(list(folder.iterdir())) == 1
-    assert list(spool.gather()) == []  # rank 0 publishes its own at once
-    assert not folder.exists()
+@pytest.mark.parametrize(("fault", "failed"), [("drawing", 1), ("backend", 0)])
+def test_raise_ends_all_ranks(runs, fault, failed):
+    work_dir = runs / f"resize:{fault}:raise"
+    own, other = (
+        (work_dir / f"rank{rank}.txt").read_text() for rank in (failed, 1 - failed)
+    )
+    assert own == "ended by OSError: [Errno 28] No space left on device"
+    assert other.startswith(f"ended by VisError: rank {failed} failed: OSError")
 
 
-@pytest.mark.parametrize("damage", [lambda png: png[:100], lambda png: b"", None])
-def test_a_damaged_picture_of_another_rank_does_not_stop_the_others(
-    monkeypatch, damage
-):
-    """Rank 0 takes part in every broadcast, or the other ranks would hang."""
-    image = np.random.RandomState(0).randint(0, 255, (40, 30, 3)).astype(np.uint8)
-    png = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
-    sent = [damage and ("bad", damage(png)), ("good", png)]
+def test_a_killed_rank_leaves_no_file(tmp_path, toy_data):
+    assert run_on_two_ranks(tmp_path, toy_data, "resize:killed:log") != 0
+    left = [p for p in tmp_path.rglob("*") if p.is_file()]
+    # The other rank may have had the time to say that this one is gone.
+    assert {path.suffix for path in left} - {".txt"} == {".log", ".py", ".png"}
+    drawn = [path.name for path in left if path.suffix == ".png"]
+    assert set(drawn) <= set(names(1, 3, 5))
 
-    def broadcast(payload, src):
-        payload[0] = sent.pop(0)
 
-    monkeypatch.setattr(gather, "all_gather_object", lambda count: [0, 2])
-    monkeypatch.setattr(gather, "get_world_size", lambda: 2)
-    monkeypatch.setattr(gather, "broadcast_object_list", broadcast)
-    pictures_of_others = RankSpool().gather()
-    received = next(pictures_of_others)
-    with pytest.raises(VisError, match=r"1 picture\(s\) of other ranks"):
-        next(pictures_of_others)
-    assert sent == []
-    assert received.image_id == "good"
-    np.testing.assert_array_equal(received.image_rgb, image)
+def test_a_spool_is_emptied_and_needs_no_other_rank(tmp_path):
+    spool = RankSpool(str(tmp_path / "new"))
+    rng = np.random.RandomState(0)
+    images = {
+        name: rng.randint(0, 255, (9, 7, 3)).astype(np.uint8) for name in ("a", "b")
+    }
+    for name, image in images.items():
+        spool.add(VisImage(name, image))
+    spool.gather()
+    kept = {image.image_id: image.image_rgb for image in spool.images()}
+    assert kept.keys() == images.keys()
+    for name, image in images.items():
+        np.testing.assert_array_equal(kept[name], image)
+    spool.clear()
+    assert len(spool) == 0
+    assert list(spool.images()) == []
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_folder_that_takes_nothing_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    spool = RankSpool(str(tmp_path / "file"))
+    with pytest.raises(VisError, match=r"the picture a cannot be kept in .*file"):
+        spool.add(VisImage("a", np.zeros((9, 7, 3), np.uint8)))
+    assert len(spool) == 0

@@ -43,65 +43,46 @@ def tensorboard_images(work_dir: Path) -> dict[str, list[int]]:
     return found
 
 
-def test_training_with_two_hooks_loses_nothing(tmp_path, toy_data):
-    hooks = [spy(image_indices=[0, 2, 5]), spy(image_indices=[0], alignment="network")]
-    cfg = toy_config(tmp_path, hooks, data_root=toy_data, vis_backends=BACKENDS)
+def test_a_training_and_a_test_lose_nothing(tmp_path, toy_data):
+    """Every hook, image and step in every backend, also after MMEngine closed them."""
+    hooks = [
+        box_spy(image_indices=[0, 2, 5]),
+        spy(image_indices=[0]),
+        spy(image_indices=[0], alignment="network"),
+        box_spy(image_indices=[2], method="gradcam"),
+    ]
+    cfg = box_config(tmp_path, hooks, data_root=toy_data, vis_backends=BACKENDS)
     runner = Runner.from_cfg(cfg)
     runner.train()
-    tags = [f"featmap/{i}" for i in IDS] + ["featmap_2/1_image"]
-
+    tags = [f"boxam/{i}" for i in IDS]
+    tags += ["featmap/1_image", "featmap_2/1_image", "boxam_2/3_image"]
     expected = {f"val.{t.replace('/', '.')}_{e}.png" for t in tags for e in (1, 2)}
     assert set(pictures(tmp_path)) == expected
     assert tensorboard_images(tmp_path) == {f"val/{t}": [1, 2] for t in tags}
-
     rows = wandb_file.history_rows(tmp_path)
     with_images = [row for row in rows if wandb_file.images(row)]
     assert len(with_images) == 2  # one for each validation
     for row in with_images:
         assert wandb_file.images(row) == {f"val/{t}" for t in tags}
         assert "coco/bbox_mAP" in row  # the row of the metrics
-    media = list(tmp_path.rglob("files/media/images/**/*.png"))
-    assert len(media) == 2 * len(tags)
-
-
-def test_explanations_go_to_every_backend(tmp_path, toy_data):
-    hooks = [
-        box_spy(image_indices=[0, 2, 5]),
-        spy(image_indices=[0]),
-        box_spy(image_indices=[2], method="gradcam"),
-    ]
-    cfg = box_config(tmp_path, hooks, data_root=toy_data, vis_backends=BACKENDS)
-    Runner.from_cfg(cfg).train()
-    tags = [f"boxam/{i}" for i in IDS] + ["featmap/1_image", "boxam_2/3_image"]
-
-    expected = {f"val.{t.replace('/', '.')}_{e}.png" for t in tags for e in (1, 2)}
-    assert set(pictures(tmp_path)) == expected
-    assert tensorboard_images(tmp_path) == {f"val/{t}": [1, 2] for t in tags}
-    rows = wandb_file.history_rows(tmp_path)
-    with_images = [row for row in rows if wandb_file.images(row)]
-    assert len(with_images) == 2
-    for row in with_images:
-        assert wandb_file.images(row) == {f"val/{t}" for t in tags}
-        assert "coco/bbox_mAP" in row
     assert len(list(tmp_path.rglob("files/media/images/**/*.png"))) == 2 * len(tags)
 
-
-def test_test_run_has_a_row_of_its_own(tmp_path, toy_data):
-    hooks = [spy(num_images=-1), spy(num_images=2)]
-    cfg = toy_config(tmp_path, hooks, data_root=toy_data, vis_backends=BACKENDS)
-    Runner.from_cfg(cfg).test()
-    found = pictures(tmp_path)
-    assert len(found) == 8
-    assert all(name.startswith("test.featmap") for name in found)
-    assert all(name.endswith("_0.png") for name in found)
-    assert sum(map(len, tensorboard_images(tmp_path).values())) == 8
-    rows = wandb_file.history_rows(tmp_path)
-    assert [len(wandb_file.images(row)) for row in rows] == [8]
+    # MMEngine has closed the backends. The same run goes on.
+    (first,) = tmp_path.rglob("*.wandb")
+    runner.test()
+    (second,) = set(tmp_path.rglob("*.wandb")) - {first}
+    assert first.name == second.name  # the id of the run
+    (row,) = wandb_file.history_rows(second.parent)
+    assert wandb_file.images(row) == {f"test/{t}" for t in tags}
+    expected |= {f"test.{t.replace('/', '.')}_0.png" for t in tags}
+    assert set(pictures(tmp_path)) == expected
+    events = {f"{mode}/{t}" for mode in ("val", "test") for t in tags}
+    assert set(tensorboard_images(tmp_path)) == events
 
 
 def test_pure_validation_without_logger_hook_ends_its_row(tmp_path, toy_data):
     cfg = toy_config(
-        tmp_path, [spy(num_images=3)], data_root=toy_data, vis_backends=BACKENDS
+        tmp_path, [spy(num_images=3)], data_root=toy_data, vis_backends=BACKENDS[2:]
     )
     cfg.default_hooks.logger = None
     runner = Runner.from_cfg(cfg)
@@ -127,7 +108,7 @@ class Keeping:
 def make_publisher(backends, on_error="log", **kwargs):
     visualizer = Visualizer()
     visualizer._vis_backends = backends
-    policy = ErrorPolicy(on_error, MMLogger.get_instance("publisher_test"))
+    policy = ErrorPolicy(on_error, MMLogger.get_instance("publisher_test"), "featmap")
     return Publisher(visualizer, name="featmap", policy=policy, **kwargs), policy
 
 
@@ -144,7 +125,44 @@ def test_a_broken_backend_keeps_nothing_from_the_others():
     assert (name, step) == ("val/featmap/7_x", 3)
     np.testing.assert_array_equal(image, PICTURE.image_rgb)
     assert policy.num_failures == 1
-    assert publisher.num_published == 0  # not complete
+    assert publisher.num_published == 1
+
+
+@pytest.mark.parametrize("backends", [{}, {"Broken": Broken()}])
+def test_what_no_backend_took_is_not_published(backends):
+    publisher, _ = make_publisher(backends)
+    publisher.publish("val", PICTURE, 3)
+    publisher.finish(commit=True)
+    assert publisher.num_published == 0
+    assert publisher.has_destination == bool(backends)
+
+
+def test_what_waits_for_a_row_is_published_with_it():
+    class Experiment:
+        run, rows = None, []
+
+        def Image(self, image, caption):
+            return caption
+
+        def log(self, row, commit):
+            self.rows.append((row, commit))
+            if len(self.rows) > 1:
+                raise OSError("no route to the tracking server")
+
+    class WandbVisBackend(Keeping):
+        experiment = Experiment()
+
+    publisher, policy = make_publisher({"W&B": WandbVisBackend()})
+    publisher.publish("val", PICTURE, 3)
+    assert publisher.num_published == 0
+    publisher.finish(commit=False)
+    publisher.publish("val", PICTURE, 4)
+    publisher.finish(commit=True)
+    assert (publisher.num_published, policy.num_failures) == (1, 1)
+    tag = "val/featmap/7_x"
+    first, second = Experiment.rows
+    assert first == ({tag: f"{tag} @ 3"}, False)
+    assert second == ({tag: f"{tag} @ 4"}, True)
 
 
 def test_raise_lets_it_out():
@@ -155,14 +173,14 @@ def test_raise_lets_it_out():
 
 def test_local_file_that_was_not_written_is_an_error(tmp_path):
     backend = LocalVisBackend(save_dir=str(tmp_path))
-    backend._init_env()
-    (tmp_path / "vis_image").rmdir() if (tmp_path / "vis_image").exists() else None
-    (tmp_path / "vis_image").mkdir()
-    # A folder in the place of the file: imwrite gives False and says nothing.
-    (tmp_path / "vis_image" / "val.featmap.7_x_3.png").mkdir()
     publisher, _ = make_publisher({"Local": backend}, on_error="raise")
-    with pytest.raises((PublishError, OSError)):
+    publisher.publish("val", PICTURE, 2)
+    path = tmp_path / "vis_image" / "val.featmap.7_x_3.png"
+    # A folder in the place of the file: imwrite gives False and says nothing.
+    path.mkdir()
+    with pytest.raises(PublishError, match=rf"did not write {path}.*free space"):
         publisher.publish("val", PICTURE, 3)
+    assert publisher.num_published == 1
 
 
 def test_mlflow_gets_file_names_with_steps():
@@ -175,24 +193,12 @@ def test_mlflow_gets_file_names_with_steps():
     assert backend.images[0][0] == "val/featmap/7_x_3.png"
 
 
-def test_show_opens_a_window_and_publishes_nothing(monkeypatch):
-    keeping, shown = Keeping(), []
-    publisher, _ = make_publisher({"Keeping": keeping}, show=True, wait_time=0.5)
-    monkeypatch.setattr(
-        publisher._visualizer, "show", lambda *a, **k: shown.append((a, k))
-    )
-    publisher.publish("test", PICTURE, 0)
-    assert keeping.images == []
-    ((_, options),) = shown
-    assert options == dict(win_name="test/featmap/7_x", wait_time=0.5)
-
-
 def test_visualizer_that_stores_pictures_itself():
     class OwnVisualizer(Visualizer):
         def add_image(self, name, image, step=0):
             self.kept = (name, step)
 
     visualizer = OwnVisualizer()
-    policy = ErrorPolicy("raise", MMLogger.get_instance("publisher_test"))
+    policy = ErrorPolicy("raise", MMLogger.get_instance("publisher_test"), "a")
     Publisher(visualizer, name="a", policy=policy).publish("val", PICTURE, 2)
     assert visualizer.kept == ("val/a/7_x", 2)

@@ -1,0 +1,173 @@
+"""How each kind of visualizer backend takes a picture.
+
+A backend that needs a way of its own gets an adapter here: a class with the name of
+MMEngine's backend in :func:`adapter_for`. All others take the default one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..errors import PublishError
+
+_PNG_END = b"IEND\xaeB`\x82"
+_ADAPTERS: dict[str, type[BackendAdapter]] = {}
+
+
+class BackendAdapter:
+    """Hands pictures to one backend: the way that fits most.
+
+    Args:
+        backend (BaseVisBackend): Of MMEngine's visualizer, or anything with
+            ``add_image(name, image, step)``.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+
+    def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
+        """Hand over a picture.
+
+        Args:
+            tag (str): ``mode/hook/image``; only letters, digits, ``_`` and ``-``
+                between the slashes.
+            image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB.
+            step (int): Epoch or iteration.
+
+        Returns:
+            bool: Whether the backend has it; False where it waits for :meth:`finish`.
+
+        Raises:
+            PublishError: If the backend lost the picture without an error.
+        """
+        self.backend.add_image(tag, image_rgb, step)
+        return True
+
+    def finish(self, commit: bool) -> list[str]:
+        """End a validation or test run; give the tags that the backend took now.
+
+        Args:
+            commit (bool): Whether nobody else ends the run's row of history.
+        """
+        return []
+
+    def reopen(self) -> None:
+        """Start again after MMEngine has closed the backend."""
+        # What the backend does at its first use, it does again.
+        if hasattr(self.backend, "_env_initialized"):
+            self.backend._env_initialized = False
+
+
+def register(backend_name: str) -> Callable[[type], type]:
+    """Make a class the adapter of a backend and of those derived from it.
+
+    Args:
+        backend_name (str): Name of the backend's class, which need not be importable.
+    """
+
+    def decorate(adapter: type) -> type:
+        _ADAPTERS[backend_name] = adapter
+        return adapter
+
+    return decorate
+
+
+def adapter_for(backend: Any) -> BackendAdapter:
+    """The adapter of a backend, by the nearest of its classes that has one."""
+    for base in type(backend).__mro__:
+        if base.__name__ in _ADAPTERS:
+            return _ADAPTERS[base.__name__](backend)
+    return BackendAdapter(backend)
+
+
+@register("LocalVisBackend")
+class LocalAdapter(BackendAdapter):
+    """Writes PNG files and makes sure that they are whole.
+
+    The backend writes ``{name}_{step}.png`` and does not look whether the file came
+    about: a name with a slash or a full disk loses it without an error.
+    """
+
+    def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
+        """Write a file whose name holds the tag with dots for slashes."""
+        # Neither mode, hook nor image holds a dot, so names cannot collide.
+        name = tag.replace("/", ".")
+        problem = "it is not whole"
+        try:
+            self.backend.add_image(name, image_rgb, step)
+            # Not earlier: at its first use the backend completes the folder.
+            if _is_whole(self._path(name, step)):
+                return True
+            os.remove(self._path(name, step))
+        except OSError as error:
+            if error.filename is None:  # not of a file, but of a subclass's server
+                raise
+            problem = error.strerror or str(error)
+        raise PublishError(
+            f"LocalVisBackend did not write {self._path(name, step)} ({problem}); look "
+            "at the free space and the permissions of the work dir"
+        )
+
+    def reopen(self) -> None:
+        """Do nothing: folders are not closed."""
+
+    def _path(self, name: str, step: int) -> str:
+        return os.path.join(self.backend._img_save_dir, f"{name}_{step}.png")
+
+
+def _is_whole(path: str) -> bool:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell() < len(_PNG_END):
+            return False
+        file.seek(-len(_PNG_END), os.SEEK_END)
+        return file.read() == _PNG_END
+
+
+@register("WandbVisBackend")
+class WandbAdapter(BackendAdapter):
+    """Gives a run's pictures one row of history, beside its metrics.
+
+    ``WandbVisBackend.add_image`` ignores the step and ends a row for each picture.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
+        self._row: dict[str, Any] = {}
+        self._run_id: str | None = None
+
+    def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
+        """Write the picture to W&B's media folder, and keep its handle."""
+        caption = f"{tag} @ {step}"
+        self._row[tag] = self.backend.experiment.Image(image_rgb, caption=caption)
+        return False
+
+    def finish(self, commit: bool) -> list[str]:
+        """Log the row; it stays open for metrics that come later."""
+        row, self._row = self._row, {}
+        if row:
+            experiment = self.backend.experiment
+            self._run_id = getattr(experiment.run, "id", None)
+            own_commit = getattr(self.backend, "_commit", True)
+            experiment.log(row, commit=commit and own_commit)
+        return list(row)
+
+    def reopen(self) -> None:
+        """Go on with the run that was closed."""
+        super().reopen()
+        if self._run_id is not None:
+            self.backend._init_kwargs.update(id=self._run_id, resume="allow")
+
+
+@register("MLflowVisBackend")
+class MLflowAdapter(BackendAdapter):
+    """MLflow takes the name for a file's and knows no steps."""
+
+    def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
+        """Put the step into the name."""
+        self.backend.add_image(f"{tag}_{step}.png", image_rgb, step)
+        return True

@@ -1,0 +1,29 @@
+"""Whether a window can open here."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Where matplotlib only writes files, Visualizer.show waits for ever.
+_WITHOUT_WINDOWS = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
+
+
+def why_no_window() -> str | None:
+    """Say why :meth:`mmengine.visualization.Visualizer.show` cannot show a picture.
+
+    Returns:
+        str: The reason, or None where a window, or a notebook's cell, can show it.
+    """
+    on_linux = sys.platform.startswith("linux")
+    if on_linux and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
+        return "this machine has no display"
+    import matplotlib
+
+    backend = matplotlib.get_backend()
+    if backend.lower() in _WITHOUT_WINDOWS:
+        return (
+            f"matplotlib draws with {backend!r} and can open no window; install PyQt6 "
+            "or python3-tk, and unset MPLBACKEND"
+        )
+    return None
