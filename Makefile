@@ -1,14 +1,15 @@
 # VENV     the virtual environment that everything runs in
-# PYTHON   the interpreter that makes it: 3.9 to 3.12; by default the first one found
+# PYTHON   the interpreter that makes it: 3.10 to 3.14; by default the first one found
 # TORCH    what to ask pip for instead of the newest pair of torch and torchvision
 # JOBS     processes that share the tests; each of them needs 4 GB of memory
 VENV ?= .venv
 TORCH ?=
 JOBS ?= 2
-FITS := import sys, venv; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))
+FITS := import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
 ifndef PYTHON
-PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10 python3.9 \
-	"$(VENV)/bin/python"; do "$$p" -c '$(FITS)' 2>/dev/null && echo "$$p" && break; done)
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 \
+	python3.14 "$(VENV)/bin/python"; do \
+	"$$p" -c '$(FITS)' 2>/dev/null && echo "$$p" && break; done)
 endif
 RUN := "$(VENV)/bin/python"
 
@@ -21,9 +22,9 @@ help: ## this list
 
 install: ## make or check the environment in VENV; all targets below do it first
 	@"$(PYTHON)" -c '$(FITS)' 2>/dev/null || { \
-	  echo "error: Python 3.9 to 3.12 with the venv module is needed, and" \
+	  echo "error: Python 3.10 to 3.14 with the venv module is needed, and" \
 	    "'$(PYTHON)' is none. Install one (Debian and Ubuntu: apt install python3" \
-	    "python3-venv python3-dev) or name one: make PYTHON=/path/to/python3.12"; \
+	    "python3-venv python3-dev) or name one: make PYTHON=/path/to/python3.13"; \
 	  exit 1; } >&2
 	@"$(PYTHON)" tools/setup_env.py --venv "$(VENV)" --torch "$(TORCH)"
 

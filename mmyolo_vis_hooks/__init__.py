@@ -4,9 +4,9 @@ Importing the package registers its hooks in MMEngine's root registry, and the
 loaders that read MMEngine's checkpoints safely under today's torch.
 """
 
-from .dependencies import require_mmcv
+from .dependencies import require_openmmlab
 
-require_mmcv()  # before the imports that would fail in the middle of MMDetection
+require_openmmlab()  # before the imports that would fail in the middle of MMDetection
 
 from .checkpoint import register_checkpoint_loaders  # noqa: E402
 from .hooks import BoxAMVisHook, FeatMapVisHook  # noqa: E402

@@ -1,9 +1,10 @@
-"""Checks that mmcv is there, with ops that fit this torch, before they are needed.
+"""Checks that OpenMMLab is there, with ops that fit this torch, before it is needed.
 
-mmcv cannot be a requirement that pip installs (its source builds without ops in
-pip's isolation), so a user can get here with none, with mmcv-lite, or with an
-mmcv that was compiled for another torch. Each of these otherwise ends in a
-traceback from the middle of MMDetection.
+Nothing of it is a requirement that pip installs: an environment may have it under
+other distribution names, and mmcv's source builds without ops in pip's isolation. So a
+user can get here with none, with mmcv-lite, or with an mmcv that was compiled for
+another torch. Each of these otherwise ends in a traceback from the middle of
+MMDetection.
 """
 
 from __future__ import annotations
@@ -13,75 +14,117 @@ import importlib.util
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from packaging.version import InvalidVersion, Version
 
 from .errors import VisError
 
-_TOOLS = Path(__file__).resolve().parents[1] / "tools"
+_BUILDER = Path(__file__).resolve().parents[1] / "tools" / "mmcv_builder.py"
 
 
 class DependencyError(VisError, RuntimeError):
-    """mmcv is missing or does not fit; the message ends with the command to run.
+    """A part of OpenMMLab is missing or does not fit; the message ends with a command.
 
     It is no ImportError on purpose: MMEngine's ``custom_imports`` replaces those
     by 'Failed to import mmyolo_vis_hooks', and the command would be lost.
     """
 
-    def __init__(self, problem: str) -> None:
-        installed = importlib.util.find_spec("mmcv_builder") is not None
-        builder = ["-m", "mmcv_builder"] if installed else [f"{_TOOLS}/build_mmcv.py"]
-        command = shlex.join([sys.executable, *builder])
-        super().__init__(
-            f"{problem}. Build the right mmcv (it takes minutes, needs a C++ compiler, "
-            f"and does nothing to an mmcv that works):\n\n    {command}\n"
-        )
+    def __init__(self, problem: str, remedy: str, *command: str) -> None:
+        line = shlex.join([sys.executable, *command])
+        super().__init__(f"{problem}. {remedy}:\n\n    {line}\n")
+
+
+def require_openmmlab() -> None:
+    """Raise unless MMEngine, mmcv and MMDetection import in versions that fit.
+
+    It does not matter which distributions brought them. All three are imported, which
+    the hooks would do next.
+
+    Raises:
+        DependencyError: One of them is missing, too old, too new, or broken.
+    """
+    _require("mmengine", "0.10.0", "1")
+    require_mmcv()
+    _require("mmdet", "3.0.0", "4")
+
+
+def _require(name: str, at_least: str, below: str) -> None:
+    wanted = f"{name}>={at_least},<{below}"
+    command = ("-m", "pip", "install", wanted)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed"
+        if error.name != name:
+            command = ("-m", "pip", "install", str(error.name))
+            missing += f", which {name} needs"
+        raise DependencyError(missing, "Install it", *command) from error
+    except AssertionError as error:  # what MMDetection says of the mmcv it finds
+        raise _mmcv_error(str(error).rstrip(".")) from error
+    version = _version_of(module)
+    if not _is_between(version, at_least, below):
+        problem = f"{name} {version} is installed, but {wanted} is needed"
+        raise DependencyError(problem, "Install that", *command)
+
+
+def _mmcv_error(problem: str) -> DependencyError:
+    installed = importlib.util.find_spec("mmcv_builder") is not None
+    builder = ["-m", "mmcv_builder"] if installed else [str(_BUILDER)]
+    remedy = (
+        "Build the right mmcv (it takes minutes, needs a C++ compiler, and does nothing"
+        " to an mmcv that works)"
+    )
+    return DependencyError(problem, remedy, *builder)
 
 
 def require_mmcv() -> None:
-    """Raise unless mmcv imports, is of an accepted version and has its ops.
+    """Raise unless mmcv imports, has its ops, and is of a version that MMYOLO takes.
 
     Imports mmcv (0.4 s, which MMDetection spends anyway) and loads its compiled
     module (0.01 s), but not ``mmcv.ops``.
 
     Raises:
-        DependencyError: mmcv is missing, of a version that MMYOLO or MMDetection
+        DependencyError: mmcv is missing, of a version that an installed MMYOLO
             rejects, without compiled ops, or compiled for another torch.
     """
     try:
         mmcv = importlib.import_module("mmcv")
     except ModuleNotFoundError as error:
-        if error.name == "mmcv":
-            raise DependencyError("mmcv is not installed") from error
-        raise DependencyError(f"mmcv does not import: {error}") from error
+        missing = "mmcv is not installed"
+        problem = missing if error.name == "mmcv" else f"mmcv does not import: {error}"
+        raise _mmcv_error(problem) from error
     except ImportError as error:
-        raise DependencyError(f"mmcv does not import: {error}") from error
-    version = getattr(mmcv, "__version__", "unknown")
-    problem = _mismatch(version)
-    if problem is not None:
-        raise DependencyError(f"mmcv {version} is installed, but {problem}")
+        raise _mmcv_error(f"mmcv does not import: {error}") from error
+    version = _version_of(mmcv)
+    # MMDetection says so itself, once it is imported.
+    low, high = "2.0.0rc4", "2.1.0"
+    with_mmyolo = importlib.util.find_spec("mmyolo") is not None
+    if with_mmyolo and not _is_between(version, low, high):
+        problem = (
+            f"mmcv {version} is installed, but MMYOLO needs mmcv >= {low}, < {high}"
+        )
+        raise _mmcv_error(problem)
     torch = importlib.import_module("torch")  # the compiled module links to it
     try:
         importlib.import_module("mmcv._ext")
     except ModuleNotFoundError as error:
-        raise DependencyError(
+        raise _mmcv_error(
             f"mmcv {version} has no compiled ops (mmcv-lite, or a build in pip's "
             "isolation)"
         ) from error
     except ImportError as error:
-        raise DependencyError(
+        raise _mmcv_error(
             f"mmcv {version} was not compiled for torch {torch.__version__} ({error})"
         ) from error
 
 
-def _mismatch(version: str) -> str | None:
-    """Who does not accept a version of mmcv, or None."""
-    if importlib.util.find_spec("mmyolo") is not None:
-        package, limit = "MMYOLO", "2.1.0"
-    else:
-        package, limit = "MMDetection", "2.2.0"
+def _version_of(module: ModuleType) -> str:
+    return str(getattr(module, "__version__", "unknown"))
+
+
+def _is_between(version: str, at_least: str, below: str) -> bool:
     try:
-        fits = Version("2.0.0rc4") <= Version(version) < Version(limit)
+        return Version(at_least) <= Version(version) < Version(below)
     except InvalidVersion:
-        fits = False
-    return None if fits else f"{package} needs mmcv >= 2.0.0rc4, < {limit}"
+        return False

@@ -1,4 +1,4 @@
-"""The check of mmcv, on every kind of mmcv that a user can have."""
+"""The check of OpenMMLab, on every kind of mmcv that a user can have."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from pathlib import Path
 
 import pytest
 
-from mmyolo_vis_hooks.dependencies import DependencyError, require_mmcv
+from mmyolo_vis_hooks.dependencies import (
+    DependencyError,
+    require_mmcv,
+    require_openmmlab,
+)
 
 COMMAND = shlex.join([sys.executable, "-m", "mmcv_builder"])
 VERSION = "__version__ = '2.0.1'\n"
 
 
-class NoMmcv(MetaPathFinder):
-    """Makes mmcv look as if it were not installed."""
+class Without(MetaPathFinder):
+    """Makes a package look as if it were not installed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
-        if fullname == "mmcv":
-            raise ModuleNotFoundError("No module named 'mmcv'", name="mmcv")
+        if fullname == self.name:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
         return None
 
 
@@ -51,12 +58,60 @@ def complaint() -> str:
     return message
 
 
-def test_the_mmcv_of_this_environment_passes() -> None:
-    require_mmcv()
+def test_this_environment_passes() -> None:
+    require_openmmlab()
+
+
+PIP = f"{sys.executable} -m pip install "
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "says", "command"),
+    [
+        ("mmdet", None, "mmdet is not installed. Install it", "'mmdet>=3.0.0,<4'"),
+        (
+            "mmengine",
+            "__version__ = '0.7.1'",
+            "mmengine 0.7.1 is installed, but mmengine>=0.10.0,<1 is needed",
+            "'mmengine>=0.10.0,<1'",
+        ),
+        (
+            "mmdet",
+            "import no_such_module",
+            "no_such_module is not installed, which mmdet needs",
+            "no_such_module",
+        ),
+        (
+            "mmdet",
+            "assert False, 'MMCV==2.2.0 is used but incompatible.'",
+            "MMCV==",
+            "",
+        ),
+    ],
+)
+def test_what_else_is_needed(
+    name: str,
+    module: str | None,
+    says: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, name)
+    if module is None:
+        monkeypatch.setattr(sys, "meta_path", [Without(name), *sys.meta_path])
+    else:
+        (tmp_path / f"{name}.py").write_text(module)
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DependencyError) as raised:
+        require_openmmlab()
+    message = str(raised.value)
+    assert message.startswith(says)
+    assert message.endswith(f"\n\n    {PIP + command if command else COMMAND}\n")
 
 
 def test_no_mmcv(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "meta_path", [NoMmcv(), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [Without("mmcv"), *sys.meta_path])
     assert complaint().startswith("mmcv is not installed. Build the right mmcv")
 
 

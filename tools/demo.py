@@ -176,7 +176,8 @@ def check_device(device: str) -> None:
         if device == "cuda":
             raise DemoError(
                 "--device cuda: mmcv was built without CUDA ops; run "
-                "'python tools/build_mmcv.py --cuda --force', or use --device cpu"
+                "'FORCE_CUDA=1 python tools/mmcv_builder.py --force', or take "
+                "--device cpu"
             )
         # In time: nothing has asked torch for a GPU yet.
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"

@@ -1,0 +1,360 @@
+"""The builder from end to end, on a tiny mmcv, and its words for what goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmcv_builder as builder
+from mmcv_builder import BuildError
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+# mmcv's setup.py in small: its lines that are patched, and two files to compile.
+# FAKE in the environment tells it to be slow, to fail or to be wrong.
+SETUP = """
+import os, subprocess, sys, time
+from setuptools import setup
+def get_version():
+    version_file = 'mmcv/version.py'
+    with open(version_file, encoding='utf-8') as f:
+        exec(compile(f.read(), version_file, 'exec'))
+    return locals()['__version__']
+extra_compile_args = dict(cxx=['-std=c++14'], nvcc=[])
+extra_compile_args['nvcc'] += ['-std=c++14']
+flags = [*extra_compile_args['cxx'], '-H', '-I' + os.path.abspath('mmcv/common')]
+mode = os.environ.get('FAKE', '')
+if 'bdist_wheel' in sys.argv:
+    assert os.environ['MMCV_WITH_OPS'] == '1' and os.environ['FORCE_CUDA'] == '0'
+    if mode == 'slow':
+        sleep = subprocess.Popen(['sleep', '60'])
+        with open(os.environ['FAKE_PID'] + '.new', 'w') as file:
+            file.write(str(sleep.pid))
+        os.rename(os.environ['FAKE_PID'] + '.new', os.environ['FAKE_PID'])
+        time.sleep(60)
+    if mode == 'fail':
+        sys.exit('op.cpp:3:1: error: no member named upsample')
+    for n in (1, 2):
+        print('[%d/2] compiling' % n, flush=True)
+        source = ['-c', 'mmcv/op%d.cpp' % n, '-o', 'op%d.o' % n]
+        subprocess.check_call([os.environ.get('CXX', 'c++'), *flags, *source])
+if mode == 'wrong':
+    with open('mmcv/ops.py', 'a') as file:
+        file.write('nms = lambda *_: (None, Tensor([0]))\\n')
+setup(name='mmcv', version=get_version(), packages=['mmcv'])
+"""
+OP = '#include "pytorch_cpp_helper.hpp"\nstd::vector<int> op() { return {1}; }\n'
+SOURCE = {
+    "setup.py": SETUP,
+    "PKG-INFO": "Metadata-Version: 2.1\nName: mmcv\nVersion: 2.0.1\n",
+    "mmcv/__init__.py": "from mmcv.version import __version__\n",
+    "mmcv/version.py": "__version__ = '2.0.1'\n",
+    "mmcv/ops.py": "from torch import Tensor\nnms = lambda *_: (None, Tensor([1, 2]))\n"
+    "roi_align = lambda *_: Tensor([[[[5., 6], [9, 10]]]])\n",
+    "mmcv/common/pytorch_cpp_helper.hpp": "#include <vector>\n",
+    "mmcv/op1.cpp": OP,
+    "mmcv/op2.cpp": OP,
+}
+TORCH = """
+__version__ = '2.9.0+fake'
+class Tensor:
+    def __init__(self, data): self.data = data
+    def to(self, device): return self
+    def cpu(self): return self
+    def reshape(self, *shape): return self
+    def tolist(self): return self.data
+class version:
+    cuda = hip = None
+class cuda:
+    is_available = staticmethod(lambda: False)
+tensor = arange = Tensor
+allclose = lambda a, b, atol: a.data == b.data
+"""
+MAIN = """
+import mmcv_builder, shutil, sys
+mmcv_builder.SDIST_SHA256 = sys.argv.pop(1)
+{extra}
+sys.exit(mmcv_builder.main())
+"""
+
+
+class Program:
+    """Runs the builder in an environment in which torch, mmcv and pip's index are ours.
+
+    The environment borrows this one's packages, and nothing it does touches them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")]
+        subprocess.run(command, check=True)
+        self.python = folder / "venv" / "bin" / "python"
+        self.site = next((folder / "venv" / "lib").glob("python*")) / "site-packages"
+        (self.site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        self.pid, self.cache = folder / "pid", folder / "cache"
+        self.registry, fakes = folder / "registry", folder / "fakes"
+        self.registry.mkdir()
+        with tarfile.open(self.registry / "mmcv-2.0.1.tar.gz", "w:gz") as archive:
+            for name, text in SOURCE.items():
+                member = tarfile.TarInfo(f"mmcv-2.0.1/{name}")
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text.encode()))
+        sdist = (self.registry / "mmcv-2.0.1.tar.gz").read_bytes()
+        self.sum = hashlib.sha256(sdist).hexdigest()
+        (fakes / "torch" / "utils").mkdir(parents=True)
+        (fakes / "torch" / "__init__.py").write_text(TORCH)
+        (fakes / "torch" / "utils" / "__init__.py").touch()
+        (fakes / "torch" / "utils" / "cpp_extension.py").write_text("'-std=c++17'\n")
+        for name in ("mmengine", "cv2"):
+            (fakes / f"{name}.py").touch()
+        own = ("PIP_", "MMVIS_", "CXX", "FORCE_CUDA", "MAX_JOBS", "PYTHONPATH")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+        self.env |= {
+            "PYTHONPATH": f"{fakes}{os.pathsep}{TOOLS}",
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(self.registry),
+            "MMVIS_CACHE_DIR": str(self.cache),
+            "FAKE_PID": str(self.pid),
+        }
+
+    def start(self, extra: str = "", **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(self.python), "-c", MAIN.format(extra=extra), self.sum],
+            env={**self.env, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, extra: str = "", **variables: str) -> tuple[int, str]:
+        process = self.start(extra, **variables)
+        output, _ = process.communicate(timeout=120)
+        assert not list(self.cache.glob("*/tmp-*"))  # after every end
+        return process.returncode, output
+
+    def forget(self) -> None:
+        for path in self.site.glob("mmcv*"):
+            shutil.rmtree(path)
+
+    @property
+    def log(self) -> str:
+        [path] = self.cache.glob("*/build.log")
+        return path.read_text()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return Program(tmp_path)
+
+
+def test_build_then_cache_then_a_broken_cache(program: Program) -> None:
+    code, output = program.run()
+    assert code == 0, output
+    assert "mmcv: 2 of 2 files" in output
+    assert "NMS and RoIAlign give the right numbers" in output
+    assert (program.site / "mmcv-2.0.1.dist-info").is_dir()
+    # -H marks with '!' what it takes precompiled: the header was made once, used twice.
+    assert len(re.findall(r"^ *! .*mmcv_pch\.hpp\.[gp]ch", program.log, re.M)) == 2
+    code, output = program.run()
+    assert (code, output) == (0, "mmcv 2.0.1 works: nothing to do\n")
+
+    program.forget()
+    code, output = program.run()
+    assert code == 0
+    assert "Found a wheel in the cache" in output
+    assert "Compiling" not in output
+
+    program.forget()
+    [wheel] = program.cache.glob("*/*.whl")
+    wheel.write_bytes(wheel.read_bytes()[:100])
+    code, output = program.run()
+    assert code == 0, output
+    assert "does not work and is discarded" in output
+    assert "Compiling" in output
+
+
+def test_what_fails_is_neither_cached_nor_installed(program: Program) -> None:
+    code, output = program.run(FAKE="wrong")
+    assert code == 1
+    assert "does not work:\n  NMS kept boxes [0] instead of [1, 2]" in output
+    code, output = program.run(FAKE="fail")
+    assert code == 1
+    assert "op.cpp:3:1: error: no member named upsample" in output
+    assert "Log: " in output
+    assert "Traceback" not in output
+    assert not list(program.cache.glob("*/*.whl"))
+    assert not list(program.site.glob("mmcv*"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_leaves_nothing(
+    signum: signal.Signals, program: Program
+) -> None:
+    process = program.start(FAKE="slow")
+    deadline = time.monotonic() + 60
+    while not program.pid.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted: run the same command again" in output
+    assert "Traceback" not in output
+    status = Path(f"/proc/{program.pid.read_text()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+    assert not list(program.cache.glob("*/tmp-*"))
+
+
+def test_two_at_once_build_once(program: Program) -> None:
+    processes = [program.start(), program.start()]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum("Compiling" in output for output in outputs) == 1
+    assert sum("Another process builds the same" in output for output in outputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "variables", "says"),
+    [
+        ("", {"PATH": "/none"}, r"There is no C\+\+ compiler: .*apt install g\+\+"),
+        ("", {"CXX": "sh -c false"}, r"cannot compile a small file of c\+\+17"),
+        (
+            "mmcv_builder.sysconfig.get_path = lambda name: '/none'",
+            {},
+            r"Python\.h: No such file[^$]*apt install python3\.\d+-dev",
+        ),
+        (
+            "mmcv_builder.shutil.disk_usage = lambda _: type('', (), dict(free=1e8))",
+            {},
+            r"Only 0\.10 GB are free in .*1 GB are needed",
+        ),
+        (
+            "",
+            dict(
+                PIP_NO_INDEX="",
+                PIP_FIND_LINKS="",
+                PIP_RETRIES="1",
+                PIP_INDEX_URL="http://127.0.0.1:9/simple",
+            ),
+            r"registry cannot be reached",
+        ),
+        ("mmcv_builder.SDIST_SHA256 = '0' * 64", {}, r"DO NOT MATCH THE HASHES"),
+        ("sys.modules['torch'] = None", {}, r"mmcv needs torch .*install torch torchv"),
+    ],
+)
+def test_what_is_missing_is_named(
+    extra: str, variables: dict[str, str], says: str, program: Program
+) -> None:
+    code, output = program.run(extra, **variables)
+    assert code == 1
+    assert re.search(says, output), output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("output", "remedy"),
+    [
+        ("g++: fatal error: Killed signal terminated program cc1plus", "MAX_JOBS=1"),
+        ("fatal error: x.gch: No space left on device", "The disk is full"),
+        ("error: x\nImportError: libGL.so.1: cannot open shared object", "libgl1"),
+        (
+            "RuntimeError:\nThe detected CUDA version (13.0) mismatches the version "
+            "that was used to compile PyTorch",
+            "FORCE_CUDA=0",
+        ),
+        # Lines that every build on such a machine prints say nothing of its end.
+        (
+            "No CUDA runtime is found, using CUDA_HOME='/usr/local/cuda'\n"
+            "KeyError: '__version__'",
+            None,
+        ),
+    ],
+)
+def test_a_remedy_only_where_it_is_certain(output: str, remedy: str | None) -> None:
+    said = str(BuildError.from_output("It failed", output, Path("/cache/build.log")))
+    assert output.splitlines()[-1] in said
+    assert said.endswith("Log: /cache/build.log")
+    if remedy is None:
+        assert len(said.splitlines()) == 3
+    else:
+        assert remedy in said
+
+
+def test_setup_is_mended_for_torch_and_python() -> None:
+    """The lines as mmcv 2.0.1 has them."""
+    text = """
+            extra_compile_args['cxx'] = ['-Wall', '-std=c++17']
+            extra_compile_args['nvcc'] += ['-std=c++14']
+    return locals()['__version__']
+"""
+    mended = """
+            extra_compile_args['cxx'] = ['-Wall', '-g0', '-w']
+            extra_compile_args['nvcc'] += ['-w']
+    return '2.0.1'
+"""
+    assert builder.patch_setup(text) == builder.patch_setup(mended) == mended
+
+
+def test_the_cache_tells_apart_what_a_wheel_depends_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = {builder.cache_entry("cpu"), builder.cache_entry("cuda")}
+    monkeypatch.setattr(torch.version, "cuda", "99.9")
+    keys.add(builder.cache_entry("cuda"))
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
+    keys.add(builder.cache_entry("cpu"))
+    monkeypatch.setattr(builder, "PYTHON", "python3.99")
+    keys.add(builder.cache_entry("cpu"))
+    monkeypatch.setattr(sysconfig, "get_platform", lambda: "linux-riscv")
+    keys.add(builder.cache_entry("cpu"))
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize(
+    ("gpu", "nvcc", "forced", "device"),
+    [
+        (False, True, None, "cpu"),
+        (True, True, None, "cuda"),
+        (True, False, None, "cpu"),
+        (True, True, "0", "cpu"),
+        (False, False, "1", "cuda"),
+    ],
+)
+def test_device(
+    gpu: bool,
+    nvcc: bool,
+    forced: str | None,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/nvcc" if nvcc else None)
+    monkeypatch.setenv("CUDA_HOME", "/none")
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+    if forced is not None:
+        monkeypatch.setenv("FORCE_CUDA", forced)
+    assert builder.choose_device() == device
+    assert ("warning" in capsys.readouterr().out) == (gpu and not nvcc)
+
+
+def test_the_real_mmcv_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert builder.main([]) == 0
+    assert capsys.readouterr().out == "mmcv 2.0.1 works: nothing to do\n"
+    assert builder.ask("import os\nos.kill(os.getpid(), 11)") == {
+        "error": "crashed with signal 11"
+    }

@@ -1,0 +1,488 @@
+#!/usr/bin/env python
+"""Builds mmcv with its compiled ops for the torch of this environment.
+
+    python -m mmcv_builder        (in a checkout: python tools/mmcv_builder.py)
+
+It needs torch, MMEngine, a C++ compiler and the package registry. If mmcv's ops run
+already, it does nothing. Otherwise it takes mmcv's source, compiles it with the C++
+standard that this torch needs, without debug information and with a precompiled
+header, proves the result by running NMS and RoIAlign, and installs it. Finished wheels
+stay in the user's cache folder, so that a second environment with the same versions
+gets its mmcv within seconds. It heeds these variables: MMVIS_CACHE_DIR, CXX, MAX_JOBS
+(compilers at a time), FORCE_CUDA (1 or 0), TORCH_CUDA_ARCH_LIST.
+"""
+
+# The standard library only: this must import before mmcv and all around it is there.
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+MMCV_VERSION = "2.0.1"  # MMYOLO 0.6 and MMDetection 3 accept it
+SDIST_SHA256 = "2b9b2c23795b3f43cf2ebcaca46552d9b4ef7e903eacdcf7c08ee15195044071"
+# setuptools 81 dropped pkg_resources, which mmcv's setup.py imports.
+BUILD_TOOLS = ("setuptools>=64,<81", "wheel", "ninja", "psutil")
+DISK_NEEDED, MEMORY_PER_JOB = 1_000_000_000, 1_500_000_000
+PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+
+REMEDIES = {  # only for words that can mean one thing; otherwise the log has to do
+    r"No space left on device": "The disk is full: free some space.",
+    r"Killed signal terminated program|: Cannot allocate memory"
+    r"|virtual memory exhausted|LLVM ERROR: out of memory": "The machine ran out of "
+    "memory: close other programs, or set MAX_JOBS=1 to compile one file at a time.",
+    r"NewConnectionError|ConnectTimeoutError|NameResolutionError"
+    r"|Network is unreachable": "The package registry cannot be reached: check the "
+    "network and pip's settings (`pip config list`: index, proxy).",
+    r"No module named pip\b": "This Python has no pip: run its `-m ensurepip`.",
+    r"No module named ensurepip": "Install it (Debian and Ubuntu: apt install "
+    f"{PYTHON}-venv) or choose another interpreter (PYTHON=).",
+    r"libGL\.so\.1: cannot open": "OpenCV needs libGL (Debian and Ubuntu: apt install "
+    "libgl1); opencv-python-headless does not.",
+    r"Python\.h'?(: No such file| file not found)": "Install Python's C headers "
+    f"(Debian, Ubuntu: apt install {PYTHON}-dev; Fedora: dnf install python3-devel).",
+    r"The detected CUDA version \(\S+\) mismatches the version": "Install the CUDA "
+    "toolkit that torch.version.cuda names, or set FORCE_CUDA=0 for CPU ops only.",
+}
+
+
+class BuildError(Exception):
+    """Says what is wrong and what to do."""
+
+    @classmethod
+    def from_output(
+        cls, problem: str, output: str, log: Path | None = None
+    ) -> BuildError:
+        """Quote the lines that tell why, and name what helps if that is certain."""
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        telling = r"\b(error: |\w+Error: )|ERROR:(?!.*subprocess)"
+        errors = [line for line in lines if re.search(telling, line)]
+        said = [f"  {line}" for line in (errors or lines)[-6:]]
+        help = [text for words, text in REMEDIES.items() if re.search(words, output)]
+        where = [f"Log: {log}"] if log else []
+        return cls("\n".join([f"{problem}:", *said, *help[:1], *where]))
+
+
+def run_program(work: Callable[[], None]) -> int:
+    """Do a program's work; turn its errors and signals into words and a code."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, signal.default_int_handler)
+    try:
+        work()
+    except (BuildError, OSError) as error:  # OSError: a full disk, mostly
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted: run the same command again to go on.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+# -- other processes -----------------------------------------------------------
+
+
+def run(
+    problem: str,
+    command: Sequence[str],
+    log: Path,
+    on_line: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> None:
+    """Run a command in a process group of its own, which ends with this program.
+
+    Args:
+        problem (str): What to say if it fails.
+        log (Path): Gets the output, of which ``on_line`` is given each line.
+        **options: For ``subprocess.Popen``.
+
+    Raises:
+        BuildError: It failed.
+    """
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    options |= dict(**pipes, stderr=subprocess.STDOUT, errors="replace")
+    output = []
+    with log.open("a") as file:
+        print(f"\n$ {shlex.join(command)}", file=file, flush=True)
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        try:
+            for line in process.stdout or ():
+                print(line, end="", file=file, flush=True)
+                output.append(line)
+                on_line(line)
+            process.wait()
+        except BaseException:
+            end(process)
+            raise
+    if process.returncode:
+        raise BuildError.from_output(problem, "".join(output), log)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process that leads its own group, and everything it started."""
+    patient = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # SIGINT lets pip and this program clean up; the last one is certain.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+    signal.signal(signal.SIGINT, patient)
+
+
+def pip(*arguments: str, python: str | Path = sys.executable) -> list[str]:
+    options = ["--no-input", "--disable-pip-version-check"]
+    return [str(python), "-m", "pip", *options, *arguments]
+
+
+def ask(code: str, *words: str, python: str | Path = sys.executable) -> dict[str, Any]:
+    """Run Python code in a child that prints one JSON object as its last line.
+
+    The current folder is not on the child's path: it may hold a folder `mmcv`.
+
+    Returns:
+        dict: That object; or ``{'error': ...}`` if the child failed or crashed.
+    """
+    code = f"import json, sys\nsys.path = [path for path in sys.path if path]\n{code}"
+    command = [str(python), "-c", code, *words]
+    child = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if child.returncode == 0:
+        return dict(json.loads(child.stdout.strip().splitlines()[-1]))
+    signum = f"crashed with signal {-child.returncode}"
+    return {"error": [signum, *child.stderr.strip().splitlines()][-1]}
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock, which goes with the process; say ``busy`` if it must be awaited."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{busy}: waiting for it.")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# -- torch, and ops that work --------------------------------------------------
+
+PROOF = """
+sys.path[:0] = sys.argv[2:]  # a folder with an unpacked mmcv
+import torch, mmcv
+# CUDA ops can be run only where a GPU is; elsewhere they load, at least.
+device = sys.argv[1] if torch.cuda.is_available() else 'cpu'
+from mmcv.ops import nms, roi_align
+boxes = torch.tensor([[0., 0, 10, 10], [1, 1, 11, 11], [20, 20, 30, 30]])
+kept = nms(boxes.to(device), torch.tensor([.8, .9, .7]).to(device), 0.5)[1].tolist()
+if kept != [1, 2]:
+    raise SystemExit('NMS kept boxes %s instead of [1, 2]' % kept)
+ramp = torch.arange(16.).reshape(1, 1, 4, 4).to(device)
+roi = torch.tensor([[0., 1, 1, 3, 3]]).to(device)
+pooled = roi_align(ramp, roi, (2, 2), 1.0, 2, 'avg', True).cpu()
+if not torch.allclose(pooled, torch.tensor([[[[5., 6], [9, 10]]]]), atol=1e-4):
+    raise SystemExit('RoIAlign gave %s' % pooled.tolist())
+print(json.dumps(dict(version=mmcv.__version__)))
+"""
+
+
+def check_imports() -> None:
+    pair, rest = "torch torchvision", "mmengine>=0.10"
+    for module, wanted in {"torch": pair, "mmengine": rest, "cv2": rest}.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            remedy = shlex.join(pip("install", *wanted.split()))
+            problem = f"mmcv needs {module} ({remedy}), which does not import"
+            raise BuildError.from_output(problem, str(error)) from error
+
+
+def choose_device() -> str:
+    """Decide like mmcv: CUDA ops if a GPU is visible or FORCE_CUDA=1."""
+    import torch
+
+    forced = os.environ.get("FORCE_CUDA")
+    if forced is not None or not torch.cuda.is_available():
+        return "cuda" if forced == "1" else "cpu"
+    nvcc = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin", "nvcc")
+    if torch.version.hip or nvcc.exists() or shutil.which("nvcc"):
+        return "cuda"
+    print(
+        f"warning: a GPU, but no nvcc (CUDA toolkit {torch.version.cuda}): mmcv gets "
+        "CPU ops, and the NMS after a detector fails on the GPU. Install the toolkit "
+        "and use --force, or hide the GPU (CUDA_VISIBLE_DEVICES='')."
+    )
+    return "cpu"
+
+
+# -- the compiler --------------------------------------------------------------
+
+
+def find_compiler(folder: Path, log: Path) -> list[str]:
+    """The C++ compiler, once it has compiled a small file with Python's headers."""
+    import torch
+
+    extension = Path(torch.__file__).parent / "utils" / "cpp_extension.py"
+    standards = re.findall(r"std=c\+\+(\d\d)", extension.read_text())
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    found = [words for words in map(shlex.split, names) if shutil.which(words[0])]
+    if not found:
+        raise BuildError(
+            f"There is no C++ compiler: looked for {', '.join(names)}. Install one "
+            "(Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: "
+            "xcode-select --install) or name it in CXX."
+        )
+    source, include = folder / "probe.cpp", sysconfig.get_path("include")
+    source.write_text("#include <Python.h>\n#include <optional>\nint main() {}\n")
+    standard = f"c++{max(standards, default='17')}"
+    flags = [f"-std={standard}", f"-I{include}", "-c", "-o", f"{source}.o"]
+    problem = f"{' '.join(found[0])} cannot compile a small file of {standard}"
+    problem += " (gcc 10 and clang 13 can; CXX names another compiler)"
+    run(problem, [*found[0], *flags, str(source)], log)
+    return [str(shutil.which(found[0][0])), *found[0][1:]]
+
+
+def precompile(real: Sequence[str], folder: Path) -> dict[str, str]:
+    """Variables that make torch call ``compile_one`` in place of gcc or clang."""
+    version = [*real, "--version"]
+    said = subprocess.run(version, capture_output=True, text=True).stdout
+    gcc = "Free Software Foundation" in said
+    if not (gcc or "clang" in said) or " " in str(folder):  # torch writes CXX unquoted
+        return {}
+    shim = folder / ("g++" if gcc else "clang++")  # torch knows them by name
+    this = shlex.join([sys.executable, "-I", "-S", os.path.abspath(__file__)])
+    shim.write_text(f'#!/bin/sh\nexec {this} --compile "$@"\n')
+    shim.chmod(0o755)
+    header = folder / "mmcv_pch.hpp"
+    header.write_text('#include "pytorch_cpp_helper.hpp"\n')  # what all files include
+    settings = [list(real), str(header), f"{header}{'.gch' if gcc else '.pch'}"]
+    return {"CXX": str(shim), "MMVIS_CXX": json.dumps(settings)}
+
+
+def compile_one(argv: Sequence[str]) -> NoReturn:
+    """Stand in for the C++ compiler: add the precompiled header, then call it.
+
+    The first compilation makes the header with its very flags, since neither gcc
+    nor clang takes one that was made with others. A call with other flags, a
+    link or a file that is not C++ goes through as it came.
+    """
+    real, header, compiled = json.loads(os.environ["MMVIS_CXX"])
+    flags, words, extra = [], iter(argv), []
+    for word in words:
+        if word in ("-o", "-MF"):
+            next(words, None)  # differs from file to file
+        elif word not in ("-c", "-MMD") and not word.endswith(".cpp"):
+            flags.append(word)
+    if "-c" in argv and len([word for word in argv if word.endswith(".cpp")]) == 1:
+        made = Path(f"{header}.json")
+        with locked(Path(f"{header}.lock"), "The header is being compiled"):
+            if not made.exists():
+                pch = [*real, *flags, "-x", "c++-header", header, "-o", compiled]
+                failed = subprocess.call(pch) != 0
+                if failed:  # a plain build is slower, but it may well work
+                    print("no precompiled header, building plainly")
+                made.write_text(json.dumps(None if failed else flags))
+        if json.loads(made.read_text()) == flags:
+            extra = ["-include", header]
+    os.execv(real[0], [*real, *extra, *argv])
+
+
+# -- from source to a wheel ----------------------------------------------------
+
+# Every Python that pip starts imports this; those in mmcv's source find it mended.
+SITECUSTOMIZE = f"""
+import os, sys
+if os.path.exists('setup.py'):
+    sys.path.append({os.path.dirname(os.path.abspath(__file__))!r})
+    import mmcv_builder, pathlib
+    setup = pathlib.Path('setup.py')
+    setup.write_text(mmcv_builder.patch_setup(setup.read_text('utf-8')), 'utf-8')
+"""
+
+
+def patch_setup(text: str) -> str:
+    """Mend what torch and Python have outgrown in mmcv's setup.py.
+
+    Without the hard-coded C++ standard torch's extension builder adds the one that
+    this torch needs; nvcc does not know -g0. And since Python 3.13 `locals()` does
+    not see what `exec` defined.
+    """
+    nvcc = r"(extra_compile_args\['nvcc'\] \+= )\['-std=c\+\+\d+'\]"
+    text = re.sub(nvcc, r"\1['-w']", text)
+    text = re.sub(r"'-std=c\+\+\d+'", "'-g0', '-w'", text)
+    return text.replace("locals()['__version__']", repr(MMCV_VERSION))
+
+
+def build_variables(folder: Path, log: Path) -> dict[str, str]:
+    """For a build that finds its tools: here, or in a folder that only it sees."""
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUNBUFFERED": "1", "MMCV_WITH_OPS": "1"}
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    jobs = max(1, min(len(cores(0)), memory // MEMORY_PER_JOB))
+    env.setdefault("MAX_JOBS", str(jobs))
+    programs = [str(folder / "bin"), sysconfig.get_path("scripts")]
+    if not all(map(find_spec, ("pkg_resources", "wheel", "ninja", "psutil"))):
+        command = pip("install", "--target", str(folder), *BUILD_TOOLS)
+        run("pip could not get the build tools", command, log)
+    env["PATH"] = os.pathsep.join([*programs, env.get("PATH", os.defpath)])
+    env["PYTHONPATH"] = os.pathsep.join([str(folder), env.get("PYTHONPATH", "")])
+    return env
+
+
+def show_progress(line: str) -> None:
+    """Say every tenth of ninja's '[30/77]'."""
+    match = re.match(r"\s*\[(\d+)/(\d+)\]", line)
+    if match and (match[1].endswith("0") or match[1] == match[2]):
+        print(f"mmcv: {match[1]} of {match[2]} files")
+
+
+def build_wheel(device: str, entry: Path) -> Path:
+    """Compile mmcv, prove it, and only then put it into the cache."""
+    import torch
+
+    log, start = entry / "build.log", time.monotonic()
+    log.unlink(missing_ok=True)
+    free = shutil.disk_usage(entry).free
+    if free < DISK_NEEDED:
+        raise BuildError(
+            f"Only {free / 1e9:.2f} GB are free in {entry}, {DISK_NEEDED / 1e9:.0f} GB "
+            "are needed: free some, or name another folder in MMVIS_CACHE_DIR."
+        )
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=entry) as name:
+        folder = Path(name)
+        compiler = find_compiler(folder, log)
+        env = build_variables(folder, log)
+        env["FORCE_CUDA"] = "1" if device == "cuda" else "0"
+        if device == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        if not torch.version.hip:  # hipcc was not tried
+            env.update(precompile(compiler, folder))
+        versions = f"mmcv {MMCV_VERSION} for torch {torch.__version__} ({device})"
+        print(f"Compiling {versions}, {env['MAX_JOBS']} at a time; log: {log}")
+        wanted = folder / "mmcv.txt"
+        wanted.write_text(f"mmcv=={MMCV_VERSION} --hash=sha256:{SDIST_SHA256}\n")
+        # pip's own wheel cache does not know torch's version: keep this out of it.
+        options = [
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-cache-dir",
+            "--no-binary=:all:",
+        ]
+        command = pip("wheel", "-v", *options, "-w", name, "-r", str(wanted))
+        run("mmcv could not be built", command, log, show_progress, env=env, cwd=folder)
+        [wheel] = folder.glob("mmcv-*.whl")
+        problem = wheel_problem(wheel, device)
+        if problem is not None:
+            told = "The compiled mmcv does not work"
+            raise BuildError.from_output(told, problem, log)
+        os.replace(wheel, entry / wheel.name)
+    print(f"Built in {time.monotonic() - start:.0f} s: {entry / wheel.name}")
+    return entry / wheel.name
+
+
+# -- the cache, and this environment -------------------------------------------
+
+
+def cache_entry(device: str) -> Path:
+    """A folder that is different whenever a wheel would not fit."""
+    import torch
+
+    usual = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / usual)
+    root = Path(os.environ.get("MMVIS_CACHE_DIR") or base / "mmyolo_vis_hooks")
+    toolkit = torch.version.hip or torch.version.cuda if device == "cuda" else ""
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    parts = [f"mmcv-{MMCV_VERSION}_torch-{torch.__version__}_{device}{toolkit}", archs]
+    key = "_".join(filter(None, [*parts, PYTHON, sysconfig.get_platform()]))
+    return root.expanduser().absolute() / re.sub(r"[^\w.+-]+", "-", key)
+
+
+def wheel_problem(wheel: Path, device: str) -> str | None:
+    """Unpack a wheel and run its ops before anything is installed."""
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=wheel.parent) as folder:
+        try:
+            zipfile.ZipFile(wheel).extractall(folder)  # checks each file's sum
+        except (OSError, zipfile.BadZipFile) as error:
+            return f"{wheel.name} cannot be unpacked: {error}"
+        return ask(PROOF, device, folder).get("error")
+
+
+def install(device: str, entry: Path, force: bool) -> None:
+    """Put the cached wheel, or one that is built now, in the place of any mmcv."""
+    for stale in entry.glob("tmp-*"):  # whoever held the lock before is gone
+        shutil.rmtree(stale, ignore_errors=True)
+    for wheel in [] if force else entry.glob("*.whl"):
+        problem = wheel_problem(wheel, device)
+        if problem is None:
+            print(f"Found a wheel in the cache: {wheel}")
+            break
+        print(f"The cached wheel does not work and is discarded: {problem}")
+        wheel.unlink()
+    else:
+        wheel = build_wheel(device, entry)
+    log = entry / "install.log"
+    # These two are the same folder under other names.
+    twins = pip("uninstall", "-y", "mmcv-lite", "mmcv-full")
+    run("pip could not remove another mmcv", twins, log)
+    options = ["--no-deps", "--no-index", "--force-reinstall", str(wheel)]
+    run(f"pip could not install {wheel.name}", pip("install", *options), log)
+    proof = ask(PROOF, device)
+    if proof.get("version") != MMCV_VERSION:
+        problem = "The wheel works on its own, but not as it is installed"
+        raise BuildError(f"{problem}: does another mmcv come first? {proof}")
+    print(f"mmcv {MMCV_VERSION} is installed; NMS and RoIAlign give the right numbers.")
+
+
+def build(force: bool) -> None:
+    """Install mmcv, unless the one that is there needs nothing."""
+    check_imports()
+    device = choose_device()
+    proof = ask(PROOF, device)
+    version = proof.get("version", "")
+    accepted = r"2\.0\.\d" if find_spec("mmyolo") else r"2\.\d+\.\d"
+    if re.match(accepted, version) and not force:
+        print(f"mmcv {version} works: nothing to do")
+        return
+    problem = proof.get("error") or f"mmcv {version} is not {MMCV_VERSION}"
+    print(f"mmcv's ops do not run here yet: {problem}")
+    entry = cache_entry(device)
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+        with locked(entry / "lock", "Another process builds the same wheel"):
+            install(device, entry, force)
+    except PermissionError as error:
+        told = f"{error}. MMVIS_CACHE_DIR names another folder."
+        raise BuildError(told) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("mmcv_builder", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    told = "build anew, whatever is there"
+    parser.add_argument("--force", action="store_true", help=told)
+    args = parser.parse_args(argv)
+    return run_program(lambda: build(args.force))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--compile"]:
+        compile_one(sys.argv[2:])
+    sys.exit(main())
