@@ -30,13 +30,7 @@ from ..network.graph import (
 )
 from ..network.levels import Level, Pyramid, last_maps, survey
 from ..network.recorder import token_slices
-from ..network.replay import (
-    CallKey,
-    FullReplay,
-    ReplayEngine,
-    ReplayTarget,
-    SuffixReplay,
-)
+from ..network.replay import CallKey, Replay, ReplayEngine, ReplayTarget
 from ..network.state import frozen
 from ..records import BoxExplanation, LayerMap
 from .methods import (
@@ -72,11 +66,6 @@ _MIN_CROPS = 3
 _CROP_TOLERANCE = 1e-4
 _MAX_CROPS = 1024
 _BLACK_BOX_BATCH = 8
-# Values that the modules of a replay may put out at once. A CPU is fastest while
-# they stay in its caches; a GPU wants to be filled.
-_VALUES_AT_ONCE = {"cpu": 90_000_000}
-_VALUES_AT_ONCE_ELSEWHERE = 2_000_000_000
-_BATCH_SIZES = (4, 32)
 # Test-time augmentation of pytorch-grad-cam: mirrored or not, three brightnesses.
 _AUGMENTATIONS = tuple(
     (mirrored, factor) for mirrored in (False, True) for factor in (1.0, 0.9, 1.1)
@@ -809,10 +798,10 @@ class BoxMapper:
             if prune and level.tap in self._unpruned:
                 continue
             replay = self._replay(image, level.target, members, prune=prune)
-            if not isinstance(replay, SuffixReplay):
+            if not replay.is_partial:
                 continue
             try:
-                return dict(zip(replay.plan.wanted, replay.run(crops)))
+                return dict(zip(replay.wanted, replay.run(crops)))
             except Exception:  # whatever a head raises where sizes do not fit
                 self._unpruned.add(level.tap)
         self._no_crops.add(level.tap)
@@ -915,7 +904,7 @@ class BoxMapper:
         members: Sequence[int],
         *,
         prune: bool = True,
-    ) -> SuffixReplay | FullReplay:
+    ) -> Replay:
         anchors = self._anchors(image, members)
         wanted = sorted({HeadKey(*key) for anchor in anchors for key in anchor.keys})
         return self._engine.replay(
@@ -1184,7 +1173,7 @@ class _Scorer:
 
     def __init__(
         self,
-        replay: SuffixReplay | FullReplay,
+        replay: Replay,
         anchors: Sequence[Anchor],
         links: Sequence[ScoreLink],
     ) -> None:
@@ -1198,13 +1187,7 @@ class _Scorer:
         """The number of values that run at once: the wanted, or what is fast."""
         if wanted is not None:
             return wanted
-        if not isinstance(self._replay, SuffixReplay):
-            return 1
-        device = self._anchors[0].entries[0].values.device.type
-        most = _VALUES_AT_ONCE.get(device, _VALUES_AT_ONCE_ELSEWHERE)
-        least, greatest = _BATCH_SIZES
-        fitting = most // max(1, self._replay.plan.live_size)
-        return min(max(fitting, least), greatest)
+        return self._replay.batch_size
 
     def recorded_scores(self) -> list[float]:
         """The scores as they were."""
