@@ -1,21 +1,20 @@
-"""Load checkpoints without running anything that is in them.
+"""Load checkpoints safely, and see to it that their weights are read.
 
-torch >= 2.6 reads files with ``weights_only=True``, which refuses every
-checkpoint that MMEngine trained: they hold ``HistoryBuffer``, NumPy scalars and
-``builtins.getattr``. Turning the check off runs arbitrary code from the file.
-The loaders here take a third way: torch reads the file with the unpickler of
-:mod:`mmyolo_vis_hooks.inert_pickle`, which imports and calls nothing that the
-file names, and MMEngine reads its checkpoints with them through its own
-extension point, ``CheckpointLoader.register_scheme``.
+torch >= 2.6 refuses every checkpoint that MMEngine trained, and turning its check
+off runs arbitrary code from the file. MMEngine reads its checkpoints through
+:mod:`mmyolo_vis_hooks.inert` instead, by its own extension point,
+``CheckpointLoader.register_scheme``. Under torch < 2.6 MMEngine's loaders stay.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import io
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -26,18 +25,17 @@ from mmengine.logging import print_log
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from .errors import VisError
-from .inert_pickle import InertGlobal, InertObject, make_pickle_module
+from .inert import (
+    TORCH_TAKES_STAND_INS,
+    CheckpointError,
+    InertObject,
+    MapLocation,
+    read_inertly,
+    some,
+)
 
-MapLocation = str | torch.device | dict | Callable | None
-"""What :func:`torch.load` takes as ``map_location``."""
-
-_ZIP_MAGIC = b"PK\x03\x04"
-_PICKLE_MAGIC = b"\x80"
-
-
-class CheckpointError(VisError, RuntimeError):
-    """A file is no checkpoint, is damaged, or holds what cannot be loaded."""
+_ULTRALYTICS = ("models.yolo.", "ultralytics.", "yolov5.models.")
+_CHECKSUM = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
 
 
 def load_checkpoint_safely(
@@ -45,70 +43,146 @@ def load_checkpoint_safely(
 ) -> Any:
     """Load a checkpoint; nothing in the file is executed.
 
-    Zip files (torch >= 1.6) and the format before are read, with every
-    supported torch. A warning lists the classes that were replaced.
+    A warning lists the classes whose objects were replaced.
 
     Args:
         file: Path, or the content itself.
         map_location: As in :func:`torch.load`. Defaults to None.
 
     Returns:
-        What the file holds, usually a dict; objects of unknown classes are
-        :class:`InertObject`.
+        What the file holds, usually a dict, as :func:`read_inertly` gives it.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file is no checkpoint, is damaged, or holds a
-            TorchScript program or a pickled model in place of its weights.
+        CheckpointError: As :func:`read_inertly`; or the weights lie in an object of
+            an unknown class, such as a pickled model.
     """
-    if isinstance(file, bytes):
-        name, head = "<bytes>", file[:512]
-    else:
-        name = os.path.expanduser(os.fspath(file))
-        if not os.path.isfile(name):
-            raise FileNotFoundError(f"{name} can not be found.")
-        with open(name, "rb") as opened:
-            head = opened.read(512)
-        if name.endswith(".safetensors"):
-            return torch.load(name, map_location=map_location, weights_only=True)
-    _refuse_foreign_formats(name, head)
-
-    unknown: set[str] = set()
-    try:
-        readable: Any = name
-        if isinstance(file, bytes):
-            readable = io.BytesIO(file)
-        elif not head.startswith(_ZIP_MAGIC):
-            # From memory, torch does not look for the tar format of torch 0.1,
-            # which unpacks files.
-            with open(name, "rb") as opened:
-                readable = io.BytesIO(opened.read())
-        if head.startswith(_ZIP_MAGIC):
-            _refuse_torchscript(name, readable)
-        checkpoint = torch.load(
-            readable,
-            map_location=map_location,
-            pickle_module=make_pickle_module(unknown),
-            weights_only=False,
-        )
-    except (VisError, OSError, MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(_explain(name, error)) from error
-
-    if isinstance(checkpoint, (InertGlobal, InertObject)):
-        raise CheckpointError(
-            f"{name} holds an object of {checkpoint.path}, not a dict of "
-            "weights. Save model.state_dict() in place of the model."
-        )
+    name = "<bytes>" if isinstance(file, bytes) else os.fspath(file)
+    checkpoint, unknown = read_inertly(file, map_location)
+    _refuse_hidden_weights(name, checkpoint)
     if unknown:
         print_log(
             f"{name}: objects of unknown classes were not loaded, inert "
-            f"placeholders stand for them: {', '.join(sorted(unknown))}",
+            f"placeholders stand for them: {', '.join(unknown)}",
             logger="current",
             level=logging.WARNING,
         )
     return checkpoint
+
+
+def _refuse_hidden_weights(name: str, checkpoint: Any) -> None:
+    if isinstance(checkpoint, dict):
+        values = [checkpoint, *checkpoint.values()]
+        if any(isinstance(v, dict) and _has_tensor(v.values()) for v in values):
+            return
+        found = [checkpoint.get("state_dict"), *filter(_is_module, values)]
+    else:
+        found = [checkpoint]
+    hiding = [value for value in found if isinstance(value, InertObject)]
+    if any(value.path.startswith(_ULTRALYTICS) for value in hiding):
+        raise CheckpointError(
+            f"{name} is a checkpoint of Ultralytics and holds a pickled model; convert "
+            f"a YOLOv5 or YOLOv8: python tools/convert_ultralytics.py {name} OUT.pth "
+            "--config CONFIG"
+        )
+    if hiding:
+        raise CheckpointError(
+            f"{name} holds an object of {hiding[0].path}, not a dict of weights; save "
+            "model.state_dict() in place of the model"
+        )
+
+
+def _has_tensor(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in values)
+
+
+def _is_module(value: Any) -> bool:
+    state = getattr(value, "state", None)
+    return isinstance(state, dict) and "_parameters" in state
+
+
+# ----------------------------------------------------------------- what fits
+
+
+def weights_of(checkpoint: Any, source: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by their names, without ``module.``.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    saved = checkpoint
+    if isinstance(checkpoint, Mapping):
+        saved = checkpoint.get("state_dict", checkpoint)
+    weights = {}
+    if isinstance(saved, Mapping):
+        weights = {
+            str(key).removeprefix("module."): value
+            for key, value in saved.items()
+            if isinstance(value, torch.Tensor)
+        }
+    if not weights:
+        raise CheckpointError(
+            f"{source} holds no weights: it is no dict of tensors, and has none as "
+            "state_dict"
+        )
+    return weights
+
+
+def check_fit(
+    own: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    source: str,
+    missing: Iterable[str] | None = None,
+    unknown: Iterable[str] | None = None,
+) -> None:
+    """Warn if a model does not get all of its weights from a checkpoint.
+
+    Args:
+        own: State dict of the model, without wrappers.
+        weights: What :func:`weights_of` gave.
+        source: Path of the checkpoint, for the message.
+        missing: Names that were not read. Defaults to None: those not in the file.
+        unknown: Names that the model has no use for. Likewise.
+
+    Raises:
+        CheckpointError: No weight fits.
+    """
+    if missing is None:
+        missing = [key for key in own if key not in weights]
+    if unknown is None:
+        unknown = [key for key in weights if key not in own]
+    wrong = {
+        key: f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    }
+    # Counters of batch norms say nothing, and older files lack them.
+    total = sum(not key.endswith("num_batches_tracked") for key in own)
+    lacking = [
+        key
+        for key in missing
+        if key not in wrong and not key.endswith("num_batches_tracked")
+    ]
+    # MMDetection of old saved the mean of the preprocessor.
+    extra = [key for key in unknown if not key.startswith("data_preprocessor.")]
+    fitting = total - len(lacking) - len(wrong)
+    found = {"missing": lacking, "shapes": list(wrong.values()), "unknown": extra}
+    details = "; ".join(f"{what} {some(keys)}" for what, keys in found.items() if keys)
+    if total and not fitting:
+        raise CheckpointError(
+            f"{source} is of another architecture than the config: 0 of {total} "
+            f"weights fit; {details}; give the config that it was trained with"
+        )
+    if details:
+        print_log(
+            f"{source}: {fitting} of {total} weights fit; {details}",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+# --------------------------------------------------------------------- loaders
+# MMEngine logs a loader's name after 'load_from_'.
 
 
 def register_checkpoint_loaders() -> None:
@@ -116,24 +190,15 @@ def register_checkpoint_loaders() -> None:
 
     Replaces MMEngine's own loaders for local paths, ``http(s)://``,
     ``torchvision://``, ``modelzoo://``, ``open-mmlab://``, ``mmcls://`` and
-    ``s3://``. A loader that somebody else registered stays. Calling it again
-    changes nothing.
+    ``s3://``, under torch >= 2.6. A loader that somebody else registered stays.
     """
-    for prefixes, loader in _LOADERS.items():
-        for prefix in prefixes:
-            current = CheckpointLoader._schemes.get(prefix)
-            if _is_mmengine_loader(current):
-                CheckpointLoader.register_scheme(prefix, loader, force=True)
-
-
-def _is_mmengine_loader(loader: Any) -> bool:
-    return loader is None or (
-        inspect.isfunction(loader) and loader.__module__ == mmengine_checkpoint.__name__
-    )
-
-
-# --------------------------------------------------------------------- loaders
-# MMEngine logs a loader's name after 'load_from_'.
+    for prefix, loader in _LOADERS.items() if TORCH_TAKES_STAND_INS else ():
+        current = CheckpointLoader._schemes.get(prefix)
+        if current is None or (
+            inspect.isfunction(current)
+            and current.__module__ == mmengine_checkpoint.__name__
+        ):
+            CheckpointLoader.register_scheme(prefix, loader, force=True)
 
 
 def load_from_local(filename: str, map_location: MapLocation = None) -> Any:
@@ -141,24 +206,13 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> Any:
     return load_checkpoint_safely(filename, map_location)
 
 
-def load_from_http(
-    filename: str,
-    map_location: MapLocation = None,
-    model_dir: str | None = None,
-) -> Any:
+def load_from_http(filename: str, map_location: MapLocation = None) -> Any:
     """Load a checkpoint from a URL; the download is kept in torch's hub folder.
 
     Rank 0 downloads, the others wait and take the file.
-
-    Args:
-        filename: ``http://`` or ``https://``.
-        map_location: As in :func:`torch.load`. Defaults to None.
-        model_dir: Where downloads are kept. Defaults to None: where torch
-            keeps them.
     """
-    folder = model_dir or os.path.join(torch.hub.get_dir(), "checkpoints")
+    path = _cache_path(filename)
     rank, _ = get_dist_info()
-    path = os.path.join(folder, os.path.basename(urlparse(filename).path))
     if rank == 0:
         _download(filename, path)
     barrier()
@@ -168,10 +222,25 @@ def load_from_http(
     return load_checkpoint_safely(path, map_location)
 
 
-def _download(url: str, path: str) -> None:
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(url, path, progress=os.isatty(0))
+def _cache_path(url: str) -> Path:
+    """Where the file of a URL is kept: two of the same base name do not meet."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    plain = folder / os.path.basename(urlparse(url).path)
+    # A file that was put there by hand or by torch is the one if its name has its
+    # checksum, as those of torchvision and OpenMMLab.
+    checksum = _CHECKSUM.search(plain.name)
+    if checksum and plain.is_file():
+        content = hashlib.sha256(plain.read_bytes())
+        if content.hexdigest().startswith(checksum[1]):
+            return plain
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return folder / f"{plain.stem}-{digest}{plain.suffix}"
+
+
+def _download(url: str, path: Path) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), progress=os.isatty(0))
 
 
 def load_from_torchvision(filename: str, map_location: MapLocation = None) -> Any:
@@ -198,62 +267,21 @@ def load_from_mmcls(filename: str, map_location: MapLocation = None) -> Any:
     return mmengine_checkpoint._process_mmcls_checkpoint(checkpoint)
 
 
-def load_from_ceph(
-    filename: str, map_location: MapLocation = None, backend: str = "petrel"
-) -> Any:
+def load_from_ceph(filename: str, map_location: MapLocation = None) -> Any:
     """Load a checkpoint from an object store, ``s3://`` or ``petrel://``."""
-    store = get_file_backend(filename, backend_args={"backend": backend})
+    store = get_file_backend(filename, backend_args={"backend": "petrel"})
     return load_checkpoint_safely(bytes(store.get(filename)), map_location)
 
 
-_LOADERS: dict[tuple[str, ...], Callable] = {
-    ("",): load_from_local,
-    ("http://", "https://"): load_from_http,
-    ("modelzoo://", "torchvision://"): load_from_torchvision,
-    ("open-mmlab://", "openmmlab://"): load_from_openmmlab,
-    ("mmcls://",): load_from_mmcls,
-    (r"(\S+\:)?s3://", r"(\S+\:)?petrel://"): load_from_ceph,
+_LOADERS: dict[str, Callable] = {
+    "": load_from_local,
+    "http://": load_from_http,
+    "https://": load_from_http,
+    "modelzoo://": load_from_torchvision,
+    "torchvision://": load_from_torchvision,
+    "open-mmlab://": load_from_openmmlab,
+    "openmmlab://": load_from_openmmlab,
+    "mmcls://": load_from_mmcls,
+    r"(\S+\:)?s3://": load_from_ceph,
+    r"(\S+\:)?petrel://": load_from_ceph,
 }
-
-
-# -------------------------------------------------------------- what is refused
-
-
-def _refuse_foreign_formats(name: str, head: bytes) -> None:
-    if head.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
-        return
-    if not head:
-        found = "it is empty"
-    elif head.startswith(b"version https://git-lfs"):
-        found = "it is a Git LFS pointer; fetch the file itself with 'git lfs pull'"
-    elif head.lstrip()[:1] == b"<":
-        found = "it is a web page; the download went wrong"
-    elif head[257:262] == b"ustar":
-        found = "it is a tar file; save the weights anew with torch >= 1.0"
-    else:
-        found = f"it begins with {head[:16]!r}"
-    raise CheckpointError(f"{name} is no checkpoint: {found}.")
-
-
-def _refuse_torchscript(name: str, readable: str | io.BytesIO) -> None:
-    # The very reader of torch.load, so that both see the same records.
-    records = torch._C.PyTorchFileReader(readable).get_all_records()
-    if isinstance(readable, io.BytesIO):
-        readable.seek(0)
-    if "constants.pkl" in records:
-        raise CheckpointError(
-            f"{name} is a TorchScript program, not a checkpoint; loading it "
-            "would run it. Save model.state_dict() with torch.save()."
-        )
-
-
-def _explain(name: str, error: Exception) -> str:
-    if "explicit pickle_module" in str(error):
-        return (
-            f"{name} can not be loaded while TORCH_FORCE_WEIGHTS_ONLY_LOAD is "
-            "set. Unset it: this loader executes nothing either."
-        )
-    return (
-        f"{name} can not be loaded as a checkpoint; it is damaged or something "
-        f"else ({type(error).__name__}: {error})."
-    )

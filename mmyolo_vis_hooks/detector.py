@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.logging import print_log
+from mmengine.hub import get_config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, check_fit, weights_of
 from .data.pipeline import (
     build_resize_only_pipeline,
     flatten_steps,
@@ -26,10 +27,6 @@ from .data.pipeline import (
 )
 from .data.samples import class_names_of, palette_of
 from .errors import VisConfigError
-
-_MAX_KEYS = 4
-# Buffers without which a network gives nonsense.
-_NORM_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -155,11 +152,11 @@ def _name(step: Any) -> str:
     return type(step).__name__
 
 
-def check_device(device: str) -> torch.device:
+def check_device(device: torch.device | str) -> torch.device:
     """Make sure that a device is there.
 
     Args:
-        device (str): As for :class:`torch.device`, such as ``'cuda:0'``.
+        device (torch.device | str): As for :class:`torch.device`, such as ``'cuda:0'``.
 
     Raises:
         VisConfigError: If it is not.
@@ -181,16 +178,49 @@ def check_device(device: str) -> torch.device:
     return found
 
 
-def build_detector(config: Config, device: torch.device) -> nn.Module:
+def read_config(config: Config | str | os.PathLike) -> Config:
+    """Read a config file, or one that a package brings: ``mmyolo::yolov5/....py``.
+
+    Args:
+        config (Config | str | PathLike): Path, or package and path within its
+            configs. A Config is given back as it is.
+
+    Raises:
+        VisConfigError: If there is no such config, or it cannot be read.
+    """
+    if isinstance(config, Config):
+        return config
+    name = os.fspath(config)
+    try:
+        if "::" in name and not os.path.isfile(name):
+            return get_config(name)
+        if not os.path.isfile(name):
+            raise VisConfigError(f"there is no config file {name}")
+        return Config.fromfile(name)
+    except AssertionError as error:  # MMEngine's answer for such a package
+        raise VisConfigError(
+            f"the config {name} cannot be read: {error}; after '::' comes a path in "
+            "the configs of an installed package, as in mmyolo::yolov8/FILE.py"
+        ) from error
+    except VisConfigError:
+        raise
+    except (OSError, SyntaxError, KeyError, ImportError, ValueError) as error:
+        raise VisConfigError(f"the config {name} cannot be read: {error}") from error
+
+
+def build_detector(
+    config: Config | str | os.PathLike, device: torch.device | str
+) -> nn.Module:
     """Build the detector of a config, without weights, in eval mode.
 
     Args:
-        config (Config): Of a detector.
-        device (torch.device): Where it will run.
+        config (Config | str | PathLike): Of a detector; see :func:`read_config`.
+        device (torch.device | str): Where it will run.
 
     Raises:
-        VisConfigError: If the config describes no model.
+        VisConfigError: If the config describes no model, or the device is not there.
     """
+    config, device = read_config(config), check_device(device)
     if not isinstance(config.get("model"), Mapping):
         raise VisConfigError(
             "the config has no model=dict(type=...); give the config of a detector"
@@ -208,90 +238,49 @@ def build_detector(config: Config, device: torch.device) -> nn.Module:
     return detector.to(device).eval()
 
 
-def load_weights(detector: nn.Module, checkpoint: str) -> Mapping[str, Any]:
-    """Load a checkpoint, which must hold every parameter of the detector.
+def load_weights(
+    detector: nn.Module, checkpoint: str | os.PathLike
+) -> Mapping[str, Any]:
+    """Load a checkpoint; a warning counts what the detector does not get from it.
 
     Args:
         detector (nn.Module): The detector.
-        checkpoint (str): Path or URL.
+        checkpoint (str | PathLike): Path or URL.
 
     Returns:
         Mapping: The classes and the palette that the checkpoint names; may be empty.
 
     Raises:
-        CheckpointError: If it is of another architecture; names the keys.
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read, or no weight of it fits.
     """
-    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"{checkpoint} holds a {type(loaded).__name__}, no weights"
-        )
-    saved = loaded.get("state_dict", loaded)
-    if not isinstance(saved, Mapping):
-        raise CheckpointError(
-            f"{checkpoint} has a {type(saved).__name__} as state_dict, no weights"
-        )
-    weights: OrderedDict[str, Any] = OrderedDict(
-        (_bare(key), value)
-        for key, value in saved.items()
-        if isinstance(value, torch.Tensor)
+    source = os.fspath(checkpoint)
+    loaded = CheckpointLoader.load_checkpoint(source, map_location="cpu")
+    weights, own = weights_of(loaded, source), detector.state_dict()
+    fitting: OrderedDict[str, Any] = OrderedDict(
+        (key, value)
+        for key, value in weights.items()
+        if key not in own or own[key].shape == value.shape
     )
     # With the versions of the modules: some rename what seems to be older.
-    versions = getattr(saved, "_metadata", None)
+    versions = getattr(loaded.get("state_dict", loaded), "_metadata", None)
     if isinstance(versions, Mapping):
-        weights._metadata = {  # type: ignore[attr-defined]
-            _bare(f"{key}.")[:-1]: value for key, value in versions.items()
+        fitting._metadata = {  # type: ignore[attr-defined]
+            f"{key}.".removeprefix("module.")[:-1]: value
+            for key, value in versions.items()
         }
-    own = detector.state_dict()
-    wrong = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
-    parameters = {name for name, _ in detector.named_parameters()}
     try:
-        result = detector.load_state_dict(weights, strict=False)
+        result = detector.load_state_dict(fitting, strict=False)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{checkpoint} is of another architecture than the config: other shapes "
-            f"of {_some(wrong) or error}; give the config that it was trained with"
+            f"{source} is of another architecture than the config: {error}"
         ) from error
-    missing = [
-        key
-        for key in result.missing_keys
-        if key in parameters or key.endswith(_NORM_STATISTICS)
-    ]
-    unknown = [k for k in result.unexpected_keys if not k.startswith("data_preproc")]
-    if missing:
-        unknown_to_it = f", and has {_some(unknown)} instead" if unknown else ""
-        raise CheckpointError(
-            f"{checkpoint} is of another architecture than the config: it lacks "
-            f"{len(missing)} of {len(own)} weights, {_some(missing)}"
-            f"{unknown_to_it}; give the config that it was trained with"
-        )
-    if unknown:
-        print_log(
-            f"{checkpoint}: {len(unknown)} weights belong to no part of the detector: "
-            f"{_some(unknown)}",
-            logger="current",
-            level=30,
-        )
+    check_fit(own, weights, source, result.missing_keys, result.unexpected_keys)
     meta = loaded.get("meta") or {}
     dataset_meta = meta.get("dataset_meta") or {}
     if not dataset_meta and meta.get("CLASSES"):
         dataset_meta = {"classes": meta["CLASSES"], "palette": meta.get("PALETTE")}
     return {str(key).lower(): value for key, value in dataset_meta.items()}
-
-
-def _bare(key: str) -> str:
-    return key[len("module.") :] if key.startswith("module.") else key
-
-
-def _some(keys: Sequence[str]) -> str:
-    shown = ", ".join(keys[:_MAX_KEYS])
-    return shown + (
-        f" and {len(keys) - _MAX_KEYS} more" if len(keys) > _MAX_KEYS else ""
-    )
 
 
 def classes_and_palette(

@@ -23,7 +23,7 @@ READMES = ["README.md", "README_zh-CN.md"]
 GUIDES = ["docs/visualization.md", "docs/visualization.zh-CN.md"]
 DOCUMENTS = [*READMES, *GUIDES, "docs/boxam.md", "docs/images/README.md"]
 DEMOS = ["featmap_vis_demo", "boxam_vis_demo"]
-TOOLS = [*DEMOS, "list_layers"]
+TOOLS = [*DEMOS, "list_layers", "convert_ultralytics"]
 # What the tables write instead of a value, in English and Chinese.
 WORDS = {"required": "必需", "on": "开", "off": "关", "none": "无"}
 # Arguments whose None has a meaning of its own in the tables.
@@ -74,8 +74,8 @@ def arguments_of(tool: str) -> dict[str, str]:
     for action in parser_of(tool)._actions:
         if isinstance(action, argparse._HelpAction):
             continue
-        if not action.option_strings:
-            found[action.dest] = "required"
+        if action.required:
+            found[(action.option_strings or [action.dest])[0]] = "required"
         elif action.nargs == 0:
             found[action.option_strings[0]] = "on" if action.default else "off"
         elif action.default is None:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.hub import get_config
+from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, RUNNERS, DefaultScope
 from mmengine.runner import Runner, autocast
@@ -21,7 +21,9 @@ from mmengine.runner import Runner, autocast
 # and the checkpoint loaders, whatever the config imports.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:
+    from mmyolo_vis_hooks.detector import read_config
     from mmyolo_vis_hooks.errors import VisError
+    from mmyolo_vis_hooks.hooks.loading import check_checkpoint_fits
 except RuntimeError as unusable_mmcv:
     sys.exit(f"error: {unusable_mmcv}")
 
@@ -82,30 +84,6 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="settings that replace those of the config: a.b=1 c=x,y d='[(1,2),(3,4)]'",
     )
-
-
-def read_config(name: str) -> Config:
-    """Read a config file, or one that a package brings: ``mmyolo::yolov5/....py``.
-
-    Args:
-        name: Path, or package and path within its configs.
-
-    Raises:
-        ToolError: If there is no such config, or it cannot be read.
-    """
-    try:
-        if "::" in name and not os.path.isfile(name):
-            return get_config(name)
-        if not os.path.isfile(name):
-            raise ToolError(f"there is no config file {name}")
-        return Config.fromfile(name)
-    except AssertionError as error:  # MMEngine's answer for such a package
-        raise ToolError(
-            f"the config {name} cannot be read: {error}; after '::' comes a path in "
-            "the configs of an installed package, as in mmyolo::yolov8/FILE.py"
-        ) from error
-    except (OSError, SyntaxError, KeyError, ImportError, ValueError) as error:
-        raise ToolError(f"the config {name} cannot be read: {error}") from error
 
 
 def merge_options(config: Config, options: dict[str, Any] | None) -> None:
@@ -180,10 +158,24 @@ def drop_collate_scope(config: Config) -> None:
 def build_runner(config: Config) -> Runner:
     """Build the Runner, or the one that the config's ``runner_type`` names."""
     if "runner_type" not in config:
-        return Runner.from_cfg(config)
-    scope = config.get("default_scope", "mmengine")
-    with DefaultScope.overwrite_default_scope(scope):
-        return RUNNERS.build(config)
+        runner = Runner.from_cfg(config)
+    else:
+        scope = config.get("default_scope", "mmengine")
+        with DefaultScope.overwrite_default_scope(scope):
+            runner = RUNNERS.build(config)
+    runner.register_hook(CheckpointGuard())
+    return runner
+
+
+class CheckpointGuard(Hook):
+    """Ends a run whose checkpoint does not fit, also where no hook draws."""
+
+    # Before EMAHook, which takes for granted that there is a state_dict.
+    priority = "VERY_HIGH"
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare the checkpoint with the model."""
+        check_checkpoint_fits(runner, checkpoint)
 
 
 def _check_metainfo(config: Config) -> None:

@@ -34,7 +34,6 @@ from _common import (
     add_cfg_options,
     check_checkpoint,
     merge_options,
-    read_config,
     run_tool,
 )
 from _layers import print_layers
@@ -48,6 +47,7 @@ from mmyolo_vis_hooks.detector import (
     check_device,
     classes_and_palette,
     load_weights,
+    read_config,
     read_dataset,
 )
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError

@@ -6,13 +6,14 @@ import argparse
 
 import numpy as np
 
-from _common import ToolError, add_cfg_options, merge_options, read_config, run_tool
+from _common import ToolError, add_cfg_options, merge_options, run_tool
 from _layers import print_layers
 from mmyolo_vis_hooks.data.sources import read_image
 from mmyolo_vis_hooks.detector import (
     build_detector,
     build_pipeline,
     check_device,
+    read_config,
     read_dataset,
 )
 

@@ -35,6 +35,7 @@ from ..publish.publisher import Publisher
 from ..publish.window import why_no_window
 from ..records import VisImage, VisSample
 from ..samples import SampleMaker
+from .loading import check_checkpoint_fits
 from .loop_recording import LoopRecording, data_samples_of
 
 Panel = Callable[[Any], np.ndarray]
@@ -124,6 +125,15 @@ class BaseVisHook(Hook):
         raise NotImplementedError
 
     # Preparation: before weights are loaded and data is read.
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse to draw what a model of random weights sees.
+
+        Raises:
+            CheckpointError: If no weight of the checkpoint fits.
+        """
+        if self.run_options.draw:
+            check_checkpoint_fits(runner, checkpoint)
 
     def before_run(self, runner: Runner) -> None:
         """Check what needs the model, the data and the pipeline, and prepare.

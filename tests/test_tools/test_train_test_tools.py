@@ -327,6 +327,33 @@ def test_mistakes_are_named_in_one_line(digits, trained, tmp_path, capsys, monke
     assert re.search(r"nek.*neck", test(CONFIG, weights, *run))
 
 
+def test_checkpoints_that_are_not_read_are_named_in_one_line(
+    digits, trained, tmp_path, capsys, monkeypatch
+):
+    weights = load_checkpoint_safely(trained / "epoch_1.pth")["state_dict"]
+    model = type("DetectionModel", (torch.nn.Conv2d,), {"__module__": "models.yolo"})
+    module = ModuleType("models.yolo")
+    module.DetectionModel = model  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "models", ModuleType("models"))
+        patch.setitem(sys.modules, "models.yolo", module)
+        torch.save({"model": model(3, 3, 1), "ema": None}, tmp_path / "yolo.pt")
+    other = {f"other.{key}": value for key, value in weights.items()}
+    torch.save(other, tmp_path / "other.pth")
+    torch.save({"state_dict": weights}, tmp_path / "weights.pth")
+    resume = "not the state of a training"
+    for name, tool, *words, expected in (
+        ("yolo.pt", test_tool, "convert_ultralytics.py"),
+        ("other.pth", test_tool, "0 of 297 weights fit"),
+        ("yolo.pt", train_tool, "--resume", "convert_ultralytics.py"),
+        ("other.pth", train_tool, "--resume", "0 of 297 weights fit"),
+        ("weights.pth", train_tool, "--resume", resume),
+    ):
+        run = options(digits, tmp_path / f"{name}_{tool.__name__}")
+        args = [CONFIG, *words, tmp_path / name, *run]
+        assert expected in message(capsys, monkeypatch, tool, *args), (name, expected)
+
+
 def test_a_missing_data_set_says_how_to_name_it(tmp_path, capsys, monkeypatch, trained):
     run = options(tmp_path / "nowhere", tmp_path / "run")
     error = message(

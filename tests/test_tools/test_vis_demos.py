@@ -956,27 +956,29 @@ def test_weights_that_are_none(run, capsys, pixel, fake_weights):
     assert str(fake_weights) in message
 
 
-def test_weights_of_another_architecture(run, capsys, pixel, tmp_path_factory):
+def test_weights_of_another_architecture(
+    run, capsys, pixel, tmp_path_factory, monkeypatch
+):
     folder = tmp_path_factory.mktemp("other_weights")
-    name = f"mmyolo::{FAMILIES['yolov8']}"
-    other = folder / "yolov8.pth"
-    torch.save(
-        {
-            "state_dict": build_detector(
-                get_config(name), torch.device("cpu")
-            ).state_dict()
-        },
-        other,
-    )
+    weights = build_detector(CONFIG, "cpu").state_dict()
+    other = folder / "other.pth"
+    torch.save({f"other.{key}": value for key, value in weights.items()}, other)
     message = mistake(run, capsys, featmap_tool, pixel, CONFIG, other)
-    assert f"{other} is of another architecture than the config" in message
-    assert "backbone." in message
+    assert f"{other} is of another architecture than the config: 0 of 538" in message
+    assert "missing backbone." in message
+
+    said: list[str] = []
+    monkeypatch.setattr(
+        "mmyolo_vis_hooks.checkpoint.print_log", lambda text, **_: said.append(text)
+    )
     config = Config.fromfile(CONFIG)
     config.model.bbox_head.head_module.num_classes = 3
-    wider = folder / "three_classes.pth"
-    torch.save(build_detector(config, torch.device("cpu")).state_dict(), wider)
-    message = mistake(run, capsys, featmap_tool, pixel, CONFIG, wider)
-    assert "multi_level_conv_cls.0.weight (3, 64, 1, 1) instead of (80," in message
+    torch.save(build_detector(config, "cpu").state_dict(), folder / "three_classes.pth")
+    args = (pixel, CONFIG, folder / "three_classes.pth", "--out-dir", folder / "out")
+    assert run(featmap_tool, *args) == 0
+    [line] = said
+    assert "532 of 538 weights fit; shapes" in line
+    assert "multi_level_conv_cls.0.weight (3, 64, 1, 1) instead of (80," in line
 
 
 @real_data

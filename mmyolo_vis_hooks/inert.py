@@ -1,0 +1,297 @@
+"""Read what :func:`torch.save` wrote without running anything that is in it.
+
+torch's restricted unpickler (``weights_only=True``) builds tensors and plain
+containers, and refuses all else. From torch 2.6 on it can be told which object
+stands for a name in a file. Here every name gets a stand-in, so that nothing a file
+asks for is imported or called, and yet its tensors and plain values come out:
+``HistoryBuffer``, NumPy data and ``builtins.getattr``, which every checkpoint of
+MMEngine has, and pickled models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+
+from .errors import VisError
+
+MapLocation = str | torch.device | dict | Callable | None
+"""What :func:`torch.load` takes as ``map_location``."""
+
+TORCH_TAKES_STAND_INS = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = b"\x80"
+_NUMPY_TYPE = re.compile(r"[<>|=]?[biufcSU]\d{1,9}")
+_MAX_NAMES = 3
+
+
+class CheckpointError(VisError, RuntimeError):
+    """A file is no checkpoint, is damaged, or its weights cannot be had."""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+# ------------------------------------------------------------------- stand-ins
+
+
+class InertObject:
+    """Stands where a file has an object of a class that is not known.
+
+    Attributes:
+        path: Class or function that the file names, ``module.name``; never looked up.
+        args: What the file wanted to call it with.
+        state: What it wanted to set on the result; None for nothing.
+    """
+
+    def __init__(self, path: str, args: tuple = ()) -> None:
+        self.path = str(path)
+        self.args = args
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __reduce__(self) -> tuple:
+        return InertObject, (self.path, self.args), self.state
+
+    def __repr__(self) -> str:
+        return f"<inert {self.path}>"
+
+
+class _InertClass:
+    path: str
+
+    def __new__(cls, *args: Any) -> Any:
+        return InertObject(cls.path, args)
+
+
+class _Made:
+    """Has what becomes of an object once its state is known."""
+
+    value: Any = None
+
+
+class _Dtype(_Made):
+    # Only the type and the byte order are taken. NumPy would believe the rest, by
+    # which a file can pass off bytes as addresses of objects.
+    def __init__(self, text: Any, *_: Any) -> None:
+        if isinstance(text, str) and _NUMPY_TYPE.fullmatch(text):
+            self.value = np.dtype(text)
+
+    def __setstate__(self, state: Any) -> None:
+        if self.value is not None and state[1] in ("<", ">"):
+            self.value = self.value.newbyteorder(state[1])
+
+
+class _Array(_Made):
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.value = InertObject("numpy.ndarray", state)
+        if dtype.value is not None:
+            order: Any = "F" if fortran else "C"
+            view: Any = np.ndarray(shape, dtype.value, raw, order=order)
+            self.value = view.copy(order)
+
+
+class _History(_Made):
+    # The statistics methods of a file are functions, kept with the class;
+    # the running MMEngine has its own.
+    def __setstate__(self, state: Any) -> None:
+        log, count = state["_log_history"].value, state["_count_history"].value
+        self.value = HistoryBuffer(log, count, state["max_length"])
+
+
+def _scalar(dtype: Any, raw: Any = None) -> Any:
+    if dtype.value is None:
+        return InertObject("numpy.scalar", (dtype, raw))
+    return np.ndarray((), dtype.value, raw)[()]
+
+
+def _inert_getattr(*args: Any) -> InertObject:
+    return InertObject("builtins.getattr", args)
+
+
+class _PlainDict:
+    """Makes dicts of classes derived from dict: torch fills no other type."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return OrderedDict(*(arg for arg in args if isinstance(arg, dict)))
+
+
+def _no_bytes(*_: Any) -> bytes:
+    return b""
+
+
+_KNOWN: dict[str, Any] = {
+    "addict.addict.Dict": _PlainDict,
+    "builtins.bytes": _no_bytes,  # others are made by _codecs.encode
+    "builtins.frozenset": frozenset,
+    "builtins.getattr": _inert_getattr,
+    "collections.defaultdict": _PlainDict,
+    "mmcv.utils.config.ConfigDict": _PlainDict,
+    "mmengine.config.config.ConfigDict": _PlainDict,
+    "mmengine.logging.history_buffer.HistoryBuffer": _History,
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": type("ndarray", (_InertClass,), {"path": "numpy.ndarray"}),
+    f"{__name__}.InertObject": InertObject,
+}
+for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+    _KNOWN[f"{_core}.multiarray.scalar"] = _scalar
+    _KNOWN[f"{_core}.multiarray._reconstruct"] = _Array
+
+
+@contextlib.contextmanager
+def _stand_ins(unknown: Iterable[str]) -> Iterator[None]:
+    """Let torch see the stand-ins alone, whatever else this process allows."""
+    allowed = torch.serialization.get_safe_globals()
+    inert = {path: type("Inert", (_InertClass,), {"path": path}) for path in unknown}
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(
+        [(stand_in, path) for path, stand_in in {**_KNOWN, **inert}.items()]
+    )
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+
+
+def _finished(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+    """Put real values where stand-ins are, in containers and inert objects."""
+    if isinstance(value, _Made):
+        return value.value
+    if isinstance(value, type) and issubclass(value, _InertClass):
+        return InertObject(value.path)
+    if id(value) in done:
+        return done[id(value)][0]
+    if type(value) is tuple:
+        new = tuple(_finished(item, done) for item in value)
+        done[id(value)] = new, value
+        return new
+    done[id(value)] = value, value
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = _finished(value[key], done)
+    elif isinstance(value, list):
+        value[:] = [_finished(item, done) for item in value]
+    elif isinstance(value, InertObject):
+        value.args = _finished(value.args, done)
+        value.state = _finished(value.state, done)
+    return value
+
+
+# --------------------------------------------------------------------- reading
+
+
+def read_inertly(
+    file: str | os.PathLike | bytes, map_location: MapLocation = None
+) -> tuple[Any, list[str]]:
+    """Read a file of :func:`torch.save`; nothing in it is run or imported.
+
+    Args:
+        file: Path, or the content itself.
+        map_location: As in :func:`torch.load`. Defaults to None.
+
+    Returns:
+        What the file holds, objects of unknown classes being :class:`InertObject`,
+        and the names of these classes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is no checkpoint, is damaged, or needs torch >= 2.6.
+    """
+    name = "<bytes>" if isinstance(file, bytes) else os.path.expanduser(file)
+    if not isinstance(file, bytes) and not os.path.isfile(name):
+        raise FileNotFoundError(f"{name} can not be found.")
+    if not TORCH_TAKES_STAND_INS:
+        raise CheckpointError(
+            f"{name} cannot be read without running it under torch "
+            f"{torch.__version__}; use torch >= 2.6"
+        )
+    if name.endswith(".safetensors"):
+        return _read_safetensors(name), []
+    with io.BytesIO(file) if isinstance(file, bytes) else open(name, "rb") as content:
+        head = content.read(512)
+        _refuse_foreign_formats(name, head, content)
+        content.seek(0)
+        return _read(name, content, head.startswith(_ZIP_MAGIC), map_location)
+
+
+def _read(
+    name: str, content: Any, zipped: bool, map_location: MapLocation
+) -> tuple[Any, list[str]]:
+    unknown: list[str] = []
+    try:
+        if zipped:
+            with _stand_ins(()):
+                wanted = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+            unknown = sorted(wanted)
+            content.seek(0)
+        # The format before cannot be asked what it wants: there, what is known loads.
+        with _stand_ins(unknown):
+            loaded = torch.load(content, map_location, weights_only=True)
+        return _finished(loaded, {}), unknown
+    except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        names = f" ({some(unknown)})" if unknown else ""
+        raise CheckpointError(
+            f"{name} cannot be loaded as a checkpoint: it is damaged, or holds more "
+            f"than weights and plain data{names}; save model.state_dict() anew"
+        ) from error
+
+
+def _read_safetensors(name: str) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f"{name} needs the library safetensors: 'pip install safetensors'"
+        ) from error
+    try:
+        return load_file(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} is no safetensors file: {error}") from error
+
+
+def _refuse_foreign_formats(name: str, head: bytes, content: Any) -> None:
+    if head.startswith(_ZIP_MAGIC):
+        if not zipfile.is_zipfile(content):
+            found = "it is a damaged or truncated zip file"
+        elif any(
+            record.endswith("/constants.pkl")
+            for record in zipfile.ZipFile(content).namelist()
+        ):
+            found = "it is a TorchScript program; save model.state_dict()"
+        else:
+            return
+    elif head.startswith(_PICKLE_MAGIC):
+        return
+    elif not head:
+        found = "it is empty"
+    elif head.startswith(b"version https://git-lfs"):
+        found = "it is a Git LFS pointer; fetch the file itself with 'git lfs pull'"
+    elif head.lstrip()[:1] == b"<":
+        found = "it is a web page; the download went wrong"
+    elif head[257:262] == b"ustar":
+        found = "it is a tar file; save the weights anew with torch >= 1.0"
+    else:
+        found = f"it begins with {head[:16]!r}"
+    raise CheckpointError(f"{name} is no checkpoint: {found}")
