@@ -276,11 +276,15 @@ def load_weights(
             f"{source} is of another architecture than the config: {error}"
         ) from error
     check_fit(own, weights, source, result.missing_keys, result.unexpected_keys)
-    meta = loaded.get("meta") or {}
-    dataset_meta = meta.get("dataset_meta") or {}
+    meta = _mapping(loaded.get("meta"))
+    dataset_meta = _mapping(meta.get("dataset_meta"))
     if not dataset_meta and meta.get("CLASSES"):
         dataset_meta = {"classes": meta["CLASSES"], "palette": meta.get("PALETTE")}
     return {str(key).lower(): value for key, value in dataset_meta.items()}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def classes_and_palette(
