@@ -19,12 +19,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from .checkpoint import CheckpointError, check_fit, weights_of
-from .data.pipeline import (
-    build_resize_only_pipeline,
-    flatten_steps,
-    network_divisor,
-    network_stride,
-)
+from .data.pipeline import ImagePipeline
 from .data.samples import class_names_of, palette_of
 from .errors import VisConfigError
 
@@ -102,54 +97,21 @@ def _metainfo_of(config: Config, dataset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_pipeline(
-    config: Config, info: DatasetInfo, detector: nn.Module, alignment: str
-) -> Compose:
-    """Build the test pipeline for images that are decoded already.
+    config: Config, info: DatasetInfo, *, channels: Sequence[int] | None = None
+) -> ImagePipeline:
+    """Build the test pipeline for images that belong to no data set.
 
     Args:
         config (Config): Of the detector.
         info (DatasetInfo): What :func:`read_dataset` found.
-        detector (nn.Module): The detector.
-        alignment (str): ``'resize'`` gives its Resize-only version; the other ways
-            keep its geometry.
+        channels (Sequence[int], optional): Which channels a picture shows.
 
     Returns:
-        Compose: Takes ``dict(img=(H, W, 3) uint8 BGR, img_id=..., img_path=...)``.
-
-    Raises:
-        VisConfigError: If no step of the pipeline loads an image.
-        UnsupportedPipelineError: If a step may move pixels in an unknown way.
+        ImagePipeline: Takes files and decoded images; annotations are not loaded.
     """
     with default_scope(config):
-        steps = flatten_steps(Compose(list(info.pipeline)))
-        loaders = [step for step in steps if _name(step).startswith("LoadImage")]
-        if not loaders:
-            raise VisConfigError(
-                "the test pipeline has no step that loads an image, such as "
-                f"LoadImageFromFile, but {', '.join(map(_name, steps)) or 'no step'}"
-            )
-        from mmdet.datasets.transforms import LoadImageFromNDArray
-
-        decoded = LoadImageFromNDArray(
-            to_float32=bool(getattr(loaders[0], "to_float32", False))
-        )
-    kept = [decoded]
-    for step in steps[steps.index(loaders[0]) + 1 :]:
-        # There are no annotations, and some loaders insist on their files.
-        if not (_name(step).startswith("Load") and "Proposals" not in _name(step)):
-            kept.append(step)
-    pipeline = Compose(kept)
-    if alignment != "resize":
-        return pipeline
-    return build_resize_only_pipeline(
-        pipeline,
-        divisor=network_divisor(detector),
-        stride=network_stride(detector, info),
-    )
-
-
-def _name(step: Any) -> str:
-    return type(step).__name__
+        steps = Compose(list(info.pipeline))
+    return ImagePipeline(steps, channels=channels, annotations=False)
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -276,15 +238,11 @@ def load_weights(
             f"{source} is of another architecture than the config: {error}"
         ) from error
     check_fit(own, weights, source, result.missing_keys, result.unexpected_keys)
-    meta = _mapping(loaded.get("meta"))
-    dataset_meta = _mapping(meta.get("dataset_meta"))
+    meta = loaded.get("meta") or {}
+    dataset_meta = meta.get("dataset_meta") or {}
     if not dataset_meta and meta.get("CLASSES"):
         dataset_meta = {"classes": meta["CLASSES"], "palette": meta.get("PALETTE")}
     return {str(key).lower(): value for key, value in dataset_meta.items()}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def classes_and_palette(

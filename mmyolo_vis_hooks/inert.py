@@ -57,13 +57,10 @@ class InertObject:
         state: What it wanted to set on the result; None for nothing.
     """
 
-    path = "an unknown class"
-    args: tuple = ()
-    state: Any = None
-
     def __init__(self, path: str, args: tuple = ()) -> None:
         self.path = str(path)
         self.args = args
+        self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -100,35 +97,30 @@ class _Dtype(_Made):
             self.value = self.value.newbyteorder(state[1])
 
 
-def _array(dtype: Any, raw: Any, shape: Any = (), order: Any = "C") -> Any:
-    # What a file built may look like a dtype; only a checked one reaches NumPy.
-    if isinstance(dtype, _Dtype) and dtype.value is not None and isinstance(raw, bytes):
-        view: Any = np.ndarray(shape, dtype.value, raw, order=order)
-        return view.copy(order)
-    return InertObject("numpy.ndarray", (shape, dtype, raw))
-
-
 class _Array(_Made):
     def __init__(self, *_: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
-        self.value = _array(dtype, raw, shape, "F" if fortran else "C")
-
-
-def _scalar(dtype: Any, raw: Any = None) -> Any:
-    array = _array(dtype, raw)
-    return array[()] if isinstance(array, np.ndarray) else array
+        self.value = InertObject("numpy.ndarray", state)
+        if dtype.value is not None:
+            order: Any = "F" if fortran else "C"
+            view: Any = np.ndarray(shape, dtype.value, raw, order=order)
+            self.value = view.copy(order)
 
 
 class _History(_Made):
     # The statistics methods of a file are functions, kept with the class;
     # the running MMEngine has its own.
     def __setstate__(self, state: Any) -> None:
-        log, count = (state[f"_{kind}_history"] for kind in ("log", "count"))
-        if not isinstance(log, _Array) or not isinstance(count, _Array):
-            raise TypeError("a HistoryBuffer holds arrays")
-        self.value = HistoryBuffer(log.value, count.value, state["max_length"])
+        log, count = state["_log_history"].value, state["_count_history"].value
+        self.value = HistoryBuffer(log, count, state["max_length"])
+
+
+def _scalar(dtype: Any, raw: Any = None) -> Any:
+    if dtype.value is None:
+        return InertObject("numpy.scalar", (dtype, raw))
+    return np.ndarray((), dtype.value, raw)[()]
 
 
 def _inert_getattr(*args: Any) -> InertObject:

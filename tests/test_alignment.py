@@ -22,7 +22,8 @@ from mmengine.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import nn
 
-from mmyolo_vis_hooks.data.selector import SelectedImage
+from mmyolo_vis_hooks.data.alignment import ALIGNMENTS, choose_alignment
+from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
 from mmyolo_vis_hooks.detector import (
     build_pipeline,
     default_scope,
@@ -32,7 +33,7 @@ from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.records import VisSample
 from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel
-from mmyolo_vis_hooks.samples import ALIGNMENTS, SampleMaker
+from mmyolo_vis_hooks.samples import SampleMaker
 
 CONFIGS = {
     "yolov5": "mmyolo::yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py",
@@ -152,21 +153,20 @@ def draw(config: Config, scene: Scene, alignment: str) -> Drawn:
     """Run the network on a scene as the programs do."""
     detector = make_detector(config)
     detector.box_xyxy = scene.box_xyxy
-    maker = SampleMaker(
-        detector, resolve_layers(detector, ["neck"]), alignment=alignment
+    maker = SampleMaker(detector, resolve_layers(detector, ["neck"]))
+    dataset = read_dataset(config)
+    pipeline = build_pipeline(config, dataset)
+    loaded = pipeline.load(scene.image_bgr()[..., ::-1], img_path="x.png")
+    placement = choose_alignment(
+        alignment,
+        pipeline,
+        [loaded],
+        detector,
+        divisor=network_divisor(detector),
+        stride=network_stride(detector, dataset),
     )
-    pipeline = build_pipeline(config, read_dataset(config), detector, alignment)
-    image_bgr = scene.image_bgr()
-    data = pipeline(dict(img=image_bgr, img_id=0, img_path="x.png", instances=[]))
-    selected = SelectedImage(
-        scene.name,
-        0,
-        "x.png",
-        None,
-        0,
-        image_rgb=cv2.cvtColor(image_bgr, cv2.COLOR_BGR2RGB),
-    )
-    sample = maker.run_data(selected, data)
+    data = placement.pipeline.pack(loaded)
+    sample = maker.run(scene.name, loaded, placement)
     box = bright_box(sample.image_rgb)
     in_network = bright_box(data["inputs"].numpy().transpose(1, 2, 0))
     batch = detector.data_preprocessor(dict(inputs=[data["inputs"]], data_samples=None))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import pickle
+import struct
 import sys
 import tarfile
+import zipfile
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -115,11 +114,18 @@ def test_a_training_checkpoint_is_what_was_saved(trained: Path) -> None:
     loss.update(1.0)
 
 
+@pytest.mark.parametrize("how", ["path", "auto"])
 def test_resume_continues_bit_for_bit(
-    trained: Path, toy_data: Path, tmp_path: Path
+    trained: Path, toy_data: Path, tmp_path: Path, how: str
 ) -> None:
-    first, folder = str(trained / "epoch_1.pth"), tmp_path / "resumed"
-    toy_runner(folder, toy_data, resume=True, load_from=first).train()
+    first, folder = trained / "epoch_1.pth", tmp_path / "resumed"
+    folder.mkdir()
+    if how == "path":
+        runner = toy_runner(folder, toy_data, resume=True, load_from=str(first))
+    else:
+        (folder / "last_checkpoint").write_text(str(first))
+        runner = toy_runner(folder, toy_data, resume=True)
+    runner.train()
     expected = torch.load(trained / "epoch_2.pth", weights_only=False)
     actual = torch.load(folder / "epoch_2.pth", weights_only=False)
     for part in ("state_dict", "ema_state_dict", "optimizer", "param_schedulers"):
@@ -175,15 +181,53 @@ def test_values_survive_a_round_trip(tmp_path: Path, zipped: bool) -> None:
 
 
 class Calls:
-    """Pickles as a call of `function`, which may be one itself."""
+    """Pickles as a call of `function` with `args`."""
 
     def __init__(self, function: Any, *args: Any, state: Any = None) -> None:
         self.parts = (function, args) if state is None else (function, args, state)
 
-    def __call__(self) -> None: ...
-
     def __reduce__(self) -> tuple:
         return self.parts
+
+
+def save_raw(path: Path, pickled: bytes, zipped: bool = True) -> None:
+    """Write a checkpoint whose pickle is exactly `pickled`."""
+    buffer = io.BytesIO()
+    if zipped:
+        torch.save({}, buffer)
+        with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
+            for name in old.namelist():
+                content = pickled if name.endswith("data.pkl") else old.read(name)
+                new.writestr(name, content)
+        return
+    torch.save(None, buffer, _use_new_zipfile_serialization=False)
+    head = io.BytesIO(buffer.getvalue())
+    for _ in range(3):
+        pickle.load(head)
+    keys = pickle.dumps([], protocol=2)
+    path.write_bytes(buffer.getvalue()[: head.tell()] + pickled + keys)
+
+
+def text(value: str) -> bytes:
+    encoded = value.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def glob(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def call(function: bytes, *arguments: bytes) -> bytes:
+    return function + b"(" + b"".join(arguments) + b"tR"
+
+
+def attribute(owner: bytes, name: str) -> bytes:
+    return call(glob("__builtin__", "getattr"), owner, text(name))
+
+
+def opcodes(value: Any) -> bytes:
+    """The pickle of `value` without its first and last opcode."""
+    return pickle.dumps(value, protocol=2)[2:-1]
 
 
 def torch_bytes(value: Any) -> bytes:
@@ -192,51 +236,76 @@ def torch_bytes(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def payloads(marker: str) -> dict[str, Any]:
-    """Values that create the file `marker` when unpickled plainly."""
-    code = f"open({marker!r}, 'w').close()"
-    evil = Calls(eval, code)
+def payloads(marker: str) -> dict[str, bytes]:
+    """Pickles that create the file `marker` when unpickled plainly."""
+    command = text(f"touch {marker}")
+    code = text(f"open({marker!r}, 'w').close()")
+    head = b"\x80\x02"
+    system = glob("posix", "system")
+    attack = call(glob("__builtin__", "eval"), code)
+    ordered = glob("collections", "OrderedDict")
+    builtins = call(glob("__builtin__", "__import__"), text("builtins"))
     # HistoryBuffer is in every checkpoint that MMEngine trained.
-    names = Calls(getattr, HistoryBuffer.update, "__globals__")
-    own_builtins = Calls(Calls(getattr, names, "get"), "__builtins__")
-    own_exec = Calls(Calls(getattr, own_builtins, "get"), "exec")
-    rebuild = torch._utils._rebuild_tensor_v2
-    return {
-        "eval": evil,
-        "system": Calls(os.system, f"touch {marker}"),
-        "getattr": Calls(Calls(getattr, Calls(__import__, "builtins"), "exec"), code),
-        "getattr from HistoryBuffer": Calls(own_exec, code),
-        "partial": Calls(Calls(partial, eval, code)),
-        "numpy array": np.array([evil]),
-        "inside a tensor": Calls(rebuild, evil, 0, (), (), False, OrderedDict()),
-        "inside an OrderedDict": Calls(OrderedDict, [["k", evil]]),
-        "state": Calls(OrderedDict, state={"a": evil}),
-        "pickle in a pickle": Calls(pickle.loads, pickle.dumps(evil)),
-        "storage": Calls(torch.storage._load_from_bytes, torch_bytes(evil)),
+    buffer = glob("mmengine.logging.history_buffer", "HistoryBuffer")
+    names = attribute(attribute(buffer, "update"), "__globals__")
+    own_builtins = call(attribute(names, "get"), text("__builtins__"))
+    own_exec = call(attribute(own_builtins, "get"), text("exec"))
+    evil = Calls(eval, f"open({marker!r}, 'w').close()")
+    values = {
+        "system": call(system, command),
+        "eval": attack,
+        "getattr chain": call(attribute(builtins, "exec"), code),
+        "getattr from HistoryBuffer": call(own_exec, code),
+        "partial": call(call(glob("functools", "partial"), system, command)),
+        "map": call(
+            glob("__builtin__", "list"),
+            call(glob("__builtin__", "map"), system, b"](" + command + b"e"),
+        ),
+        "numpy runstring": call(
+            glob("numpy.testing._private.utils", "runstring"), code, b"}"
+        ),
+        "numpy array": opcodes(np.array([evil])),
+        "inside a tensor": call(
+            glob("torch._utils", "_rebuild_tensor_v2"),
+            attack + b"K\x00))\x89" + call(ordered),
+        ),
+        "inside an OrderedDict": call(ordered, b"](](" + text("k") + attack + b"ee"),
+        "state": call(ordered) + b"}(" + text("a") + attack + b"ub",
+        "pickle in a pickle": opcodes(Calls(pickle.loads, pickle.dumps(evil))),
+        "storage in a pickle": opcodes(
+            Calls(torch.storage._load_from_bytes, torch_bytes(evil))
+        ),
     }
-
-
-@pytest.mark.parametrize("how", ["zip", "legacy", "protocol 4", "top level"])
-@pytest.mark.parametrize("name", sorted(payloads("marker")))
-def test_nothing_in_the_file_runs(tmp_path: Path, name: str, how: str) -> None:
-    marker, path = tmp_path / "executed", tmp_path / "attack.pth"
-    payload = payloads(str(marker))[name]
-    torch.save(
-        payload if how == "top level" else {"state_dict": payload},
-        path,
-        pickle_protocol=4 if how == "protocol 4" else 2,
-        _use_new_zipfile_serialization=how != "legacy",
+    pickles = {
+        name: head + b"}(" + text("state_dict") + value + b"u."
+        for name, value in values.items()
+    }
+    pickles["top level"] = head + attack + b"."
+    pickles["old instance"] = head + b"(" + command + b"iposix\nsystem\n."
+    pickles["old object"] = head + b"(" + system + command + b"o."
+    pickles["protocol 4"] = (
+        b"\x80\x04" + text("posix") + text("system") + b"\x93" + command + b"\x85R."
     )
+    return pickles
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", sorted(payloads("marker")))
+def test_nothing_in_the_file_runs(tmp_path: Path, name: str, zipped: bool) -> None:
+    marker = tmp_path / "executed"
+    pickled = payloads(str(marker))[name]
     # Some fail after they struck: an exit status is no tensor.
     with contextlib.suppress(Exception):
-        torch.load(path, weights_only=False)
+        pickle.loads(pickled)
     assert marker.exists(), "the payload must be a working attack"
     marker.unlink()
 
+    path = tmp_path / "attack.pth"
+    save_raw(path, pickled, zipped)
     before = set(torch.serialization.get_safe_globals())
     # What loads does so inertly, and is no weights.
     with contextlib.suppress(CheckpointError):
-        load_checkpoint_safely(path)
+        assert set(load_checkpoint_safely(path)) == {"state_dict"}
     with pytest.raises(CheckpointError, match=r"attack\.pth"):
         load_weights(nn.Linear(2, 2), path)
     assert not marker.exists()
@@ -244,17 +313,34 @@ def test_nothing_in_the_file_runs(tmp_path: Path, name: str, how: str) -> None:
 
 
 def test_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("evil_module")
-    thing = type("Thing", (), {"__module__": "evil_module"})
-    module.Thing = thing  # type: ignore[attr-defined]
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "evil_module", module)
-        torch.save({"class": thing, "object": thing()}, tmp_path / "a.pth")
     (tmp_path / "evil_module.py").write_text("raise SystemExit\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    save_raw(tmp_path / "a.pth", b"\x80\x02}" + text("k") + b"cevil_module\nthing\ns.")
     loaded = load_checkpoint_safely(tmp_path / "a.pth")
-    assert {value.path for value in loaded.values()} == {"evil_module.Thing"}
+    assert repr(loaded["k"]) == "<inert evil_module.thing>"
     assert "evil_module" not in sys.modules
+
+
+OWNERS = [
+    (torch.Tensor, "torch", "Tensor"),
+    (torch._utils._rebuild_tensor_v2, "torch._utils", "_rebuild_tensor_v2"),
+    (HistoryBuffer, "mmengine.logging.history_buffer", "HistoryBuffer"),
+    (OrderedDict, "collections", "OrderedDict"),
+    (np.ndarray, "numpy", "ndarray"),
+]
+
+
+@pytest.mark.parametrize(("owner", "module", "name"), OWNERS)
+def test_a_file_cannot_change_a_class(
+    tmp_path: Path, owner: Any, module: str, name: str
+) -> None:
+    """BUILD with a slot state is a setattr on whatever lies on the stack."""
+    state = b"N}" + text("was_here") + b"\x88s\x86b"
+    pickled = b"\x80\x02}" + text("k") + glob(module, name) + state + b"s."
+    save_raw(tmp_path / "a.pth", pickled)
+    with pytest.raises(CheckpointError, match="more than weights"):
+        load_checkpoint_safely(tmp_path / "a.pth")
+    assert not hasattr(owner, "was_here")
 
 
 def test_statistics_methods_come_from_the_running_mmengine(tmp_path: Path) -> None:
@@ -267,27 +353,19 @@ def test_statistics_methods_come_from_the_running_mmengine(tmp_path: Path) -> No
     assert HistoryBuffer._statistics_methods == before
 
 
-FLAGS = (3, "|", None, None, None, -1, -1, 0)
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        Calls(np.dtype, "O8", False, True, state=FLAGS),
-        Calls(OrderedDict, state={"value": "O8"}),  # looks like what stands for one
-        Calls(np.dtype, "i8", False, True, state=FLAGS),
-    ],
-)
-def test_numpy_data_cannot_pass_for_pointers(tmp_path: Path, dtype: Calls) -> None:
+@pytest.mark.parametrize("kind", ["O8", "i8"])
+def test_numpy_data_cannot_pass_for_pointers(tmp_path: Path, kind: str) -> None:
     """An object dtype without its flags would read the bytes as addresses."""
     reconstruct, arguments, _ = np.array([1, 2]).__reduce__()
-    state = (1, (2,), dtype, False, b"A" * 16)
+    flags = (3, "|", None, None, None, -1, -1, 0)
+    forged_dtype = Calls(np.dtype, kind, False, True, state=flags)
+    state = (1, (2,), forged_dtype, False, b"A" * 16)
     torch.save({"a": Calls(reconstruct, *arguments, state=state)}, tmp_path / "a.pth")
     found = load_checkpoint_safely(tmp_path / "a.pth")["a"]
-    if "i8" in dtype.parts[1]:
-        np.testing.assert_array_equal(found, [0x4141414141414141] * 2)
-    else:
+    if kind == "O8":
         assert isinstance(found, InertObject)
+    else:
+        np.testing.assert_array_equal(found, [0x4141414141414141] * 2)
 
 
 def test_what_the_process_allows_elsewhere_does_not_count(tmp_path: Path) -> None:
@@ -346,6 +424,7 @@ torch.save({"o": Opinion()}, LEGACY, _use_new_zipfile_serialization=False)
     ("content", "message"),
     [
         (b"", "is empty"),
+        (b"<!DOCTYPE html><html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         (b"\x89PNG\r\n", r"begins with b'\\x89PNG"),
         (WHOLE[: len(WHOLE) // 2], "truncated zip"),
@@ -354,6 +433,7 @@ torch.save({"o": Opinion()}, LEGACY, _use_new_zipfile_serialization=False)
         (LEGACY.getvalue(), "damaged, or holds more than weights"),
         (TAR.getvalue(), "tar file"),
         (SCRIPT.getvalue(), "TorchScript program"),
+        (torch_bytes(nn.Linear(2, 2)), r"object of torch\.nn.*Linear, not a dict"),
         (torch_bytes({"model": nn.Linear(2, 2)}), r"object of torch\.nn.*Linear, not"),
         (torch_bytes({"state_dict": Opinion()}), "object of .*Opinion, not a dict"),
     ],
@@ -403,16 +483,19 @@ def test_a_run_does_not_go_on_with_weights_that_were_not_read(
     trained: Path, toy_data: Path, tmp_path: Path
 ) -> None:
     whole = load_checkpoint_safely(trained / "epoch_2.pth")
-    other = {f"other.{key}": value for key, value in whole["state_dict"].items()}
-    source = saved(tmp_path / "a", state_dict=other)
-    settings: dict = dict(custom_hooks=[HOOK], load_from=source)
+    weights = whole["state_dict"]
+    other = {f"other.{key}": value for key, value in weights.items()}
+    settings = dict(
+        custom_hooks=[HOOK], load_from=saved(tmp_path / "a", state_dict=other)
+    )
     runner = toy_runner(tmp_path / "run", toy_data, **settings)
     with pytest.raises(
         CheckpointError, match=r"a is of another.* 0 of \d+ weights fit"
     ):
         runner.test()
-    source = saved(tmp_path / "b", state_dict=whole["state_dict"])
-    settings = dict(custom_hooks=[HOOK], load_from=source, resume=True)
+    for key in ("meta", "optimizer"):
+        whole.pop(key)
+    settings = dict(settings, load_from=saved(tmp_path / "b", **whole), resume=True)
     runner = toy_runner(tmp_path / "resume", toy_data, **settings)
     with pytest.raises(CheckpointError, match="not the state of a training"):
         runner.train()
@@ -447,27 +530,40 @@ def test_a_run_says_how_much_fits(
 # ------------------------------------------------------------ loaders of MMEngine
 
 
+@pytest.fixture
+def schemes(monkeypatch: pytest.MonkeyPatch) -> type[CheckpointLoader]:
+    """MMEngine's own loaders, as before this package is imported."""
+    own = {
+        "": mmengine_checkpoint.load_from_local,
+        "http://": mmengine_checkpoint.load_from_http,
+    }
+    monkeypatch.setattr(CheckpointLoader, "_schemes", own)
+    return CheckpointLoader
+
+
 def loader_of(path: str) -> Any:
     return CheckpointLoader._get_checkpoint_loader(path)
 
 
-def test_loaders_are_mmengines_or_the_users_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_importing_the_package_registers_the_loaders() -> None:
     paths = ["weights.pth", "https://host/a.pth", "torchvision://resnet50"]
     paths += ["open-mmlab://detectron2/resnet50", "mmcls://resnet50", "s3://b/a.pth"]
-    ours = "mmyolo_vis_hooks.checkpoint"
-    assert {loader_of(path).__module__ for path in paths} == {ours}
+    assert {loader_of(path).__module__ for path in paths} == {
+        "mmyolo_vis_hooks.checkpoint"
+    }
 
+
+def test_a_loader_of_the_user_stays(schemes: type[CheckpointLoader]) -> None:
     def mine(filename: str, map_location: Any = None) -> dict:
         return {"state_dict": {}}
 
-    own = {"": mine, "vault://": mine, "https://": mmengine_checkpoint.load_from_http}
-    monkeypatch.setattr(CheckpointLoader, "_schemes", own)
+    schemes.register_scheme("", mine, force=True)
+    schemes.register_scheme("vault://", mine)
     for _ in range(2):
         register_checkpoint_loaders()
         assert loader_of("a.pth") is loader_of("vault://a.pth") is mine
-        assert loader_of("https://host/a.pth").__module__ == ours
+        ours = loader_of("http://host/a.pth")
+        assert ours.__module__ == "mmyolo_vis_hooks.checkpoint"
 
 
 def test_downloads_are_kept_by_their_whole_address(

@@ -9,28 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmcv.transforms import BaseTransform
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.hub import get_config
-from mmengine.registry import TRANSFORMS
+from mmengine.registry import DefaultScope
 from torch import nn
 
 from mmyolo_vis_hooks.checkpoint import CheckpointError
+from mmyolo_vis_hooks.data.resize import network_stride
 from mmyolo_vis_hooks.detector import (
-    DatasetInfo,
     build_detector,
     build_pipeline,
     check_device,
     classes_and_palette,
+    default_scope,
     load_weights,
     read_config,
     read_dataset,
 )
-from mmyolo_vis_hooks.errors import UnsupportedPipelineError, VisConfigError
+from mmyolo_vis_hooks.errors import VisConfigError
 from tests.toy import META_KEYS, ToyDetector, make_pipeline
 
-YOLOV8 = "mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
 FASTER = (dict(type="Resize", scale=(128, 96), keep_ratio=True),)
 PACK = dict(type="PackDetInputs", meta_keys=META_KEYS)
 PREPROCESSOR = dict(
@@ -53,22 +52,14 @@ def config_of(dataset: Any) -> Config:
 
 # ------------------------------------------------------------------------ read_dataset
 
-LEAF = dict(
-    type="CocoDataset",
-    pipeline=[dict(type="LoadImageFromFile")],
-    metainfo=dict(classes=("square",), palette=[(1, 2, 3)]),
-    batch_shapes_cfg=dict(type="BatchShapePolicy", size_divisor=64),
-    # Nobody reads the files of the data set.
-    data_root="nowhere/",
-    ann_file="missing.json",
-)
-
 
 @pytest.mark.parametrize(
     "config",
     [
         {},
         dict(test_dataloader=None, val_dataloader=None, test_pipeline=None),
+        dict(test_dataloader=dict(batch_size=1)),
+        dict(test_dataloader=dict(dataset=dict(type="CocoDataset"))),
         dict(test_dataloader=dict(dataset=dict(type="CocoDataset", pipeline=[]))),
         dict(test_dataloader=dict(dataset=dict(type="ConcatDataset", datasets=[]))),
         dict(train_pipeline=make_pipeline(FASTER), tta_pipeline=make_pipeline(FASTER)),
@@ -79,31 +70,51 @@ def test_a_config_without_test_pipeline(config):
         read_dataset(Config(config))
 
 
-@pytest.mark.parametrize(
-    ("test_loader", "val_loader", "found"),
-    [("test", "val", "test"), (None, "val", "val"), ([], "val", "val"), (None,) * 3],
-)
-def test_where_the_pipeline_comes_from(test_loader, val_loader, found):
-    def loader(name):
-        dataset = dict(type="CocoDataset", pipeline=[dict(type=name)])
-        return dict(dataset=dataset) if isinstance(name, str) else name
+def test_where_the_pipeline_comes_from():
+    def named(name: str) -> dict:
+        return dict(type="CocoDataset", pipeline=[dict(type=name)])
 
-    config = dict(
-        test_dataloader=loader(test_loader),
-        val_dataloader=loader(val_loader),
-        train_dataloader=loader("train"),
-        test_pipeline=[dict(type=None)],
+    everything = dict(
+        test_dataloader=dict(dataset=named("test")),
+        val_dataloader=dict(dataset=named("val")),
+        train_dataloader=dict(dataset=named("train")),
+        test_pipeline=[dict(type="alone")],
         tta_pipeline=[dict(type="augmented")],
+        tta_model=dict(type="DetTTAModel"),
     )
-    assert read_dataset(Config(config)).pipeline[0]["type"] == found
+    found = []
+    for missing in ((), ("test_dataloader",), ("test_dataloader", "val_dataloader")):
+        config = {k: v for k, v in everything.items() if k not in missing}
+        (step,) = read_dataset(Config(config)).pipeline
+        found.append(step["type"])
+    assert found == ["test", "val", "alone"]
+
+
+def test_a_loader_that_is_none_or_a_list_counts_as_missing():
+    dataset = dict(type="CocoDataset", pipeline=[dict(type="val")])
+    for loader in (None, [dict(dataset=dataset)]):
+        config = Config(
+            dict(test_dataloader=loader, val_dataloader=dict(dataset=dataset))
+        )
+        assert read_dataset(config).pipeline[0]["type"] == "val"
+
+
+LEAF = dict(
+    type="CocoDataset",
+    pipeline=[dict(type="LoadImageFromFile")],
+    metainfo=dict(classes=("square",), palette=[(1, 2, 3)]),
+    batch_shapes_cfg=dict(type="BatchShapePolicy", size_divisor=64),
+)
 
 
 @pytest.mark.parametrize(
     "dataset",
     [
         LEAF,
-        dict(type="RepeatDataset", dataset=dict(type="ConcatDataset", datasets=[LEAF])),
+        dict(type="RepeatDataset", times=2, dataset=LEAF),
         dict(type="ConcatDataset", datasets=[LEAF, dict(type="Other")]),
+        dict(type="RepeatDataset", dataset=dict(type="ConcatDataset", datasets=[LEAF])),
+        dict(type="ClassBalancedDataset", dataset=dict(type="X", dataset=LEAF)),
     ],
 )
 def test_wrapped_datasets(dataset):
@@ -114,44 +125,57 @@ def test_wrapped_datasets(dataset):
     assert info.batch_shapes_cfg["size_divisor"] == 64
 
 
-@pytest.mark.parametrize(
-    ("kind", "classes"),
-    [("CocoDataset", 80), ("mmdet.CocoDataset", 80), (CocoDataset, 80), ("Other", 0)],
-)
+@pytest.mark.parametrize("kind", ["CocoDataset", "mmdet.CocoDataset", CocoDataset])
 @pytest.mark.parametrize("others", [dict(default_scope="mmdet"), {}])
-def test_the_class_of_the_dataset_names_the_classes(kind, classes, others):
+def test_the_class_of_the_dataset_names_the_classes(kind, others):
     dataset = dict(LEAF, type=kind, metainfo=None)
-    config = Config(dict(test_dataloader=dict(dataset=dataset), **others))
-    for key in ("classes", "palette"):
-        assert len(read_dataset(config).metainfo.get(key, ())) == classes
-    config.test_dataloader.dataset.metainfo = dict(classes=("a", "b"))
-    assert read_dataset(config).metainfo["classes"] == ("a", "b")
+    info = read_dataset(Config(dict(test_dataloader=dict(dataset=dataset), **others)))
+    assert len(info.metainfo["classes"]) == len(info.metainfo["palette"]) == 80
+    assert info.metainfo["classes"][0] == "person"
+    dataset["metainfo"] = dict(classes=("a", "b"))
+    info = read_dataset(config_of(dataset))
+    assert info.metainfo["classes"] == ("a", "b")
+    assert len(info.metainfo["palette"]) == 80
     assert CocoDataset.METAINFO["classes"][0] == "person"
 
 
 @pytest.mark.parametrize(
     ("name", "num_classes"),
     [
-        (YOLOV8, 80),
+        ("mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py", 80),
+        ("mmyolo::rtmdet/rtmdet_tiny_syncbn_fast_8xb32-300e_coco.py", 80),
         ("mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", 80),
         ("mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py", 20),
     ],
 )
 def test_real_configs_name_their_classes(name, num_classes):
-    assert len(read_dataset(read_config(name)).metainfo["classes"]) == num_classes
+    info = read_dataset(get_config(name))
+    assert len(info.metainfo["classes"]) == num_classes
+
+
+@pytest.mark.parametrize("kind", ["NobodyKnowsIt", None])
+def test_a_dataset_that_is_not_registered_names_nothing(kind):
+    dataset = dict(type=kind, pipeline=[dict(type="LoadImageFromFile")])
+    assert read_dataset(config_of(dataset)).metainfo == {}
+
+
+def test_no_file_of_the_dataset_is_read():
+    dataset = dict(LEAF, data_root="nowhere/", ann_file="missing.json")
+    assert read_dataset(config_of(dataset)).pipeline == LEAF["pipeline"]
 
 
 @pytest.mark.parametrize(
     ("metainfos", "expected"),
     [
+        ([], ((), None)),
         ([{}, {}], ((), None)),
+        ([dict(classes=("a",), palette=[(1, 2, 3)])], (("a",), [(1, 2, 3)])),
         ([{}, dict(CLASSES=["a", "b"])], (("a", "b"), None)),
         (
-            [dict(classes=("of", "weights")), LEAF["metainfo"]],
+            [dict(classes=("of", "weights")), dict(classes=("of config",))],
             (("of", "weights"), None),
         ),
         ([dict(palette=[(1, 2, 3)]), dict(classes="one")], (("one",), None)),
-        ([LEAF["metainfo"]], (("square",), [(1, 2, 3)])),
     ],
 )
 def test_the_first_that_names_classes_counts(metainfos, expected):
@@ -161,136 +185,22 @@ def test_the_first_that_names_classes_counts(metainfos, expected):
 # ---------------------------------------------------------------------- build_pipeline
 
 
-class Swirl(BaseTransform):
-    """Moves pixels in a way that nobody has described."""
-
-    def transform(self, results: dict) -> dict:
-        results["img"] = np.ascontiguousarray(np.roll(results["img"], 7, axis=1))
-        return results
-
-
-class SeesDtype(BaseTransform):
-    def transform(self, results: dict) -> dict:
-        results["img_path"] = str(results["img"].dtype)
-        return results
-
-
-class LoadPoints(BaseTransform):
-    """A loader of annotations that insists on its file."""
-
-    def transform(self, results: dict) -> dict:
-        raise FileNotFoundError(results["points_path"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    steps = {f"Toy{step.__name__}": step for step in (Swirl, SeesDtype)}
-    steps["LoadToyPoints"] = LoadPoints
-    for name, step in steps.items():
-        TRANSFORMS.register_module(name=name, module=step)
-    yield
-    for name in steps:
-        del TRANSFORMS.module_dict[name]
-
-
-def run(steps: list[dict], alignment: str, image: Any = None) -> dict:
-    config = config_of(dict(type="CocoDataset", pipeline=steps))
-    pipeline = build_pipeline(config, read_dataset(config), toy(), alignment)
-    if image is None:
-        image = np.full((70, 131, 3), 90, np.uint8)
-    return pipeline(dict(img=image, img_id=3, img_path="a.png", instances=[]))
-
-
-@pytest.mark.parametrize("alignment", ["resize", "letterbox", "network"])
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [],
-        [dict(type="Resize", scale=(128, 96), keep_ratio=True), PACK],
-        [dict(type="LoadAnnotations", with_bbox=True), PACK],
-    ],
-)
-def test_a_pipeline_that_loads_no_image(steps, alignment):
-    config = config_of(dict(type="CocoDataset", pipeline=[PACK]))
-    info = DatasetInfo({}, steps, None)
-    with pytest.raises(VisConfigError, match="no step that loads an image") as caught:
-        build_pipeline(config, info, toy(), alignment)
-    for step in steps:
-        assert step["type"] in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("alignment", "size_hw"),
-    [("resize", (64, 128)), ("letterbox", (68, 128)), ("network", (68, 128))],
-)
-def test_the_image_takes_the_place_of_the_file(alignment, size_hw):
-    data = run(make_pipeline(FASTER), alignment)
-    assert tuple(data["inputs"].shape) == (3, *size_hw)
-    assert (data["inputs"] == 90).all()
-    sample = data["data_samples"]
-    assert sample.ori_shape == (70, 131)
-    assert sample.img_id == 3
-    assert "gt_instances" not in sample or len(sample.gt_instances) == 0
-
-
-@pytest.mark.parametrize("alignment", ["resize", "letterbox", "network"])
-def test_loaders_of_annotations_are_left_out(alignment):
-    steps = make_pipeline(FASTER)
-    steps[1:1] = [
-        dict(type="LoadToyPoints"),
-        dict(type="LoadAnnotations", with_bbox=True, with_mask=True, with_seg=True),
-        dict(type="LoadEmptyAnnotations", with_bbox=True),
-    ]
-    assert run(steps, alignment)["inputs"].shape[0] == 3
-
-
-@pytest.mark.parametrize("alignment", ["resize", "network"])
-@pytest.mark.parametrize(("to_float32", "dtype"), [(True, "float32"), (False, "uint8")])
-def test_the_type_of_the_pixels_is_kept(alignment, to_float32, dtype):
-    steps = [
-        dict(type="LoadImageFromFile", to_float32=to_float32),
-        dict(type="ToySeesDtype"),
-        *FASTER,
-        PACK,
-    ]
-    assert run(steps, alignment)["data_samples"].img_path == dtype
-
-
-def test_a_step_that_moves_pixels_in_an_unknown_way():
-    steps = make_pipeline(FASTER)
-    steps.insert(2, dict(type="ToySwirl"))
-    with pytest.raises(UnsupportedPipelineError, match=r"'Swirl'.*alignment='network'"):
-        run(steps, "resize")
-    image = np.zeros((96, 128, 3), np.uint8)
-    image[:, :10] = 255
-    data = run(steps, "network", image)
-    assert (data["inputs"][:, :, 7:17] == 255).all()
-    assert (data["inputs"][:, :, :7] == 0).all()
-
-
-def test_of_test_time_augmentation_the_first_view_is_taken():
-    flips = [dict(type="RandomFlip", prob=p) for p in (0.0, 1.0)]
-    steps = [
-        dict(type="LoadImageFromFile"),
-        dict(type="TestTimeAug", transforms=[list(FASTER), flips, [PACK]]),
-    ]
-    for alignment in ("resize", "letterbox"):
-        data = run(steps, alignment)
-        assert not data["data_samples"].metainfo.get("flip")
-        assert data["inputs"].shape[0] == 3
-
-
 def test_the_stride_of_large_networks_counts():
     config = get_config("mmyolo::yolov5/yolov5_s-p6-v62_syncbn_fast_8xb16-300e_coco.py")
     info = read_dataset(config)
-    pipeline = build_pipeline(config, info, toy(), "resize")
-    data = pipeline(dict(img=np.zeros((480, 640, 3), np.uint8), img_id=0, img_path="a"))
-    assert tuple(data["inputs"].shape[1:]) == (960, 1280)
-    data = pipeline(dict(img=np.zeros((427, 640, 3), np.uint8), img_id=0, img_path="a"))
-    assert all(n % 64 == 0 for n in data["inputs"].shape[1:])
+    pipeline = build_pipeline(config, info)
+    for image_hw in ((480, 640), (427, 640)):
+        loaded = pipeline.load(np.zeros((*image_hw, 3), np.uint8))
+        resized = pipeline.resize_only(
+            loaded, divisor=1, stride=network_stride(toy(), info)
+        )
+        size_hw = resized.pack(loaded)["inputs"].shape[1:]
+        assert tuple(size_hw) in ((960, 1280), (832, 1280))
 
 
 # ------------------------------------------- read_config, check_device, build_detector
+
+YOLOV8 = "mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
 
 
 @pytest.mark.parametrize(
@@ -309,18 +219,22 @@ def test_configs_that_cannot_be_read(tmp_path, monkeypatch, name, message):
         read_config(name)
 
 
+@pytest.mark.parametrize("device", ["nonsense", "", "cuda:x", "gpu"])
+def test_what_is_no_device(device):
+    with pytest.raises(VisConfigError, match="is no device; use 'cpu'"):
+        check_device(device)
+
+
 @pytest.mark.parametrize(
     ("count", "device", "message"),
     [
-        (0, "gpu", "'gpu' is no device; use 'cpu'"),
-        (0, "", "'' is no device"),
         (0, "cuda:7", "'cuda:7'.*this machine has no CUDA device; use 'cpu'"),
         (2, "cuda:2", "this machine has cuda:0, cuda:1; use one of them"),
         (2, "cuda", ""),
         (2, "cuda:1", ""),
     ],
 )
-def test_a_device_must_be_there(monkeypatch, count, device, message):
+def test_a_gpu_must_be_there(monkeypatch, count, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     if not message:
@@ -349,6 +263,12 @@ def test_a_detector_of_mmyolo_on_the_cpu():
     assert not detector.training
     kinds = {type(module).__name__ for module in detector.modules()}
     assert not any("SyncBatchNorm" in kind for kind in kinds)
+
+
+def test_the_scope_is_that_of_the_config():
+    for config, scope in (({"default_scope": "mmyolo"}, "mmyolo"), ({}, "mmdet")):
+        with default_scope(Config(config)):
+            assert DefaultScope.get_current_instance().scope_name == scope
 
 
 # ------------------------------------------------------------------------ load_weights
@@ -464,11 +384,11 @@ class Versioned(nn.Module):
         super().__init__()
         self.cls = nn.Linear(2, 2)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, *others):
-        for key in [k for k in state_dict if k.startswith(f"{prefix}old.")]:
-            if metadata.get("version") is None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version") is None:
+            for key in [k for k in state_dict if k.startswith(f"{prefix}old.")]:
                 state_dict[key.replace("old.", "cls.")] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, metadata, *others)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

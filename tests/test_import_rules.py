@@ -24,7 +24,6 @@ LEVELS = {
     "publish": 1,
     "detector": 2,
     "samples": 2,
-    "box_samples": 2,
     "options": 2,
     "api": 3,
     "hooks": 3,

@@ -8,7 +8,8 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,8 +38,10 @@ from _common import (
     run_tool,
 )
 from _layers import print_layers
-from mmyolo_vis_hooks.data.overlap import CoreShare, WriteBehind, read_ahead
-from mmyolo_vis_hooks.data.selector import SelectedImage
+from mmyolo_vis_hooks.data.alignment import Placement, choose_alignment, network_input
+from mmyolo_vis_hooks.data.overlap import read_ahead, run_behind
+from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded
+from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
 from mmyolo_vis_hooks.data.sources import ImageSource, SourceImage
 from mmyolo_vis_hooks.detector import (
     DatasetInfo,
@@ -141,7 +144,8 @@ class Demo:
         source: The images.
         dataset: What the config says of the test data.
         device: Where the network runs.
-        pipeline: What makes an image the network's input.
+        pipeline: The config's test pipeline.
+        placement: How the images are drawn, and what they go through.
         class_names: Of the weights, or else of the config.
         palette: Colours of the classes.
         failures: Images that could not be drawn, and why.
@@ -152,7 +156,8 @@ class Demo:
     source: ImageSource
     dataset: DatasetInfo
     device: torch.device
-    pipeline: Any = None
+    pipeline: ImagePipeline
+    placement: Any = None
     class_names: tuple[str, ...] = ()
     palette: Any = None
     failures: list[tuple[str, str]] = field(default_factory=list)
@@ -178,6 +183,9 @@ class Demo:
         merge_options(config, args.cfg_options)
         dataset = read_dataset(config)
         device = check_device(args.device)
+        pipeline = build_pipeline(config, dataset, channels=args.image_channels)
+        demo = cls(args, config, source, dataset, device, pipeline)
+        next(demo._first_images())  # or there is nothing to build a network for
         if not args.preview_model:
             check_checkpoint(args.checkpoint, "checkpoint")
             if args.out_dir is not None:
@@ -185,7 +193,7 @@ class Demo:
                 _check_folder(args.out_dir, "--out-dir")
             if args.out_file is not None:
                 _check_folder(os.path.dirname(args.out_file) or ".", "--out-file")
-        return cls(args, config, source, dataset, device)
+        return demo
 
     def build(self) -> nn.Module:
         """Build the detector, check the layers, and load the weights.
@@ -195,9 +203,7 @@ class Demo:
             ToolError: If the weights cannot be read.
         """
         detector = build_detector(self.config, self.device)
-        self.pipeline = build_pipeline(
-            self.config, self.dataset, detector, self.args.alignment or "resize"
-        )
+        self.placement = self._place(detector)
         if not self.args.preview_model:
             resolve_layers(detector, self.args.target_layers or ())
         metainfo: Any = {}
@@ -216,7 +222,54 @@ class Demo:
 
     def preview(self, detector: nn.Module) -> None:
         """Print the layers, with the shapes for the first image."""
-        print_layers(detector, self.pipeline, self.source.first())
+        print_layers(detector, self.placement.pipeline, next(self._first_images()))
+
+    def try_on_first(self, maker: SampleMaker, detector: nn.Module) -> None:
+        """Let what can never work fail before the first picture.
+
+        Raises:
+            VisError: With the reason.
+        """
+        try:
+            data = self.placement.pipeline.pack(next(self._first_images()))
+            maker.prepare(*network_input(detector, data))
+        except VisError:
+            raise
+        except Exception as error:
+            # Perhaps it is this image only; each says for itself what fails.
+            logger.debug(f"the trial before the first image: {error}")
+
+    def _place(self, detector: nn.Module) -> Placement:
+        placement = choose_alignment(
+            self.args.alignment,
+            self.pipeline,
+            self._first_images(),
+            detector,
+            divisor=network_divisor(detector),
+            stride=network_stride(detector, self.dataset),
+        )
+        if placement.reason:
+            print(
+                "note: the pictures show the network's own input, as with --alignment "
+                f"network: {placement.reason}",
+                file=sys.stderr,
+            )
+        return placement
+
+    def _first_images(self) -> Iterator[Loaded]:
+        """Images that can be read, one after the other; the error if none can."""
+        error: Exception | None = None
+        num_loaded = 0
+        for number, image in enumerate(self.source):
+            try:
+                yield load_image(self.pipeline, number, image)
+                num_loaded += 1
+            except VisConfigError:
+                raise
+            except VisError as failure:
+                error = error or failure
+        if error is not None and not num_loaded:
+            raise error
 
     def run(self, maker: SampleMaker, explainer: Any) -> int:
         """Make a picture of every image.
@@ -242,17 +295,15 @@ class Demo:
             )
         done = 0
         interrupted = False
-        writer = WriteBehind()
-        cores = CoreShare(threads=None if self.device.type == "cpu" else 1)
         try:
             # The threads of NumPy's small products wait for each other while the
             # network has the cores.
             with (
                 _progress(len(self.source)) as advance,
                 threadpool_limits(limits=1, user_api="blas"),
-                cores,
+                closing(self._pictures(maker, explainer, page)) as pictures,
             ):
-                for picture in self._pictures(maker, explainer, page, writer, cores):
+                for picture in pictures:
                     advance()
                     done += picture is not None
                     if self.args.show and picture is not None:
@@ -261,7 +312,6 @@ class Demo:
             interrupted = True
         finally:
             # What is there can be looked at, also after Ctrl-C.
-            writer.close()
             if page is not None and len(page):
                 page.write()
         # Some may be written that the loop has not come to.
@@ -271,80 +321,62 @@ class Demo:
         return status
 
     def _pictures(
-        self,
-        maker: SampleMaker,
-        explainer: Any,
-        page: HtmlPage | None,
-        writer: WriteBehind,
-        cores: CoreShare,
-    ) -> Iterator[_Picture | None]:
+        self, maker: SampleMaker, explainer: Any, page: HtmlPage | None
+    ) -> Generator[_Picture | None, None, None]:
         """Finished pictures, in the order of the images; None for one that failed."""
-        any_drawn = False
 
-        def failed(image: SourceImage, error: Exception) -> None:
-            mistakes = (VisConfigError, FeatureShapeError)
-            if isinstance(error, mistakes) and not any_drawn:
-                raise error  # it will be the same for every image
-            self._failed(image, error)
-
-        def prepared() -> Iterator[tuple[int, SourceImage, Any]]:
+        def loaded() -> Iterator[tuple[int, SourceImage, Any]]:
             for number, image in enumerate(self.source):
-                result: Any = image.error
-                if image.image_bgr is not None:
+                try:
+                    yield number, image, load_image(self.pipeline, number, image)
+                except Exception as error:  # of a step of the pipeline
+                    yield number, image, error
+
+        def work() -> Iterator[Callable[[], tuple[SourceImage, Any]]]:
+            for number, image, result in read_ahead(loaded()):
+                if not isinstance(result, Exception):
                     try:
-                        result = load_image(self.pipeline, number, image)
-                    except Exception as error:  # of a step of the pipeline
+                        result = maker.run(image.name, result, self.placement)
+                    except Exception as error:
                         result = error
-                yield number, image, result
+                yield partial(self._finish, number, image, result, explainer, page)
 
-        def finished(results: Iterator[tuple[SourceImage, Any]]) -> Any:
-            nonlocal any_drawn
-            for image, result in results:
-                if isinstance(result, Exception):
-                    failed(image, result)
-                    yield None
-                elif isinstance(result, BaseException):
-                    raise result
-                else:
-                    any_drawn = True
-                    yield result
-
-        for number, image, result in read_ahead(prepared()):
+        any_drawn = False
+        for image, result in run_behind(work()):
             if isinstance(result, Exception):
+                mistakes = (VisConfigError, FeatureShapeError)
+                if isinstance(result, mistakes) and not any_drawn:
+                    raise result  # it will be the same for every image
                 self._failed(image, result)
                 yield None
-                continue
-            selected, data = result
-            try:
-                sample = maker.run_data(selected, data)
-            except Exception as error:
-                failed(image, error)
-                yield None
-                continue
-            cores.image_done()
-            work = partial(self._finish, number, image.title, sample, explainer, page)
-            yield from finished(writer.submit(image, work))
-        yield from finished(writer.drain())
+            else:
+                any_drawn = True
+                yield result
 
     def _finish(
         self,
         number: int,
-        title: str,
+        image: SourceImage,
         sample: Any,
         explainer: Any,
         page: HtmlPage | None,
-    ) -> _Picture:
+    ) -> tuple[SourceImage, _Picture | Exception]:
         """Draw, encode and write one picture; runs beside the network."""
-        picture_rgb = explainer(sample)
-        file = self.args.out_file
-        if self.args.out_dir is not None:
-            file = file or os.path.join(self.args.out_dir, f"{sample.image_id}.jpg")
-        if file is not None:
-            write_image(file, picture_rgb)
-        if page is not None:
-            page.add(self._entry(number, title, sample, explainer, file))
+        if isinstance(sample, Exception):
+            return image, sample
+        try:
+            picture_rgb = explainer(sample)
+            file = self.args.out_file
+            if self.args.out_dir is not None:
+                file = file or os.path.join(self.args.out_dir, f"{sample.image_id}.jpg")
+            if file is not None:
+                write_image(file, picture_rgb)
+            if page is not None:
+                page.add(self._entry(number, image.title, sample, explainer, file))
+        except Exception as error:
+            return image, error
         # Windows are opened by the main thread.
-        return _Picture(title, picture_rgb if self.args.show else None)
+        return image, _Picture(image.title, picture_rgb if self.args.show else None)
 
     def _entry(
         self, number: int, title: str, sample: Any, explainer: Any, file: str
@@ -418,24 +450,15 @@ class _Picture:
     image_rgb: Any
 
 
-def load_image(
-    pipeline: Callable, number: int, image: SourceImage
-) -> tuple[SelectedImage, dict[str, Any]]:
-    """What the pipeline gives for a decoded image, and what is drawn on.
+def load_image(pipeline: ImagePipeline, number: int, image: SourceImage) -> Loaded:
+    """Load an image of a source through the steps that load.
 
     Raises:
-        VisError: If the pipeline gives nothing.
+        VisError: If it cannot be read.
     """
-    data = pipeline(
-        dict(img=image.image_bgr, img_id=number, img_path=image.title, instances=[])
-    )
-    if data is None or image.image_bgr is None:
-        raise VisError(f"the test pipeline gave nothing for {image.title}")
-    image_rgb = cv2.cvtColor(image.image_bgr, cv2.COLOR_BGR2RGB)
-    selected = SelectedImage(
-        image.name, number, image.title, None, number, image_rgb=image_rgb
-    )
-    return selected, data
+    if image.content is None:
+        raise image.error or VisError(f"there is no image {image.title}")
+    return pipeline.load(image.content, img_id=number, img_path=image.title)
 
 
 def write_image(file: str, image_rgb: np.ndarray) -> None:

@@ -9,10 +9,9 @@ from torch import nn
 
 from _vis_demo import Demo, logger, make_demo_parser, run_demo
 from mmyolo_vis_hooks.api import make_box_mapper, make_boxam_panel
-from mmyolo_vis_hooks.box_samples import BoxSampleMaker
 from mmyolo_vis_hooks.declare import add_arguments, options_from
-from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.options import BoxAMOptions
+from mmyolo_vis_hooks.samples import BoxSampleMaker
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,14 +46,8 @@ def _sample_maker(
         # Two bars at once would overwrite each other.
         show_progress=len(demo.source) == 1,
     )
-    maker = BoxSampleMaker(detector, mapper, alignment=options.alignment or "resize")
-    try:
-        maker.prepare()
-    except VisError:
-        raise
-    except Exception as error:
-        # The trial is on noise; real images may do.
-        logger.debug("the trial before the first image: %s", error)
+    maker = BoxSampleMaker(detector, mapper, channels=options.image_channels)
+    demo.try_on_first(maker, detector)
     return maker
 
 

@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from _common import (
-    ToolError,
-    add_cfg_options,
-    check_checkpoint,
-    merge_options,
-    run_tool,
-)
+from _common import ToolError, add_cfg_options, merge_options, run_tool
 from mmyolo_vis_hooks.detector import build_detector, read_config
 from mmyolo_vis_hooks.inert import InertObject, read_inertly, some
 
@@ -84,7 +78,6 @@ def main() -> None:
     args = parse_args()
     config = read_config(args.config)
     merge_options(config, args.cfg_options)
-    check_checkpoint(args.input, "IN")
     folder = os.path.dirname(args.output) or "."
     if not os.path.isdir(folder):
         raise ToolError(f"OUT: there is no folder {folder}")
@@ -95,9 +88,10 @@ def main() -> None:
     saved = dict(tensors_of(model))
     weights = rename(saved, args.input)
     names = class_names_of(model)
-    kind = "YOLOv5" if "model.24.m.0.weight" in saved else "YOLOv8"
+    is_v5 = "model.24.anchors" in saved
+    kind = "YOLOv5" if is_v5 else "YOLOv8"
     check_weights(weights, detector, names, f"{args.input} ({kind}) and {args.config}")
-    if "model.24.anchors" in saved:
+    if is_v5:
         check_anchors(saved["model.24.anchors"], detector)
     meta = {"dataset_meta": {"classes": names}}
     torch.save({"state_dict": weights, "meta": meta}, args.output)

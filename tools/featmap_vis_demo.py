@@ -34,7 +34,7 @@ def main() -> None:
     maker = SampleMaker(
         detector,
         resolve_layers(detector, options.target_layers),
-        alignment=options.alignment or "resize",
+        channels=options.image_channels,
     )
     panel = make_featmap_panel(options, demo.class_names, demo.palette)
     sys.exit(demo.run(maker, panel))

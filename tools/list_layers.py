@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import numpy as np
 
 from _common import ToolError, add_cfg_options, merge_options, run_tool
 from _layers import print_layers
-from mmyolo_vis_hooks.data.sources import read_image
+from mmyolo_vis_hooks.data.alignment import choose_alignment
+from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
+from mmyolo_vis_hooks.data.sources import ImageSource
 from mmyolo_vis_hooks.detector import (
     build_detector,
     build_pipeline,
@@ -46,8 +49,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--alignment",
         choices=["resize", "letterbox", "network"],
-        default="resize",
-        help="what the network looks at (default: resize, the Resize-only input)",
+        help="what the network looks at (default: resize, the Resize-only input, where "
+        "it can be had)",
     )
     add_cfg_options(parser)
     return parser.parse_args()
@@ -60,15 +63,28 @@ def main() -> None:
     if args.depth < 1:
         raise ToolError(f"--depth {args.depth} lists nothing; use 1 or more")
     height, width = args.size
-    image = np.full((height, width, 3), 114, np.uint8)
-    if args.img is not None:
-        image = read_image(args.img)
+    image: Any = args.img
+    if image is None:
+        image = np.full((height, width, 3), 114, np.uint8)
+    else:
+        image = next(iter(ImageSource([image]))).content
     config = read_config(args.config)
     merge_options(config, args.cfg_options)
     dataset = read_dataset(config)
     detector = build_detector(config, check_device("cpu"))
-    pipeline = build_pipeline(config, dataset, detector, args.alignment)
-    print_layers(detector, pipeline, image, depth=args.depth, all_layers=args.all)
+    pipeline = build_pipeline(config, dataset)
+    loaded = pipeline.load(image)
+    placement = choose_alignment(
+        args.alignment,
+        pipeline,
+        [loaded],
+        detector,
+        divisor=network_divisor(detector),
+        stride=network_stride(detector, dataset),
+    )
+    print_layers(
+        detector, placement.pipeline, loaded, depth=args.depth, all_layers=args.all
+    )
 
 
 if __name__ == "__main__":

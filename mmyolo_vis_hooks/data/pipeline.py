@@ -1,250 +1,315 @@
-"""The Resize-only version of a test pipeline.
+"""A test pipeline in two parts: what loads an image, and what becomes of it.
 
-A test pipeline that keeps the aspect ratio pads the image, and its maps lie on
-the padded image. Here every geometric step is replaced by one resize to a size
-that the network takes without padding, so a map lies exactly on the image.
+The steps that load run once per image. What they give is drawn, and goes on through
+the rest: through the pipeline's own geometry, or through one resize to a size that the
+network takes without padding, so that a map lies exactly on the image.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
-from mmcv.transforms import BaseTransform
-from mmdet.datasets.transforms import Resize
+from mmcv.transforms import LoadAnnotations, LoadImageFromFile
 from mmengine.dataset import Compose
-from torch import nn
 
-from ..errors import UnsupportedPipelineError, VisError
-from .selector import leaf_datasets
+from ..errors import UnsupportedPipelineError, VisConfigError, VisError
+from .pictures import picture_of
+from .proof import compare_places
+from .resize import FRAMING_STEPS, RESIZING_STEPS, AlignedResize, step_name
 
-_RESIZING_STEPS = frozenset(
-    {
-        "Resize",
-        "FixScaleResize",
-        "FixShapeResize",
-        "ResizeShortestEdge",
-        "YOLOv5KeepRatioResize",
-        "LetterResize",
-    }
-)
-# Steps that only move or frame what the resizing steps have scaled.
-_FRAMING_STEPS = frozenset({"Pad", "RandomFlip"})
-_PHOTOMETRIC_STEPS = frozenset(
-    {
-        "LoadImageFromFile",
-        "LoadImageFromNDArray",
-        "LoadAnnotations",
-        "LoadPanopticAnnotations",
-        "LoadEmptyAnnotations",
-        "LoadProposals",
-        "LoadTextEmbed",
-        "FilterAnnotations",
-        "Normalize",
-        "PhotoMetricDistortion",
-        "YOLOv5HSVRandomAug",
-        "YOLOXHSVRandomAug",
-        "PackDetInputs",
-        "ToTensor",
-        "ImageToTensor",
-    }
-)
-_DEFAULT_STRIDE = 32
-_MAX_STRIDE = 64
-_TRIED_SIZES = ((96, 128), (2100, 1700))
+# A step may do something only now and then.
+_NUM_TRIES = 3
+_MAX_TRIED_SIDE = 1000
+_STOCK = ("mmcv", "mmdet", "mmyolo", "mmengine")
 
 
-class AlignedResize(BaseTransform):
-    """Stretch an image to the size at which the network needs no padding.
+@dataclass(frozen=True)
+class Loaded:
+    """An image as the loading steps of a pipeline gave it.
 
-    The size follows the geometric steps that this one replaces. A pipeline that
-    keeps the aspect ratio gives the size it would scale the image to, each side
-    rounded to a multiple; one that stretches gives its own target, in the
-    image's orientation. Boxes and masks, where loaded before, follow.
-
-    Args:
-        steps (Sequence): The replaced transforms, in their order.
-        divisor (int): ``pad_size_divisor`` of the data preprocessor; every size
-            is a multiple of it.
-        stride (int): Multiple for sizes that follow the image's proportions:
-            the largest stride of the network.
+    Attributes:
+        results: What goes on through the other steps; ``results['img']`` is the image.
+        image_rgb: ``(H, W, 3)`` uint8, RGB: the picture of it.
+        note: How it was made of what has not three channels of 8 bits; else empty.
     """
 
-    def __init__(self, steps: Sequence[Any], divisor: int, stride: int) -> None:
-        # Of an aligned pipeline, which another hook has put into the loop, the steps
-        # that it stands for.
-        self._steps: list[Any] = [
-            part
-            for step in steps
-            for part in (step._steps if isinstance(step, AlignedResize) else [step])
-            if _name(part) in _RESIZING_STEPS
-        ]
-        self._divisor = divisor
-        self._stride = stride
+    results: dict[str, Any]
+    image_rgb: np.ndarray
+    note: str = ""
 
-    def size_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Size of the network's input for an image.
+
+class ImagePipeline:
+    """A test pipeline whose loading steps and other steps run one after the other.
+
+    Args:
+        pipeline: ``Compose``, list of built transforms, or a transform. Of test-time
+            augmentation the first view is taken, unflipped.
+        channels (Sequence[int], optional): Which channels the picture shows, as of
+            :func:`~mmyolo_vis_hooks.data.pictures.picture_of`.
+        annotations (bool): False leaves out the steps that load anything but images,
+            where it is not there: annotations, and what belongs to files that are not.
+            Defaults to True.
+
+    Example:
+        >>> pipeline = ImagePipeline(dataset.pipeline)
+        >>> loaded = pipeline.load('cat.jpg')
+        >>> loaded.image_rgb.shape
+        (480, 640, 3)
+        >>> data = pipeline.pack(loaded)  # dict(inputs=..., data_samples=...)
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        channels: Sequence[int] | None = None,
+        annotations: bool = True,
+    ) -> None:
+        steps = _unflipped_steps(pipeline)
+        self.steps = [s for s in steps if annotations or not _loads_annotations(s)]
+        self._annotations = annotations
+        self._channels = channels
+        # Known after the first image: only then can be seen which steps load.
+        self._num_loading: int | None = None
+
+    def load(
+        self,
+        image: Mapping[str, Any] | str | os.PathLike | np.ndarray | Any,
+        *,
+        img_id: Any = 0,
+        img_path: str | None = None,
+    ) -> Loaded:
+        """Run the loading steps.
 
         Args:
-            image_hw (tuple): Height and width of the image, pixels.
+            image: What a data set knows of an image; or a file or address, read as the
+                loading steps do; or an image that is decoded already, which enters
+                after them and is made what they would give: ``(H, W, 3)`` RGB,
+                ``(H, W)``, ``(H, W, C)`` or of Pillow.
+            img_id: Of a file or a decoded image.
+            img_path (str, optional): Of a decoded image.
+
+        Raises:
+            VisError: If they give nothing for it.
+            VisConfigError: If no step loads an image.
+        """
+        if isinstance(image, Mapping):
+            results = self._read(dict(image), self.steps)
+        elif isinstance(image, (str, os.PathLike)):
+            path = os.fspath(image)
+            info = dict(img_path=path, img_id=img_id, instances=[])
+            steps = self.steps
+            if os.path.isfile(path):
+                # Not of the storage that the data set lies in.
+                steps = [_reading_files(step) for step in steps]
+            results = self._read(info, steps)
+        else:
+            pixels = self._as_loaded(_array_bgr(image))
+            size_hw = pixels.shape[:2]
+            results = dict(img=pixels, img_shape=size_hw, ori_shape=size_hw)
+            results.update(img_id=img_id, img_path=img_path, instances=[])
+            if self._num_loading is None:
+                if not self._annotations:
+                    self.steps = [s for s in self.steps if not _loads_more(s)]
+                self._num_loading = self._named_loading()
+        return Loaded(results, *picture_of(results["img"], self._channels))
+
+    def pack(self, loaded: Loaded) -> dict[str, Any]:
+        """Run the other steps.
+
+        Args:
+            loaded (Loaded): As of :meth:`load`; is not changed.
 
         Returns:
-            tuple[int, int]: Height and width, pixels.
+            dict: ``inputs`` and ``data_samples``.
+
+        Raises:
+            VisError: If they give nothing.
         """
-        size: tuple[float, float] = image_hw
-        keeps_ratio = True
-        for step in self._steps:
-            size, keeps_ratio = _planned_size(step, size)
-        if keeps_ratio:
-            multiple = math.lcm(self._divisor, self._stride)
-            return _round_to(size[0], multiple), _round_to(size[1], multiple)
-        return _ceil_to(size[0], self._divisor), _ceil_to(size[1], self._divisor)
+        results: Any = _copied_results(loaded.results)
+        for step in self.steps[self._num_loading or 0 :]:
+            results = step(results)
+            if results is None:
+                raise VisError(
+                    "the test pipeline gave nothing for "
+                    f"{loaded.results.get('img_path')}, at its step {step_name(step)}"
+                )
+        return results
 
-    def transform(self, results: dict) -> dict:
-        """Resize ``results['img']`` and what belongs to it."""
-        image_hw = results["img"].shape[:2]
-        height, width = self.size_hw(image_hw)
-        shrinks = height * width < image_hw[0] * image_hw[1]
-        resize = Resize(
-            scale=(width, height),
-            keep_ratio=False,
-            # What MMYOLO's own resize does, so that the network sees alike pixels.
-            interpolation="area" if shrinks else "bilinear",
+    def resize_only(
+        self, loaded: Loaded, *, divisor: int, stride: int
+    ) -> ImagePipeline:
+        """Copy the pipeline with its geometry reduced to one resize.
+
+        Args:
+            loaded (Loaded): An image, on whose like every unknown step is tried.
+            divisor (int): ``pad_size_divisor`` of the data preprocessor.
+            stride (int): Largest stride of the network.
+
+        Returns:
+            ImagePipeline: The other steps unchanged and in their order.
+
+        Raises:
+            UnsupportedPipelineError: If a step moves pixels in an unknown way.
+        """
+        start = self._num_loading or 0
+        geometric: list[int] = []
+        results: Any = _copied_results(loaded.results)
+        for number, step in enumerate(self.steps[start:], start):
+            if _is_known_geometry(step):
+                geometric.append(number)
+            elif moves_pixels(step, results):
+                raise UnsupportedPipelineError(
+                    f"its step {step_name(step)!r} moves pixels in a way that this "
+                    "package does not know"
+                )
+            if number + 1 < len(self.steps):
+                results = step(results)
+        aligned = AlignedResize(
+            [self.steps[number] for number in geometric], divisor, stride
         )
-        return resize(results)
+        # Without geometry of its own only padding is avoided: before the packing.
+        place = geometric[0] if geometric else len(self.steps) - 1
+        changed = copy.copy(self)
+        changed.steps = []
+        for number, step in enumerate(self.steps):
+            if number == place:
+                changed.steps.append(aligned)
+            if number not in geometric:
+                changed.steps.append(_copied(step))
+        return changed
 
-    def __repr__(self) -> str:
-        replaced = ", ".join(map(_name, self._steps)) or "nothing"
-        return (
-            f"{type(self).__name__}(replaces {replaced}, divisor={self._divisor}, "
-            f"stride={self._stride})"
-        )
+    def resized_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Size to which a Resize-only pipeline brings an image, pixels."""
+        (resize,) = [step for step in self.steps if isinstance(step, AlignedResize)]
+        return resize.size_hw(image_hw)
+
+    def compose(self) -> Compose:
+        """All steps in a row, as a data set takes them."""
+        return Compose(self.steps)
+
+    def _read(self, info: dict[str, Any], steps: Sequence[Any]) -> dict[str, Any]:
+        if self._num_loading is None:
+            left_out = [] if self._annotations else _failing_loaders(steps, info)
+            self.steps = [s for n, s in enumerate(self.steps) if n not in left_out]
+            steps = [s for n, s in enumerate(steps) if n not in left_out]
+            self._num_loading, found = self._find_loading(info, steps)
+            return found
+        results = info
+        for step in steps[: self._num_loading]:
+            results = _run(step, results)
+        return results
+
+    def _find_loading(
+        self, info: dict[str, Any], steps: Sequence[Any]
+    ) -> tuple[int, dict[str, Any]]:
+        """How many steps load, found out on an image, and what they give for it.
+
+        The step that brings the image loads, and so do those behind it that bring
+        another image or more channels, up to the first one that moves pixels.
+        """
+        count, loaded, results = 0, info, info
+        for number, step in enumerate(steps, 1):
+            if "img" in results and not _loads_image(step):
+                if _is_known_geometry(step):
+                    break
+                after = step(_copied_results(results))
+                if not after or "img" not in after:
+                    break
+                brings = _brings_image(step, results, after)
+                if not brings and moves_pixels(step, results):
+                    break
+                results = after
+                if not brings:
+                    continue
+            else:
+                results = _run(step, results)
+            count, loaded = number, results
+        if "img" not in loaded:
+            raise _no_loader(self.steps)
+        return count, loaded
+
+    def _named_loading(self) -> int:
+        """How many steps load, guessed by their names where no file is read."""
+        loaders = [n for n, s in enumerate(self.steps, 1) if _loads_image(s)]
+        if loaders:
+            return loaders[-1]
+        if self.steps and type(self.steps[0]).__module__.split(".")[0] not in _STOCK:
+            return 1
+        raise _no_loader(self.steps)
+
+    def _as_loaded(self, image_bgr: np.ndarray) -> np.ndarray:
+        """A decoded image in the dtype and with the channels that the loader gives."""
+        loaders = [s for s in self.steps if isinstance(s, LoadImageFromFile)]
+        for loader in loaders[:1]:
+            grey = "grayscale" in str(getattr(loader, "color_type", ""))
+            if grey and image_bgr.ndim == 3 and image_bgr.shape[2] == 3:
+                image_bgr = cv2.cvtColor(image_bgr, cv2.COLOR_BGR2GRAY)
+            if getattr(loader, "to_float32", False):
+                image_bgr = image_bgr.astype(np.float32)
+        return image_bgr
 
 
-def build_resize_only_pipeline(
-    pipeline: Callable, *, divisor: int, stride: int
-) -> Compose:
-    """Copy a test pipeline with its geometry reduced to one resize.
-
-    Args:
-        pipeline (Callable): ``Compose`` of built transforms; may hold nested
-            ``Compose`` and one ``TestTimeAug``, whose first view is taken.
-        divisor (int): ``pad_size_divisor`` of the data preprocessor.
-        stride (int): Largest stride of the network.
-
-    Returns:
-        Compose: The other steps unchanged and in their order.
-
-    Raises:
-        UnsupportedPipelineError: If a step may move pixels in an unknown way.
-    """
-    steps = flatten_steps(pipeline)
-    geometric = {id(step) for step in steps if _is_geometric(step)}
-    resize = AlignedResize(
-        [step for step in steps if id(step) in geometric], divisor, stride
-    )
-    first = next((i for i, step in enumerate(steps) if id(step) in geometric), None)
-    if first is None:
-        # No geometry of its own, so only padding is avoided: before the packing.
-        first = len(steps) - 1
-    kept = [
-        [copy.deepcopy(step) for step in part if id(step) not in geometric]
-        for part in (steps[:first], steps[first:])
-    ]
-    return Compose([*kept[0], resize, *kept[1]])
-
-
-def network_divisor(detector: nn.Module) -> int:
-    """``pad_size_divisor`` of a detector's data preprocessor; 1 if it has none."""
-    preprocessor = getattr(detector, "data_preprocessor", None)
-    return int(getattr(preprocessor, "pad_size_divisor", 1) or 1)
-
-
-def network_stride(detector: nn.Module, dataset: Any) -> int:
-    """Multiple that the sides of an input should have: 32, or 64 for P6 networks.
-
-    Args:
-        detector (nn.Module): The detector, without wrappers.
-        dataset: Dataset of the loop; MMYOLO's batch shapes name the multiple.
-    """
-    strides = [_DEFAULT_STRIDE]
-    for leaf in leaf_datasets(dataset):
-        shapes = getattr(leaf, "batch_shapes_cfg", None)
-        if shapes:
-            strides.append(int(shapes.get("size_divisor", _DEFAULT_STRIDE)))
-    head_module = getattr(getattr(detector, "bbox_head", None), "head_module", None)
-    strides += [int(s) for s in getattr(head_module, "featmap_strides", [])]
-    return min(max(strides), _MAX_STRIDE)
-
-
-def moves_pixels(step: Callable) -> bool:
+def moves_pixels(step: Callable, results: Mapping[str, Any]) -> bool:
     """Whether a transform changes where things are, found out by trying.
 
-    The step runs on smooth random images: a small and a large one, because a step
-    that limits a size leaves smaller images alone. A step that only changes
-    colours leaves the sizes and the places of the edges.
+    The step runs on a texture of the size, the dtype and the range of an image that it
+    may meet, with channels that are alike: so whatever it does to colours, contrast or
+    noise, the edges stay unless it moves them.
 
     Args:
         step (Callable): A built transform.
+        results (Mapping): What it would be given; is not changed.
 
     Returns:
         bool: True also if the step cannot be tried.
     """
-    return any(_moves_pixels_of(step, size_hw) for size_hw in _TRIED_SIZES)
-
-
-def _moves_pixels_of(step: Callable, size_hw: tuple[int, int]) -> bool:
-    rng = np.random.RandomState(0)
-    # Blobs of a few pixels at irregular places, so that even a mirrored picture
-    # has its edges elsewhere.
-    noise = cv2.GaussianBlur(rng.rand(*size_hw, 3), (0, 0), sigmaX=1.5)
-    span = noise.max() - noise.min()
-    image = (40 + 175 * (noise - noise.min()) / span).astype(np.uint8)
-    results = dict(
-        img=image.copy(),
-        img_shape=image.shape[:2],
-        ori_shape=image.shape[:2],
-        img_path=None,
-        img_id=0,
-    )
-    try:
-        after = np.asarray(step(results)["img"])
-    except Exception:
-        return True
-    if after.shape[:2] != image.shape[:2]:
-        return True
-    edges = [_edges(picture) for picture in (image, after)]
-    if edges[1].std() == 0:
-        return True
-    return bool(np.corrcoef(edges[0].ravel(), edges[1].ravel())[0, 1] < 0.7)
-
-
-def _edges(image: np.ndarray) -> np.ndarray:
-    grey = image.reshape(*image.shape[:2], -1).astype(np.float64)
-    vertical, horizontal = np.gradient(grey, axis=(0, 1))
-    return np.hypot(vertical, horizontal).sum(axis=-1)
-
-
-def _is_geometric(step: Any) -> bool:
-    name = _name(step)
-    if isinstance(step, AlignedResize) or name in _RESIZING_STEPS | _FRAMING_STEPS:
-        return True
-    if name in _PHOTOMETRIC_STEPS or not moves_pixels(step):
+    if "img" not in results:
         return False
-    raise UnsupportedPipelineError(
-        f"the test pipeline has a step {name!r} that may move pixels in a way this "
-        "package does not know; use alignment='network' (the picture is the "
-        "network's own input), or alignment='letterbox' if the step packs a right "
-        "'scale_factor' and 'pad_param'"
-    )
+    texture = _texture_like(results["img"])
+    for _ in range(_NUM_TRIES):
+        tried = {**_copied_results(results), "img": texture.copy()}
+        try:
+            after = step(tried)
+        except Exception:  # nobody knows, so the picture must not rely on it
+            return True
+        if not after or "img" not in after:
+            return False  # it packs
+        image = np.asarray(after["img"])
+        if image.shape[:2] != texture.shape[:2]:
+            return True
+        if np.array_equal(image, texture):
+            continue
+        if not compare_places(_limited(texture), _limited(image)).holds:
+            return True
+    return False
 
 
-def _name(step: Any) -> str:
-    return type(step).__name__
+def prepare_data(dataset: Any, index: int, pipeline: Callable) -> Any:
+    """Send one image of a data set through another pipeline.
+
+    The data set itself is not changed, and its workers see nothing of it.
+
+    Args:
+        dataset: A data set below all wrappers.
+        index (int): Index into it.
+        pipeline (Callable): Takes what the data set knows of the image.
+
+    Returns:
+        What the pipeline gives.
+    """
+    # Not copy.copy: BaseDataset's own copying leaves out the annotations.
+    view = object.__new__(type(dataset))
+    view.__dict__.update(vars(dataset))
+    view.pipeline = pipeline
+    return view.prepare_data(index)
 
 
 def flatten_steps(pipeline: Any) -> list[Any]:
@@ -257,88 +322,169 @@ def flatten_steps(pipeline: Any) -> list[Any]:
         return flatten_steps(pipeline.subroutines[0])
     if isinstance(pipeline, (list, tuple)):
         return [step for part in pipeline for step in flatten_steps(part)]
-    if _name(pipeline) == "Compose":
+    if step_name(pipeline) == "Compose":
         return flatten_steps(list(pipeline.transforms))
     return [pipeline]
 
 
-def _planned_size(
-    step: Any, size: tuple[float, float]
-) -> tuple[tuple[float, float], bool]:
-    """Size after one step, and whether it keeps the image's proportions."""
-    height, width = size
-    name = _name(step)
-    if name == "LetterResize":
-        target = _oriented_as(step.scale, size, fixed=True)
-        if step.stretch_only:
-            return target, False
-        ratio = min(target[0] / height, target[1] / width)
-        ratio = ratio if step.allow_scale_up else min(ratio, 1.0)
-        return (height * ratio, width * ratio), True
-    if name == "ResizeShortestEdge":
-        short = step.scale if isinstance(step.scale, int) else min(step.scale)
-        ratio = short / min(size)
-        if step.max_size is not None:
-            ratio = min(ratio, step.max_size / max(size))
-        return (height * ratio, width * ratio), True
-    if name == "FixShapeResize":
-        target = (float(step.height), float(step.width))
-        if not step.keep_ratio:
-            return target, False
-        ratio = min(target[0] / height, target[1] / width)
-        return (height * ratio, width * ratio), True
-    if step.scale is None:
-        factor = step.scale_factor
-        factor_wh = factor if isinstance(factor, tuple) else (factor, factor)
-        keeps = factor_wh[0] == factor_wh[1]
-        return (height * factor_wh[1], width * factor_wh[0]), keeps
-    if not step.keep_ratio:
-        return _oriented_as(step.scale, size), False
-    if isinstance(step.scale, (int, float)):
-        return (height * step.scale, width * step.scale), True
-    ratio = min(max(step.scale) / max(size), min(step.scale) / min(size))
-    return (height * ratio, width * ratio), True
+def _unflipped_steps(pipeline: Any) -> list[Any]:
+    if hasattr(pipeline, "subroutines"):
+        steps = flatten_steps(pipeline)
+        return [step for step in steps if step_name(step) != "RandomFlip"]
+    if isinstance(pipeline, (list, tuple)):
+        return [step for part in pipeline for step in _unflipped_steps(part)]
+    if step_name(pipeline) == "Compose":
+        return _unflipped_steps(list(pipeline.transforms))
+    return [pipeline]
 
 
-def _oriented_as(
-    scale: int | tuple[int, int], size: tuple[float, float], fixed: bool = False
-) -> tuple[float, float]:
-    """A target ``(w, h)`` as (h, w), turned to the image's orientation."""
-    target_wh = (scale, scale) if isinstance(scale, int) else tuple(scale)
-    target = (float(target_wh[1]), float(target_wh[0]))
-    turned = (target[0] - target[1]) * (size[0] - size[1]) < 0
-    return target[::-1] if turned and not fixed else target
+def _run(step: Callable, results: dict[str, Any]) -> dict[str, Any]:
+    path = results.get("img_path")
+    try:
+        after = step(results)
+    except Exception as error:  # each loader and storage has errors of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise VisError(
+            f"{path} is no image that {step_name(step)} can read: {reason}"
+        ) from error
+    if after is None:
+        raise VisError(
+            f"the test pipeline gave nothing for {path!r}, at its step "
+            f"{step_name(step)}"
+        )
+    return after
 
 
-def _round_to(length: float, multiple: int) -> int:
-    return max(1, round(length / multiple)) * multiple
+def _no_loader(steps: Sequence[Any]) -> VisConfigError:
+    return VisConfigError(
+        "the test pipeline has no step that loads an image, such as "
+        f"LoadImageFromFile, but {', '.join(map(step_name, steps)) or 'no step'}"
+    )
 
 
-def _ceil_to(length: float, multiple: int) -> int:
-    return math.ceil(round(length) / multiple) * multiple
+def _is_known_geometry(step: Any) -> bool:
+    names = RESIZING_STEPS | FRAMING_STEPS
+    return isinstance(step, AlignedResize) or step_name(step) in names
 
 
-def prepare_data(dataset: Any, index: int, pipeline: Callable) -> dict[str, Any]:
-    """Load one image of a dataset through another pipeline.
+def _loads_image(step: Any) -> bool:
+    name = step_name(step)
+    return isinstance(step, LoadImageFromFile) or (
+        name.startswith("Load") and "Image" in name
+    )
 
-    The dataset itself is not changed, and its workers see nothing of it.
 
-    Args:
-        dataset: A dataset below all wrappers.
-        index (int): Index into it.
-        pipeline (Callable): What to load the image through.
+def _loads_annotations(step: Any) -> bool:
+    return isinstance(step, LoadAnnotations) or (
+        step_name(step).startswith("Load") and "Annotations" in step_name(step)
+    )
 
-    Returns:
-        dict: ``inputs`` and ``data_samples``.
 
-    Raises:
-        VisError: If the pipeline gives nothing for the image.
-    """
-    # Not copy.copy: BaseDataset's own copying leaves out the annotations.
-    view = object.__new__(type(dataset))
-    view.__dict__.update(vars(dataset))
-    view.pipeline = pipeline
-    data = view.prepare_data(index)
-    if data is None:
-        raise VisError(f"the test pipeline gave nothing for image index {index}")
-    return data
+def _loads_more(step: Any) -> bool:
+    """Whether a step loads what only a data set has, perhaps."""
+    name = step_name(step)
+    return (
+        name.startswith("Load") and not _loads_image(step) and "Proposals" not in name
+    )
+
+
+def _failing_loaders(steps: Sequence[Any], info: Mapping[str, Any]) -> list[int]:
+    """Steps that load something beside an image, which is not there for this one."""
+    failing: list[int] = []
+    results = dict(info)
+    for number, step in enumerate(steps):
+        if "img" in results and not (_loads_image(step) or _loads_more(step)):
+            break
+        try:
+            results = step(_copied_results(results)) or results
+        except Exception:  # of what is needed it is raised where the image is loaded
+            if not _loads_more(step):
+                break
+            failing.append(number)
+    return failing
+
+
+def _brings_image(
+    step: Callable, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> bool:
+    """Whether a step loads: it adds channels, or does not look at the image it gets."""
+    given, image = np.asarray(before["img"]), np.asarray(after["img"])
+    if _num_channels(image) > _num_channels(given):
+        return True
+    if np.array_equal(image, given):
+        return False
+    blank = step({**_copied_results(before), "img": np.zeros_like(given)})
+    return bool(blank) and np.array_equal(blank.get("img"), image)
+
+
+def _num_channels(image: np.ndarray) -> int:
+    return 1 if image.ndim == 2 else image.shape[2]
+
+
+def _reading_files(step: Any) -> Any:
+    """A loader that reads this machine's files, like one that reads elsewhere."""
+    if not getattr(step, "backend_args", None):
+        return step
+    step = copy.copy(step)
+    step.backend_args = None
+    return step
+
+
+def _array_bgr(image: Any) -> np.ndarray:
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[2] == 3:
+        array = array[..., ::-1]
+    if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "buif":
+        raise VisConfigError(
+            f"an image of shape {array.shape} and {array.dtype} cannot work: use "
+            "(H, W, 3) RGB, (H, W) or (H, W, C) numbers, a Pillow image or a path"
+        )
+    return np.ascontiguousarray(array)
+
+
+def _copied_results(results: Mapping[str, Any]) -> dict[str, Any]:
+    # MMYOLO's data sets hand themselves over for augmentations that mix images.
+    return {
+        key: value if key == "dataset" else _copied(value)
+        for key, value in results.items()
+    }
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except (TypeError, pickle.PicklingError):  # it holds a file or a connection
+        return value
+
+
+def _texture_like(image: np.ndarray) -> np.ndarray:
+    """Blobs of many sizes, at places that are alike in no other way of looking."""
+    height, width = image.shape[:2]
+    shrink = min(1.0, _MAX_TRIED_SIDE / max(height, width))
+    size_hw = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+    rng = np.random.RandomState(0)
+    grey = np.zeros(size_hw, np.float32)
+    for sigma in (1.5, 4, 10):
+        noise = rng.rand(*size_hw).astype(np.float32)
+        grey += cv2.GaussianBlur(noise, (0, 0), sigmaX=sigma) * sigma
+    grey = cv2.resize(grey, (width, height))
+    low, high = np.percentile(grey, (1, 99))
+    grey = ((grey - low) / max(high - low, 1e-6)).clip(0, 1)
+    values = np.nan_to_num(image[np.isfinite(image)].astype(np.float64))
+    bounds = np.percentile(values, (1, 99)) if values.size else (0.0, 0.0)
+    # An image of one colour says nothing about the range.
+    span = bounds[1] - bounds[0] if bounds[1] - bounds[0] > 1e-6 else 255.0
+    texture = (grey * span + bounds[0]).astype(image.dtype)
+    return (
+        texture
+        if image.ndim == 2
+        else np.repeat(texture[..., None], image.shape[2], axis=2)
+    )
+
+
+def _limited(image: np.ndarray) -> np.ndarray:
+    shrink = _MAX_TRIED_SIDE / max(image.shape[:2])
+    grey = image.reshape(*image.shape[:2], -1).mean(axis=2, dtype=np.float32)
+    if shrink >= 1:
+        return grey
+    return cv2.resize(grey, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)

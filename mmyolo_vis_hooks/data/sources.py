@@ -38,18 +38,19 @@ class ImageReadError(VisError):
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image, decoded, or the reason why it could not be.
+    """One image, or the reason why there is none.
 
     Attributes:
         name: Unique among all images of the source, safe in file names.
         title: Its path or address; of a frame with the number, from 0.
-        image_bgr: ``(H, W, 3)`` uint8, BGR; None if it could not be read.
+        content: Path of a file; of an address or a video ``(H, W, 3)`` uint8, RGB;
+            None if it could not be read.
         error: Why not.
     """
 
     name: str
     title: str
-    image_bgr: np.ndarray | None
+    content: str | np.ndarray | None
     error: ImageReadError | None = None
 
 
@@ -73,7 +74,7 @@ class ImageSource:
 
     Raises:
         ImageReadError: If something does not exist, a folder holds no image, a video
-            cannot be opened, or the only image is none.
+            cannot be opened.
     """
 
     def __init__(self, sources: Sequence[str], exclude: str | None = None) -> None:
@@ -94,10 +95,6 @@ class ImageSource:
                 name = names.take(safe_name(stem), is_video)
                 title = _printable(location)
                 self._entries.append(_Entry(name, title, location, is_video, count))
-        self._first: np.ndarray | None = None
-        if len(self._entries) == 1 and not self._entries[0].is_video:
-            # Before a model is built for it.
-            self._first = read_image(self._entries[0].location)
 
     def __len__(self) -> int:
         """How many images there are; of a video what its header says."""
@@ -108,63 +105,33 @@ class ImageSource:
         """Whether frames of videos are among them."""
         return any(entry.is_video for entry in self._entries)
 
-    def first(self) -> np.ndarray:
-        """The first image that can be read, ``(H, W, 3)`` uint8, BGR.
-
-        Raises:
-            ImageReadError: If none can.
-        """
-        if self._first is not None:
-            return self._first
-        error: ImageReadError | None = None
-        for image in self:
-            if image.image_bgr is not None:
-                return image.image_bgr
-            error = error or image.error
-        raise error or ImageReadError("there is no image")
-
     def __iter__(self) -> Iterator[SourceImage]:
         for entry in self._entries:
             if entry.is_video:
                 yield from _frames(entry)
-                continue
-            try:
-                image = self._first
-                image = read_image(entry.location) if image is None else image
-            except ImageReadError as error:
-                yield SourceImage(entry.name, entry.title, None, error)
+            elif "://" not in entry.location:
+                yield SourceImage(entry.name, entry.title, entry.location)
             else:
-                yield SourceImage(entry.name, entry.title, image)
+                yield _download(entry)
 
 
-def read_image(location: str) -> np.ndarray:
-    """Read an image as the test pipelines do: turned as its EXIF data says.
-
-    Args:
-        location (str): Path or address.
-
-    Returns:
-        np.ndarray: ``(H, W, 3)`` uint8, BGR.
-
-    Raises:
-        ImageReadError: If it cannot be read or is no image.
-    """
+def _download(entry: _Entry) -> SourceImage:
     try:
         # Not mmengine's get(), which fails for an address in the query of another.
-        scheme = location.partition("://")[0] + "://" if "://" in location else ""
-        content = get_file_backend(scheme).get(location)
+        scheme = entry.location.partition("://")[0] + "://"
+        content = get_file_backend(scheme).get(entry.location)
     except Exception as error:  # each file backend has errors of its own
-        raise ImageReadError(f"cannot read {_printable(location)}: {error}") from error
+        reason = ImageReadError(f"cannot read {entry.title}: {error}")
+        return SourceImage(entry.name, entry.title, None, reason)
     image = None
     if content:
         # More pixels than OpenCV takes, or a damaged header.
         with contextlib.suppress(cv2.error):
-            image = mmcv.imfrombytes(content)
+            image = mmcv.imfrombytes(content, channel_order="rgb")
     if image is None:
-        raise ImageReadError(
-            f"{_printable(location)} is no image that OpenCV can decode"
-        )
-    return image
+        reason = ImageReadError(f"{entry.title} is no image that OpenCV can decode")
+        return SourceImage(entry.name, entry.title, None, reason)
+    return SourceImage(entry.name, entry.title, image)
 
 
 def safe_name(name: str) -> str:
@@ -217,34 +184,33 @@ def _walk(folder: str, exclude: str | None) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
+def _open_video(location: str) -> mmcv.VideoReader:
+    video = mmcv.VideoReader(location, cache_capacity=1)
+    if not video.opened:
+        raise ImageReadError(f"{_printable(location)} is no video that OpenCV can open")
+    return video
+
+
 def _count_frames(location: str) -> int:
-    video = cv2.VideoCapture(location)
-    try:
-        if not video.isOpened():
-            raise ImageReadError(
-                f"{_printable(location)} is no video that OpenCV can open"
-            )
-        return max(1, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
-    finally:
-        video.release()
+    with _open_video(location) as video:
+        return max(1, len(video))
 
 
 def _frames(entry: _Entry) -> Iterator[SourceImage]:
-    video = cv2.VideoCapture(entry.location)
     number = 0
     try:
-        while True:
-            there, image = video.read()
-            if not there:
-                break
-            name = f"{entry.name}_{number:06d}"
-            yield SourceImage(name, f"{entry.title} frame {number}", image)
-            number += 1
-    finally:
-        video.release()
-    if not number:
-        error = ImageReadError(f"{entry.title} holds no frame that can be decoded")
+        with _open_video(entry.location) as video:
+            for frame_bgr in video:
+                name = f"{entry.name}_{number:06d}"
+                title = f"{entry.title} frame {number}"
+                yield SourceImage(name, title, mmcv.bgr2rgb(frame_bgr))
+                number += 1
+    except ImageReadError as error:
         yield SourceImage(entry.name, entry.title, None, error)
+        return
+    if not number:
+        reason = ImageReadError(f"{entry.title} holds no frame that can be decoded")
+        yield SourceImage(entry.name, entry.title, None, reason)
 
 
 class _UniqueNames:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any, cast
 
-import numpy as np
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -14,57 +15,24 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from ..data.pipeline import (
-    build_resize_only_pipeline,
-    flatten_steps,
-    network_divisor,
-    network_stride,
-)
+from ..data.alignment import Placement, choose_alignment, network_input
+from ..data.pipeline import ImagePipeline, Loaded, flatten_steps, prepare_data
+from ..data.resize import network_divisor, network_stride
 from ..data.samples import class_names_of, palette_of
-from ..data.selector import (
-    ImageSelector,
-    SelectedImage,
-    leaf_datasets,
-)
+from ..data.selector import ImageSelector, SelectedImage, leaf_datasets
 from ..errors import ErrorPolicy, VisConfigError, VisError
 from ..network.layer_path import resolve_layers
+from ..network.recorder import LayerRecorder
 from ..network.state import preserve_rng_state
 from ..options import RunOptions
 from ..publish.gather import RankSpool
 from ..publish.publisher import Publisher
 from ..publish.window import why_no_window
-from ..records import VisImage, VisSample
+from ..records import VisImage
 from ..samples import SampleMaker
 from .loading import check_checkpoint_fits
 from .loop_recording import LoopRecording, data_samples_of
-
-Panel = Callable[[Any], np.ndarray]
-
-
-@dataclass
-class _LoopState:
-    """What a hook knows of one validation or test loop."""
-
-    mode: str
-    loop: BaseLoop
-    selector: ImageSelector
-    sample_maker: SampleMaker
-    panel: Panel
-    # Resize-only copies of the test pipelines, by the identity of their dataset.
-    pipelines: dict[int, Callable] = field(default_factory=dict)
-    recording: LoopRecording | None = None
-    num_runs: int = 0
-    drawing: bool = False
-    seen: set[str] = field(default_factory=set)
-
-    def wanted(self, data_samples: Sequence[Any]) -> list[tuple[int, SelectedImage]]:
-        """Selected images of a batch that this run has not met yet."""
-        wanted: dict[str, tuple[int, SelectedImage]] = {}
-        for position, data_sample in enumerate(data_samples):
-            image = self.selector.find(data_sample.metainfo)
-            if image is not None and image.image_id not in self.seen:
-                wanted.setdefault(image.image_id, (position, image))
-        return list(wanted.values())
+from .loop_state import LoopState, Panel, predicting_model
 
 
 class BaseVisHook(Hook):
@@ -89,10 +57,9 @@ class BaseVisHook(Hook):
                 "Resize-only pipeline; leave alignment=None"
             )
         self.options = options
-        self.alignment = options.alignment or "resize"
         self.run_options = run
         self.name = run.name or self.default_name
-        self._loops: dict[str, _LoopState] = {}
+        self._loops: dict[str, LoopState] = {}
 
     def build_sample_maker(
         self, runner: Runner, detector: nn.Module, class_names: Sequence[str]
@@ -110,7 +77,7 @@ class BaseVisHook(Hook):
         return SampleMaker(
             detector,
             resolve_layers(detector, self.options.target_layers or ()),
-            alignment=self.alignment,
+            channels=self.options.image_channels,
         )
 
     def build_panel(
@@ -192,65 +159,119 @@ class BaseVisHook(Hook):
             count += 1
             self.name = f"{base}_{count}"
 
-    def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> _LoopState:
+    def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> LoopState:
         dataset = loop.dataloader.dataset
         metainfo = getattr(dataset, "metainfo", None) or {}
         class_names = class_names_of(metainfo)
-        state = _LoopState(
+        state = LoopState(
             mode,
             loop,
+            self._detector,
             ImageSelector(
                 dataset, self.run_options.num_images, self.run_options.image_indices
             ),
-            self.build_sample_maker(runner, self._detector, class_names),
             self.build_panel(class_names, palette_of(metainfo)),
+            lambda model: self.build_sample_maker(runner, model, class_names),
         )
+        maker = state.maker  # what does not fit the detector fails here
         for leaf in leaf_datasets(dataset):
-            _check_packed_keys(leaf, self.alignment)
-        if self.alignment == "resize":
-            self._prepare_pipelines(runner, state, dataset)
-        if self.alignment != "resize" or self.run_options.override_loop_pipeline:
+            _check_packed_keys(leaf, self.options.alignment)
+            images = [i for i in state.selector.images if i.dataset is leaf]
+            if images:
+                with preserve_rng_state():
+                    self._place(runner, state, images, maker)
+        if self.run_options.override_loop_pipeline:
+            self._override(runner, state)
+        if any(state.needs_record(image) for image in state.selector.images):
             state.recording = LoopRecording(
                 loop,
                 f"{mode}_step",
-                state.sample_maker.recorder,
-                lambda data_batch: self._positions(state, data_batch),
+                lambda idx, data_batch: self._to_record(state, idx, data_batch),
             )
         return state
 
-    def _prepare_pipelines(
-        self, runner: Runner, state: _LoopState, dataset: Any
+    def _place(
+        self,
+        runner: Runner,
+        state: LoopState,
+        images: Sequence[SelectedImage],
+        maker: SampleMaker,
     ) -> None:
-        if self.run_options.override_loop_pipeline and isinstance(
-            runner.model, BaseTTAModel
-        ):
+        """Find out on its first images how a data set is drawn, and try it."""
+        leaf = images[0].dataset
+        pipeline = ImagePipeline(leaf.pipeline, channels=self.options.image_channels)
+        state.placements[id(leaf)] = Placement("network", pipeline, proven=False)
+        _, model = predicting_model(self._detector)
+        trial = None
+        with self._trial(f"look at the first {state.mode} image", VisConfigError):
+            loaded = _load_in_turn(images, pipeline)
+            first = next(loaded)
+            placement = choose_alignment(
+                self.options.alignment,
+                pipeline,
+                chain([first], loaded),
+                model,
+                divisor=network_divisor(model),
+                stride=network_stride(model, state.loop.dataloader.dataset),
+            )
+            if placement.reason:
+                runner.logger.warning(
+                    f"{self.name}: the {state.mode} data set {type(leaf).__name__} is "
+                    "drawn on the network's own input, as alignment='network' does: "
+                    f"{placement.reason}"
+                )
+            state.placements[id(leaf)] = placement
+            trial = network_input(model, placement.pipeline.pack(first))
+        if trial is not None:
+            with self._trial("try an explanation before the run", VisError):
+                maker.prepare(*trial)
+
+    @contextlib.contextmanager
+    def _trial(self, action: str, refusal: type[VisError]) -> Iterator[None]:
+        """Let through what concerns the options; all else must not end the run."""
+        try:
+            yield
+        except refusal:
+            raise
+        except Exception as error:
+            if self.run_options.on_error == "raise":
+                raise
+            self._policy.record(action, error)
+
+    def _override(self, runner: Runner, state: LoopState) -> None:
+        if isinstance(runner.model, BaseTTAModel):
             raise VisConfigError(
                 "override_loop_pipeline=True cannot work with test-time augmentation, "
                 "which needs a pipeline of several views; leave it False"
             )
-        for leaf in leaf_datasets(dataset):
-            pipeline = build_resize_only_pipeline(
-                leaf.pipeline,
-                divisor=network_divisor(self._detector),
-                stride=network_stride(self._detector, dataset),
-            )
-            state.pipelines[id(leaf)] = pipeline
-            if self.run_options.override_loop_pipeline:
-                leaf.pipeline = pipeline
-        if self.run_options.override_loop_pipeline:
-            runner.logger.warning(
-                f"{self.name}: override_loop_pipeline=True: the {state.mode} loop runs "
-                "on the Resize-only pipeline, and its metrics are of that pipeline."
-            )
+        for leaf in leaf_datasets(state.loop.dataloader.dataset):
+            placement = state.placements.get(id(leaf))
+            if placement is None:
+                continue
+            if placement.alignment != "resize":
+                raise VisConfigError(
+                    "override_loop_pipeline=True cannot work with this test pipeline: "
+                    f"{placement.reason}; leave it False"
+                )
+            leaf.pipeline = placement.pipeline.compose()
+            # Its batches are padded to one size.
+            state.placements[id(leaf)] = replace(placement, alignment="letterbox")
+        runner.logger.warning(
+            f"{self.name}: override_loop_pipeline=True: the {state.mode} loop runs on "
+            "the Resize-only pipeline, and its metrics are of that pipeline."
+        )
 
-    def _positions(self, state: _LoopState, data_batch: Any) -> list[int]:
-        """Batch positions that the recording of the loop's forward keeps."""
-        positions: list[int] = []
-        if state.drawing:
-            with self._policy.guard(f"find the images of a {state.mode} batch"):
-                wanted = state.wanted(data_samples_of(data_batch))
-                positions = [position for position, _ in wanted]
-        return positions
+    def _to_record(
+        self, state: LoopState, idx: int, data_batch: Any
+    ) -> tuple[LayerRecorder, list[int]] | None:
+        """What records the loop's forward, and the batch positions that it keeps."""
+        with self._policy.guard(f"find the images of a {state.mode} batch"):
+            state.begin_batch(idx)
+            wanted = state.wanted(data_samples_of(data_batch))
+            positions = [n for n, image in wanted if state.needs_record(image)]
+            if positions:
+                return state.maker.recorder, positions
+        return None
 
     # One validation or test run.
 
@@ -261,6 +282,18 @@ class BaseVisHook(Hook):
     def before_test_epoch(self, runner: Runner) -> None:
         """Decide whether this test run is drawn."""
         self._start_run("test")
+
+    def before_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Note where the loop is: it may pass over the data more than once."""
+        self._begin_batch("val", batch_idx)
+
+    def before_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Note where the loop is: it may pass over the data more than once."""
+        self._begin_batch("test", batch_idx)
 
     def after_val_iter(
         self,
@@ -310,52 +343,42 @@ class BaseVisHook(Hook):
 
     def _start_run(self, mode: str) -> None:
         state = self._loops.get(mode)
-        if state is None:
-            return
-        state.drawing = state.num_runs % self.run_options.interval == 0
-        state.num_runs += 1
-        state.seen.clear()
+        if state is not None:
+            state.start_run(self.run_options.interval)
+
+    def _begin_batch(self, mode: str, batch_idx: int) -> None:
+        state = self._loops.get(mode)
+        if state is not None:
+            state.begin_batch(batch_idx)
 
     def _draw_batch(
         self, runner: Runner, mode: str, outputs: Sequence[Any] | None
     ) -> None:
         state = self._loops.get(mode)
-        if state is None or not state.drawing or not outputs:
+        if state is None:
             return
-        if self._policy.ends_run:
+        state.end_batch()
+        if not state.drawing or not outputs or self._policy.ends_run:
             return
         wanted: list[tuple[int, SelectedImage]] = []
         with self._policy.guard(f"find the images of a {mode} batch"):
             wanted = state.wanted(outputs)
         for position, image in wanted:
-            state.seen.add(image.image_id)
-            with self._policy.guard(f"draw {image.image_id}"), preserve_rng_state():
-                sample = self._make_sample(state, image, position, outputs[position])
+            picture_id = state.picture_id(image)
+            state.seen.update((image.image_id, picture_id))
+            with self._policy.guard(f"draw {picture_id}"), preserve_rng_state():
+                sample = state.make_sample(image, position, outputs[position])
                 picture = VisImage(sample.image_id, state.panel(sample))
                 if is_main_process():
                     self._publisher.publish(mode, picture, self._step(runner, state))
                 else:
                     self._spool.add(picture)
 
-    def _make_sample(
-        self, state: _LoopState, image: SelectedImage, position: int, output: Any
-    ) -> VisSample:
-        if state.recording is None:
-            pipeline = state.pipelines[id(image.dataset)]
-            fp16 = bool(getattr(state.loop, "fp16", False))
-            return state.sample_maker.run(image, pipeline, fp16=fp16)
-        record = state.recording.record
-        if record is None:
-            raise VisError(
-                f"the forward of {image.image_id} was not recorded; its data sample "
-                "has other metainfo before the forward than after it"
-            )
-        return state.sample_maker.from_record(image, record, position, output)
-
     def _finish_run(self, runner: Runner, mode: str) -> None:
         state = self._loops.get(mode)
         if state is None or not state.drawing:
             return
+        state.stop_recording()
         # Between the first and the last collective no rank may fail alone.
         met = set().union(*all_gather_object(state.seen))
         with self._policy.guard("gather the pictures of the other ranks"):
@@ -372,7 +395,7 @@ class BaseVisHook(Hook):
                 f"{mode} loop: {', '.join(missing[:5])}"
             )
 
-    def _publish_gathered(self, state: _LoopState, step: int) -> None:
+    def _publish_gathered(self, state: LoopState, step: int) -> None:
         with self._policy.guard("read the pictures of the other ranks"):
             for picture in self._spool.images():
                 # Samplers repeat images so that all ranks have equally many.
@@ -397,7 +420,7 @@ class BaseVisHook(Hook):
         return state is not None and state.drawing
 
     @staticmethod
-    def _step(runner: Runner, state: _LoopState) -> int:
+    def _step(runner: Runner, state: LoopState) -> int:
         """Epoch or iteration of a training; elsewhere the number of the run, from 0.
 
         The private attribute is on purpose: ``runner.epoch`` would build the
@@ -416,7 +439,25 @@ def unwrap_detector(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_packed_keys(dataset: Any, alignment: str) -> None:
+def _load_in_turn(
+    images: Sequence[SelectedImage], pipeline: ImagePipeline
+) -> Iterator[Loaded]:
+    """Load images one after the other; the last error where none can be loaded."""
+    error: Exception | None = None
+    num_loaded = 0
+    for image in images:
+        try:
+            yield prepare_data(image.dataset, image.index, pipeline.load)
+            num_loaded += 1
+        except VisConfigError:
+            raise
+        except VisError as failure:
+            error = failure
+    if error is not None and not num_loaded:
+        raise error
+
+
+def _check_packed_keys(dataset: Any, alignment: str | None) -> None:
     """Fail early if the batches will not say which image they hold, and where."""
     steps = flatten_steps(getattr(dataset, "pipeline", []))
     keys = getattr(steps[-1], "meta_keys", None) if steps else None
@@ -429,8 +470,8 @@ def _check_packed_keys(dataset: Any, alignment: str) -> None:
             "again; add both"
         )
     pads = any(type(step).__name__ == "LetterResize" for step in steps)
-    if alignment != "resize" and pads and "pad_param" not in keys:
+    if alignment == "letterbox" and pads and "pad_param" not in keys:
         raise VisConfigError(
-            f"{packing} do not hold 'pad_param', without which alignment={alignment!r} "
+            f"{packing} do not hold 'pad_param', without which alignment='letterbox' "
             "cannot know where LetterResize put the image; add it"
         )

@@ -11,11 +11,9 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..api import make_box_mapper, make_boxam_panel
-from ..box_samples import BoxSampleMaker
 from ..declare import read_options, takes_options
-from ..errors import VisError
 from ..options import BoxAMOptions, RunOptions
-from ..samples import SampleMaker
+from ..samples import BoxSampleMaker, SampleMaker
 from .base import BaseVisHook, Panel
 
 
@@ -58,7 +56,7 @@ class BoxAMVisHook(BaseVisHook):
     def build_sample_maker(
         self, runner: Runner, detector: nn.Module, class_names: Sequence[str]
     ) -> SampleMaker:
-        """Give what explains the boxes, after a trial on the detector."""
+        """Give what explains the boxes."""
         mapper = make_box_mapper(
             detector,
             self.options,
@@ -66,18 +64,7 @@ class BoxAMVisHook(BaseVisHook):
             runner.logger,
             show_progress=is_main_process(),
         )
-        maker = BoxSampleMaker(detector, mapper, alignment=self.alignment)
-        try:
-            maker.prepare()
-        except VisError:
-            raise
-        except Exception as error:
-            # The trial is on noise, before any checkpoint is loaded. What a detector
-            # makes of that need not be a mistake in the config.
-            if self.run_options.on_error == "raise":
-                raise
-            self._policy.record("try an explanation before the run", error)
-        return maker
+        return BoxSampleMaker(detector, mapper, channels=self.options.image_channels)
 
     def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from mmengine.runner import BaseLoop
@@ -19,15 +18,15 @@ class LoopRecording:
 
     The iteration is wrapped, not the model: only a ``with`` around the forward
     itself is left in order by a failing layer and by Ctrl-C. Between iterations,
-    and in iterations without selected images, nothing is attached anywhere.
+    and in iterations without selected images, nothing is attached to the model, and
+    nothing to the loop but from :meth:`attach` to :meth:`detach`.
 
     Args:
-        loop (BaseLoop): Validation or test loop; gets a wrapped ``run_iter``.
+        loop (BaseLoop): Validation or test loop.
         step_name (str): The model's method that the loop calls: ``'val_step'``
             or ``'test_step'``.
-        recorder (LayerRecorder): Records the layers.
-        choose (Callable): Gives the batch positions to record for a batch's data
-            samples; empty for none. Must not raise.
+        choose (Callable): Gives the recorder and the batch positions to record, of the
+            number of an iteration and its batch; no positions for none. Must not raise.
 
     Raises:
         VisConfigError: If the loop has no ``run_iter``.
@@ -37,36 +36,62 @@ class LoopRecording:
         self,
         loop: BaseLoop,
         step_name: str,
-        recorder: LayerRecorder,
-        choose: Callable[[Any], Sequence[int]],
+        choose: Callable[[int, Any], tuple[LayerRecorder, Sequence[int]] | None],
     ) -> None:
-        run_iter = getattr(loop, "run_iter", None)
-        if run_iter is None:
+        if getattr(loop, "run_iter", None) is None:
             raise VisConfigError(
                 f"alignment='letterbox' and 'network' record the loop's own forward, "
                 f"but {type(loop).__name__} has no run_iter; use alignment='resize'"
             )
         self.record: ForwardRecord | None = None
+        self._loop = loop
         self._step_name = step_name
-        self._recorder = recorder
         self._choose = choose
-        loop.run_iter = partial(self._run_iter, run_iter, loop)
+        # What was there before, while this is the loop's ``run_iter``.
+        self._inner: Callable | None = None
 
-    def _run_iter(
-        self, run_iter: Callable, loop: BaseLoop, idx: int, data_batch: Any
-    ) -> Any:
+    def attach(self) -> None:
+        """Wrap the loop's iterations."""
+        if self._inner is None:
+            self._inner = self._loop.run_iter
+            self._loop.run_iter = self
+
+    def detach(self) -> None:
+        """Put the loop's iterations back, also below the wrapping of another hook."""
+        inner, self._inner = self._inner, None
+        if inner is None:
+            return
+        outer = vars(self._loop).get("run_iter")
+        while isinstance(outer, LoopRecording) and outer is not self:
+            if outer._inner is self:
+                outer._inner = inner
+                return
+            outer = outer._inner
+        if outer is self:
+            self._loop.run_iter = inner
+            if inner == type(self._loop).run_iter.__get__(self._loop):
+                del self._loop.run_iter
+
+    def __call__(self, idx: int, data_batch: Any) -> Any:
+        """Run an iteration, recorded where it holds a selected image."""
         self.record = None
-        keep = self._choose(data_batch)
-        if not keep:
-            return run_iter(idx, data_batch)
-        with self._recorded_step(loop.runner.model, keep):
-            try:
+        run_iter: Any = self._inner
+        chosen = self._choose(idx, data_batch)
+        try:
+            if chosen is None or not chosen[1]:
                 return run_iter(idx, data_batch)
-            finally:
-                self.record = None
+            with self._recorded_step(self._loop.runner.model, *chosen):
+                return run_iter(idx, data_batch)
+        except BaseException:  # no hook is called any more
+            self.detach()
+            raise
+        finally:
+            self.record = None
 
     @contextlib.contextmanager
-    def _recorded_step(self, model: nn.Module, keep: Sequence[int]) -> Iterator[None]:
+    def _recorded_step(
+        self, model: nn.Module, recorder: LayerRecorder, keep: Sequence[int]
+    ) -> Iterator[None]:
         step = getattr(model, self._step_name)
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +99,7 @@ class LoopRecording:
             # too, and in a test by the very method that is wrapped here.
             if self.record is not None:
                 return step(*args, **kwargs)
-            with self._recorder.record(keep) as record:
+            with recorder.record(keep) as record:
                 outputs = step(*args, **kwargs)
             self.record = record
             return outputs

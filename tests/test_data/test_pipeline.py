@@ -7,14 +7,15 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import TRANSFORMS
 from mmdet.utils import register_all_modules
 from mmengine.registry import DefaultScope
+from PIL import Image
 
-from mmyolo_vis_hooks.data.pipeline import (
-    AlignedResize,
-    build_resize_only_pipeline,
-    moves_pixels,
-    prepare_data,
+from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
+from mmyolo_vis_hooks.data.resize import AlignedResize
+from mmyolo_vis_hooks.errors import (
+    UnsupportedPipelineError,
+    VisConfigError,
+    VisError,
 )
-from mmyolo_vis_hooks.errors import UnsupportedPipelineError
 from tests.toy import LETTERBOX, make_pipeline, write_dataset
 
 
@@ -43,11 +44,16 @@ def dataset(root, geometry, **kwargs) -> CocoDataset:
     )
 
 
+def resized(pipeline, image_hw=(96, 128), divisor=32, stride=32) -> ImagePipeline:
+    """The Resize-only copy, found on an image without texture."""
+    pipeline = ImagePipeline(pipeline)
+    loaded = pipeline.load(np.full((*image_hw, 3), 90, np.uint8))
+    return pipeline.resize_only(loaded, divisor=divisor, stride=stride)
+
+
 def aligned(geometry, divisor=32, stride=32) -> AlignedResize:
-    pipeline = build_resize_only_pipeline(
-        build(make_pipeline(geometry)), divisor=divisor, stride=stride
-    )
-    (step,) = [s for s in pipeline.transforms if isinstance(s, AlignedResize)]
+    pipeline = resized(build(make_pipeline(geometry)), divisor=divisor, stride=stride)
+    (step,) = [s for s in pipeline.steps if isinstance(s, AlignedResize)]
     return step
 
 
@@ -95,17 +101,19 @@ def test_the_image_fills_the_input_and_nothing_else_moves(tmp_path, geometry):
     write_dataset(tmp_path)
     data = dataset(tmp_path, geometry)
     before = data[1]
-    pipeline = build_resize_only_pipeline(data.pipeline, divisor=32, stride=32)
-    resized = prepare_data(data, 1, pipeline)
-    meta = resized["data_samples"].metainfo
+    pipeline = ImagePipeline(data.pipeline)
+    loaded = prepare_data(data, 1, pipeline.load)
+    pipeline = pipeline.resize_only(loaded, divisor=32, stride=32)
+    given = pipeline.pack(loaded)
+    meta = given["data_samples"].metainfo
     assert "pad_param" not in meta
-    assert tuple(resized["inputs"].shape[1:]) == tuple(meta["img_shape"][:2])
+    assert tuple(given["inputs"].shape[1:]) == tuple(meta["img_shape"][:2])
     height, width = meta["ori_shape"]
     assert meta["scale_factor"][0] == pytest.approx(meta["img_shape"][1] / width)
     assert meta["scale_factor"][1] == pytest.approx(meta["img_shape"][0] / height)
     # The picture is the original one, only larger or smaller.
     original = cv2.imread(meta["img_path"])
-    back = cv2.resize(resized["inputs"].numpy().transpose(1, 2, 0), (width, height))
+    back = cv2.resize(given["inputs"].numpy().transpose(1, 2, 0), (width, height))
     assert np.abs(back.astype(int) - original).mean() < 12
     # The dataset's own pipeline is what it was.
     after = data[1]
@@ -114,11 +122,9 @@ def test_the_image_fills_the_input_and_nothing_else_moves(tmp_path, geometry):
 
 
 def test_an_aligned_pipeline_gives_the_same_pipeline_again():
-    once = build_resize_only_pipeline(
-        build(make_pipeline(FASTER)), divisor=32, stride=32
-    )
-    twice = build_resize_only_pipeline(once, divisor=32, stride=32)
-    (step,) = [s for s in twice.transforms if isinstance(s, AlignedResize)]
+    once = resized(build(make_pipeline(FASTER)))
+    twice = resized(once.compose())
+    (step,) = [s for s in twice.steps if isinstance(s, AlignedResize)]
     assert step.size_hw((480, 640)) == (800, 1056)
 
 
@@ -144,12 +150,14 @@ def test_batch_shapes_do_not_matter(tmp_path):
         ),
     )
     assert tuple(data[0]["inputs"].shape[1:]) != (96, 128)
-    pipeline = build_resize_only_pipeline(data.pipeline, divisor=1, stride=32)
+    pipeline = ImagePipeline(data.pipeline)
     for i in range(len(data)):
-        resized = prepare_data(data, i, pipeline)
-        height, width = resized["data_samples"].ori_shape
-        expected = AlignedResize(pipeline.transforms[1]._steps, 1, 32)
-        assert tuple(resized["inputs"].shape[1:]) == expected.size_hw((height, width))
+        loaded = prepare_data(data, i, pipeline.load)
+        aligned = pipeline.resize_only(loaded, divisor=1, stride=32)
+        height, width = loaded.image_rgb.shape[:2]
+        scale = 128 / max(height, width)
+        expected = tuple(max(1, round(n * scale / 32)) * 32 for n in (height, width))
+        assert tuple(aligned.pack(loaded)["inputs"].shape[1:]) == expected
 
 
 @pytest.mark.parametrize("flips_first", [True, False])
@@ -170,85 +178,182 @@ def test_first_view_of_test_time_augmentation(tmp_path, flips_first):
     )
     data = dataset(tmp_path, ())
     data.pipeline = build([dict(type="LoadImageFromFile"), views])
-    pipeline = build_resize_only_pipeline(data.pipeline, divisor=32, stride=32)
-    resized = prepare_data(data, 0, pipeline)
-    assert tuple(resized["inputs"].shape[1:]) == (64, 128)
-    assert not resized["data_samples"].metainfo.get("flip")
+    pipeline = ImagePipeline(data.pipeline)
+    loaded = prepare_data(data, 0, pipeline.load)
+    for aligned, size_hw in ((True, (64, 128)), (False, (128, 128))):
+        if aligned:
+            step = pipeline.resize_only(loaded, divisor=32, stride=32)
+        given = (step if aligned else pipeline).pack(loaded)
+        assert tuple(given["inputs"].shape[1:]) == size_hw
+        assert not given["data_samples"].metainfo.get("flip")
 
 
-class Colours:
+# ------------------------------------------------------------------ what loads, and how
+
+
+class Step:
+    """A step of a user's own, of a function of the results."""
+
+    def __init__(self, change) -> None:
+        self.change = change
+
     def __call__(self, results):
-        results["img"] = (255 - results["img"] * 0.8).astype(np.uint8)[..., ::-1]
-        return results
+        return {**results, **self.change(results)}
 
 
-class Mirror:
-    def __call__(self, results):
-        results["img"] = results["img"][:, ::-1]
-        return results
+class ReadTiff(Step):
+    """A loader that no name betrays."""
 
 
-class Shift(Mirror):
-    def __call__(self, results):
-        results["img"] = np.roll(results["img"], 5, axis=1)
-        return results
+class AddBand(Step):
+    """Brings a fourth channel."""
 
 
-class Crop(Mirror):
-    def __call__(self, results):
-        results["img"] = results["img"][8:-8, 8:-8]
-        return results
+PICTURE = np.random.RandomState(0).randint(0, 256, (60, 100, 3)).astype(np.uint8)
 
 
-class NeedsMore(Mirror):
-    def __call__(self, results):
-        results["img"] = results["img"] * results["secret"]
-        return results
+def own_loader(image_bgr):
+    def change(results):
+        size_hw = image_bgr.shape[:2]
+        return dict(img=image_bgr, img_shape=size_hw, ori_shape=size_hw)
+
+    return ReadTiff(change)
 
 
-def test_unknown_steps_are_tried():
-    assert not moves_pixels(Colours())
-    for step in (Mirror(), Shift(), Crop(), NeedsMore()):
-        assert moves_pixels(step), step
+def add_band(results):
+    band = np.full((*results["img"].shape[:2], 1), 77, np.uint8)
+    return dict(img=np.concatenate([results["img"], band], axis=2))
+
+
+def invert(results):
+    return dict(img=255 - results["img"])
+
+
+def mirror(results):
+    return dict(img=np.ascontiguousarray(results["img"][:, ::-1]))
+
+
+def packed(*steps) -> ImagePipeline:
+    resize = build(list(FASTER)).transforms
+    return ImagePipeline([*steps, *resize, *build(make_pipeline(())[-1:]).transforms])
+
+
+INFO = dict(img_path="x.tif", img_id=3, instances=[])
+
+
+def test_the_picture_is_what_a_users_own_loader_gives():
+    pipeline = packed(own_loader(PICTURE[..., ::-1]), Step(invert))
+    for _ in range(2):
+        loaded = pipeline.load(INFO)
+        np.testing.assert_array_equal(loaded.image_rgb, PICTURE)
+    # What only changes colours stays out of the picture, not out of the input.
+    inputs = pipeline.pack(loaded)["inputs"].float()
+    assert abs(inputs.mean() - (255 - PICTURE.mean())) < 2
+
+
+def test_several_loaders_in_a_row():
+    pipeline = packed(own_loader(PICTURE), Step(invert), AddBand(add_band))
+    loaded = pipeline.load(INFO)
+    assert loaded.results["img"].shape == (60, 100, 4)
+    assert "of 4" in loaded.note
+    for aligned in (False, True):
+        if aligned:
+            pipeline = pipeline.resize_only(loaded, divisor=32, stride=32)
+        inputs = pipeline.pack(loaded)["inputs"]
+        assert inputs.shape[0] == 4
+        assert (inputs[3] == 77).all()
+    other = packed(own_loader(PICTURE), own_loader(PICTURE[::-1]))
+    np.testing.assert_array_equal(other.load(INFO).image_rgb, PICTURE[::-1, :, ::-1])
+
+
+def test_a_step_that_moves_pixels_is_no_loader_and_no_resize():
+    pipeline = packed(own_loader(PICTURE[..., ::-1]), Step(mirror), AddBand(add_band))
+    loaded = pipeline.load(INFO)
+    np.testing.assert_array_equal(loaded.image_rgb, PICTURE)
+    with pytest.raises(UnsupportedPipelineError, match="'Step' moves pixels"):
+        pipeline.resize_only(loaded, divisor=32, stride=32)
+
+
+def test_packing_changes_nothing_that_was_loaded():
+    def paint(results):
+        results["img"][:] = 0
+        return {}
+
+    pipeline = packed(own_loader(PICTURE.copy()), Step(paint))
+    loaded = pipeline.load(INFO)
+    before = loaded.results["img"].copy()
+    for _ in range(2):
+        assert not pipeline.pack(loaded)["inputs"].any()
+    np.testing.assert_array_equal(loaded.results["img"], before)
 
 
 @pytest.mark.parametrize(
-    "step",
+    ("options", "values", "dtype"),
     [
-        dict(type="mmcv.CenterCrop", crop_size=640),
-        dict(
-            type="mmcv.RandomChoiceResize",
-            scales=[(128, 128)],
-            keep_ratio=True,
-            resize_type="mmdet.Resize",
-        ),
+        (dict(color_type="grayscale"), PICTURE[..., :1], np.uint8),
+        (dict(to_float32=True), PICTURE[..., ::-1], np.float32),
+        (dict(color_type="unchanged"), PICTURE[..., ::-1].astype(np.uint16) * 9, None),
     ],
 )
-def test_a_step_that_leaves_some_sizes_alone_is_geometric(step):
-    assert moves_pixels(TRANSFORMS.build(step))
+def test_files_are_read_as_the_loader_reads_them(tmp_path, options, values, dtype):
+    path = str(tmp_path / "image.png")
+    cv2.imwrite(path, values)
+    loader = TRANSFORMS.build(dict(type="LoadImageFromFile", **options))
+    loaded = packed(loader).load(path)
+    np.testing.assert_array_equal(loaded.results["img"], values.squeeze())
+    assert loaded.results["img"].dtype == (dtype or values.dtype)
+    if dtype is None:
+        return
+    # An image that is decoded already becomes what the loader would have given.
+    image_rgb = values.repeat(3, 2) if values.shape[2] == 1 else PICTURE
+    entered = packed(loader).load(image_rgb)
+    assert entered.results["img"].dtype == dtype
+    np.testing.assert_array_equal(entered.results["img"], values.squeeze())
 
 
-@pytest.mark.parametrize("step", [Mirror(), Crop()])
-def test_unknown_geometry_is_refused_with_the_alternative(step):
-    from mmengine.dataset import Compose
+@pytest.mark.parametrize("kind", ["array", "pillow", "path"])
+def test_kinds_of_images(tmp_path, kind):
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), PICTURE[..., ::-1])
+    image = {"array": PICTURE, "pillow": Image.fromarray(PICTURE), "path": path}[kind]
+    pipeline = ImagePipeline(build(make_pipeline(FASTER)), annotations=False)
+    loaded = pipeline.load(image, img_id=5)
+    np.testing.assert_array_equal(loaded.image_rgb, PICTURE)
+    assert pipeline.pack(loaded)["data_samples"].img_id == 5
 
-    pipeline = Compose([*build(make_pipeline()).transforms[:2], step])
-    with pytest.raises(
-        UnsupportedPipelineError,
-        match=rf"'{type(step).__name__}'.*alignment='network'",
-    ):
-        build_resize_only_pipeline(pipeline, divisor=32, stride=32)
+
+def test_local_files_do_not_come_from_the_storage_of_the_data_set(tmp_path):
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), PICTURE)
+    loader = TRANSFORMS.build(
+        dict(type="LoadImageFromFile", backend_args=dict(backend="http"))
+    )
+    assert packed(loader).load(path).image_rgb.shape == PICTURE.shape
+    with pytest.raises(VisError, match=r"gone\.png is no image that LoadImage"):
+        packed(loader).load("gone.png")
 
 
-def test_unknown_colour_step_is_kept():
-    from mmengine.dataset import Compose
+def test_what_only_a_data_set_has_is_left_out(tmp_path):
+    class LoadPoints(Step):
+        pass
 
-    step = Colours()
-    steps = [*build(make_pipeline()).transforms[:2], step]
-    kept = build_resize_only_pipeline(Compose(steps), divisor=32, stride=32)
-    assert [type(s).__name__ for s in kept.transforms] == [
-        "LoadImageFromFile",
-        "AlignedResize",
-        "Colours",
-    ]
-    assert kept.transforms[2] is not step
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), PICTURE)
+    steps = build(make_pipeline(FASTER)).transforms
+    points = LoadPoints(lambda results: dict(points=results["points_path"]))
+    for image in (path, PICTURE):
+        pipeline = ImagePipeline([steps[0], points, *steps[1:]], annotations=False)
+        assert "inputs" in pipeline.pack(pipeline.load(image))
+
+
+@pytest.mark.parametrize("steps", [(), FASTER])
+def test_a_pipeline_that_loads_no_image(steps):
+    pipeline = ImagePipeline(build(make_pipeline(steps)[1:]))
+    with pytest.raises(VisConfigError, match="no step that loads an image"):
+        pipeline.load(PICTURE)
+
+
+@pytest.mark.parametrize("image", [np.zeros(5), np.zeros((0, 4, 3)), [["a"]], None])
+def test_what_is_no_image(image):
+    with pytest.raises(VisConfigError, match="cannot work"):
+        ImagePipeline(build(make_pipeline(FASTER))).load(image)

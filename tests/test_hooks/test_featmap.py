@@ -63,19 +63,19 @@ def test_batches_that_do_not_name_their_images_fail_before_the_run(tmp_path, toy
         Runner.from_cfg(cfg).test()
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("alignment", [None, *ALIGNMENTS])
 def test_letterbox_without_its_padding_is_refused(tmp_path, toy_data, alignment):
     """The maps would lie beside their objects, by the padding."""
     cfg = toy_config(tmp_path, [spy(alignment=alignment)], data_root=toy_data)
     keys = [key for key in META_KEYS if key != "pad_param"]
     cfg.test_dataloader.dataset.pipeline[-1].meta_keys = keys
     runner = Runner.from_cfg(cfg)
-    if alignment == "resize":  # which does not pad
-        runner.test()
-        assert len(pictures(tmp_path)) == 4
-    else:
+    if alignment == "letterbox":
         with pytest.raises(VisConfigError, match=r"'pad_param'.*LetterResize"):
             runner.test()
+    else:  # which do not pad, or draw on the padding
+        runner.test()
+        assert len(pictures(tmp_path)) == 4
 
 
 def test_a_second_test_in_one_runner_overwrites_nothing(tmp_path, toy_data):

@@ -125,10 +125,11 @@ def plain_loop(
 
     def loop() -> None:
         for number, image in enumerate(demo.source):
-            selected, data = _vis_demo.load_image(demo.pipeline, number, image)
+            loaded = _vis_demo.load_image(demo.pipeline, number, image)
             if explains:
-                maker.run_data(selected, data)
+                maker.run(image.name, loaded, demo.placement)
             else:
+                data = demo.placement.pipeline.pack(loaded)
                 with torch.no_grad():
                     detector.test_step(pseudo_collate([data]))
             file = out_dir / f"{image.name}.jpg"
@@ -174,7 +175,7 @@ def measure_memory(tool: str, count: int) -> list[int]:
 
 def child_main(tool: str, count: int) -> None:
     """Draw a folder and print what it took."""
-    import mmyolo_vis_hooks.data.overlap as overlap
+    import _vis_demo
 
     sizes: list[int] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -182,17 +183,17 @@ def child_main(tool: str, count: int) -> None:
         folder.mkdir()
         fill_folder(folder, count)
         draw = prepare(tool, folder, Path(scratch) / "out")[1]
-        submit = overlap.WriteBehind.submit
+        load = _vis_demo.load_image
         done = 0
 
-        def watched(self: Any, key: Any, work: Callable[[], Any]) -> Any:
+        def watched(*args: Any) -> Any:
             nonlocal done
             done += 1
             if done % max(1, count // 10) == 0:
                 sizes.append(resident())
-            return submit(self, key, work)
+            return load(*args)
 
-        with mock.patch.object(overlap.WriteBehind, "submit", watched):
+        with mock.patch.object(_vis_demo, "load_image", watched):
             draw()
     print(json.dumps(sizes))
 
