@@ -1,62 +1,276 @@
-"""The core that the three doors share: options in, what records and draws out."""
+"""The Python API: a detector and an image in, results out.
+
+>>> from mmyolo_vis_hooks import explain, feature_maps, load
+>>> detector = load('mmdet::yolox/yolox_tiny_8xb8-300e_coco.py', 'weights.pth')
+>>> result = explain(detector, 'cat.jpg', topk=5)
+>>> result.save('out/')
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from itertools import chain
 from logging import Logger
+from pathlib import PurePath
 from typing import Any
 
+import torch
+from mmengine.config import Config
 from torch import nn
 
 from .attribution.attribute import BoxMapOptions, BoxMapper
-from .attribution.methods import caption_of
+from .data.alignment import Placement, choose_alignment
+from .data.pipeline import ImagePipeline, Loaded
+from .data.resize import network_divisor, network_stride
 from .data.samples import labels_of
+from .data.selector import make_image_id
+from .declare import read_options, takes_options
+from .detector import (
+    DatasetInfo,
+    build_detector,
+    build_pipeline,
+    check_device,
+    classes_and_palette,
+    load_weights,
+    read_config,
+    read_dataset,
+    unwrap_detector,
+)
+from .errors import VisConfigError
 from .network.layer_path import resolve_layers
+from .network.state import frozen
 from .options import BoxAMOptions, FeatMapOptions
-from .render.boxam_panel import BoxAMPanel
-from .render.featmap_panel import FeatMapPanel
+from .results import Explanations, FeatureMaps, Gallery, Look
+from .samples import BoxSampleMaker, SampleMaker
+
+Image = Any
+"""A path or address, ``(H, W, 3)`` RGB numbers, ``(H, W)`` grey ones, or of Pillow."""
+
+logger = logging.getLogger("mmyolo_vis_hooks")
 
 
-def make_featmap_panel(
-    options: FeatMapOptions, class_names: Sequence[str], palette: Sequence[Any] | None
-) -> FeatMapPanel:
-    """Make what draws feature maps.
+def load(
+    config: str | os.PathLike | Config,
+    checkpoint: str | os.PathLike,
+    *,
+    device: str | None = None,
+) -> nn.Module:
+    """Build a detector and load its weights.
 
     Args:
-        options (FeatMapOptions): How.
-        class_names (Sequence[str]): Names of the classes; may be empty.
-        palette (Sequence, optional): Their RGB colours.
+        config (str | Config): Path of a config, ``'mmyolo::FOLDER/FILE.py'`` or
+            ``'mmdet::FOLDER/FILE.py'`` for one that a package brings, or a config.
+        checkpoint (str): Path or address of its weights. Nothing in the file is run.
+        device (str, optional): Such as ``'cuda:0'``. Defaults to None: the first GPU,
+            or the processor where there is none.
+
+    Returns:
+        nn.Module: In eval mode, with the config as ``cfg`` and classes and palette as
+        ``dataset_meta``, as of ``mmdet.apis.init_detector``.
+
+    Raises:
+        VisConfigError: If config or device cannot be used.
+        CheckpointError: If the weights cannot be read or do not fit.
     """
-    return FeatMapPanel(
-        channel_reduction=options.channel_reduction,
-        topk=options.topk,
-        arrangement=options.arrangement,
-        alpha=options.alpha,
-        colormap=options.colormap,
-        score_thr=options.score_thr,
-        class_names=class_names,
-        palette=palette,
-    )
+    config = read_config(config)
+    if device is None:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    detector = build_detector(config, check_device(device))
+    metainfo = load_weights(detector, os.fspath(checkpoint))
+    names, palette = classes_and_palette(metainfo, read_dataset(config).metainfo)
+    detector.cfg = config  # type: ignore[assignment]
+    detector.dataset_meta = dict(classes=names, palette=palette)
+    return detector
 
 
-def make_boxam_panel(
-    options: BoxAMOptions, class_names: Sequence[str], palette: Sequence[Any] | None
-) -> BoxAMPanel:
-    """Make what draws explained boxes; arguments as for the other panel."""
-    return BoxAMPanel(
-        scope=options.scope,
-        fusion=options.fusion,
-        normalize_layers=options.normalize_layers,
-        smooth=options.sigma,
-        norm_in_bbox=options.norm_in_bbox,
-        alpha=options.alpha,
-        colormap=options.colormap,
-        score_thr=options.score_thr,
-        caption=caption_of(options.method, options.target),
-        class_names=class_names,
-        palette=palette,
+@takes_options(BoxAMOptions)
+def explain(
+    detector: nn.Module,
+    images: Image | Sequence[Image],
+    *,
+    layers: Sequence[str] | str | None = None,
+    config: str | os.PathLike | Config | None = None,
+    **options: Any,
+) -> Any:
+    """Explain the detections of an image, or of several.
+
+    The detector is afterwards what it was, also in the middle of a training: modes,
+    weights, buffers, gradients and random states. It runs where its parameters are.
+
+    Args:
+        detector (nn.Module): As of :func:`load` or ``mmdet.apis.init_detector``, or
+            any detector of OpenMMLab; wrappers are taken off.
+        images: A path or address, read by the loading steps of the config's test
+            pipeline; ``(H, W, 3)`` RGB numbers, ``(H, W)`` grey ones, or an image of
+            Pillow, which enter after these steps; or a list of them.
+        layers (Sequence[str] | str, optional): Short for ``target_layers``.
+        config (str | Config, optional): Config of the detector. Defaults to None: its
+            ``cfg``.
+        {options}
+
+    Returns:
+        Explanations: With one :class:`Explanation` per box; of several images a
+        :class:`Gallery` of them.
+
+    Raises:
+        VisConfigError: If an option has a value that cannot work, or does not fit the
+            detector or its pipeline.
+        VisError: If an image cannot be read, or its detections cannot be explained.
+    """
+    (given,) = read_options("explain", _with_layers(options, layers), BoxAMOptions)
+    return _looked(detector, images, config, given, _explainer)
+
+
+@takes_options(FeatMapOptions)
+def feature_maps(
+    detector: nn.Module,
+    images: Image | Sequence[Image],
+    *,
+    layers: Sequence[str] | str | None = None,
+    config: str | os.PathLike | Config | None = None,
+    **options: Any,
+) -> Any:
+    """Record what layers put out for an image, or for several.
+
+    Args:
+        detector (nn.Module): As for :func:`explain`.
+        images: As for :func:`explain`.
+        layers (Sequence[str] | str, optional): Short for ``target_layers``.
+        config (str | Config, optional): As for :func:`explain`.
+        {options}
+
+    Returns:
+        FeatureMaps: With one :class:`FeatureMap` per map; of several images a
+        :class:`Gallery` of them.
+
+    Raises:
+        VisConfigError, VisError: As of :func:`explain`.
+    """
+    (given,) = read_options(
+        "feature_maps", _with_layers(options, layers), FeatMapOptions
     )
+    return _looked(detector, images, config, given, _recorder)
+
+
+def _with_layers(options: dict[str, Any], layers: Any) -> dict[str, Any]:
+    if layers is None:
+        return options
+    if "target_layers" in options:
+        raise VisConfigError(
+            f"layers={layers!r} and target_layers={options['target_layers']!r} cannot "
+            "work together: they are one option; leave one of them out"
+        )
+    return {**options, "target_layers": layers}
+
+
+def _explainer(
+    detector: nn.Module, options: BoxAMOptions, class_names: Sequence[str]
+) -> tuple[BoxSampleMaker, type]:
+    mapper = make_box_mapper(detector, options, class_names, logger)
+    maker = BoxSampleMaker(detector, mapper, channels=options.image_channels)
+    return maker, Explanations
+
+
+def _recorder(
+    detector: nn.Module, options: FeatMapOptions, class_names: Sequence[str]
+) -> tuple[SampleMaker, type]:
+    layers = resolve_layers(detector, options.target_layers)
+    maker = SampleMaker(detector, layers, channels=options.image_channels)
+    return maker, FeatureMaps
+
+
+def _looked(
+    detector: nn.Module, images: Any, config: Any, options: Any, make: Any
+) -> Any:
+    detector = unwrap_detector(detector)
+    config = _config_of(detector, config)
+    info = read_dataset(config)
+    meta: Any = getattr(detector, "dataset_meta", None) or {}
+    names, palette = classes_and_palette(meta, info.metainfo)
+    maker, kind = make(detector, options, names)
+    pipeline = build_pipeline(config, info, channels=options.image_channels)
+    several = isinstance(images, (list, tuple))
+    given = list(images) if several else [images]
+    results: list[Any] = []
+    taken: Counter[str] = Counter()
+
+    def load(number: int) -> Loaded:
+        return pipeline.load(
+            given[number], img_id=number, img_path=_path_of(given[number])
+        )
+
+    with frozen(detector, parameters=False):
+        placement: Placement | None = None
+        for number, image in enumerate(given):
+            loaded = load(number)
+            if placement is None:
+                following = (load(n) for n in range(1, len(given)))
+                placement = _place(
+                    detector,
+                    options.alignment,
+                    pipeline,
+                    chain([loaded], following),
+                    info,
+                )
+            name = _name_of(image, number)
+            taken[name] += 1
+            image_id = name if taken[name] == 1 else f"{name}-{taken[name]}"
+            sample = maker.run(image_id, loaded, placement)
+            results.append(kind(sample, Look(options, names, palette)))
+    return Gallery(results) if several else results[0]
+
+
+def _place(
+    detector: nn.Module,
+    alignment: str | None,
+    pipeline: ImagePipeline,
+    images: Iterable[Loaded],
+    info: DatasetInfo,
+) -> Placement:
+    placement = choose_alignment(
+        alignment,
+        pipeline,
+        images,
+        detector,
+        divisor=network_divisor(detector),
+        stride=network_stride(detector, info),
+    )
+    if placement.reason:
+        logger.warning(
+            "drawn on the network's own input, as alignment='network' does: "
+            f"{placement.reason}"
+        )
+    return placement
+
+
+def _path_of(image: Image) -> str | None:
+    if isinstance(image, (str, os.PathLike)):
+        return os.fspath(image)
+    return getattr(image, "filename", None) or None  # of Pillow
+
+
+def _name_of(image: Image, number: int) -> str:
+    """A name that is safe in file names."""
+    path = _path_of(image)
+    stem = PurePath(path).stem if path else f"image_{number}"
+    return make_image_id(stem, None, number)
+
+
+def _config_of(detector: nn.Module, config: Any) -> Config:
+    if config is not None:
+        return read_config(config)
+    own = getattr(detector, "cfg", None)
+    if not isinstance(own, Mapping) and not isinstance(own, Config):
+        raise VisConfigError(
+            f"config=None cannot work: {type(detector).__name__} carries no config; "
+            "give the config that it was built from, or a detector made by "
+            "mmyolo_vis_hooks.load or mmdet.apis.init_detector"
+        )
+    return own if isinstance(own, Config) else Config(own)
 
 
 def make_box_mapper(

@@ -7,13 +7,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.hub import get_config
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
@@ -254,3 +254,10 @@ def classes_and_palette(
         if names:
             return names, palette_of(metainfo)
     return (), None
+
+
+def unwrap_detector(model: nn.Module) -> nn.Module:
+    """The detector inside distributed and test-time-augmentation wrappers."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = cast(nn.Module, model.module)
+    return model

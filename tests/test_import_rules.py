@@ -25,6 +25,7 @@ LEVELS = {
     "detector": 2,
     "samples": 2,
     "options": 2,
+    "results": 3,
     "api": 3,
     "hooks": 3,
 }

@@ -8,9 +8,10 @@ import sys
 from torch import nn
 
 from _vis_demo import Demo, logger, make_demo_parser, run_demo
-from mmyolo_vis_hooks.api import make_box_mapper, make_boxam_panel
+from mmyolo_vis_hooks.api import make_box_mapper
 from mmyolo_vis_hooks.declare import add_arguments, options_from
 from mmyolo_vis_hooks.options import BoxAMOptions
+from mmyolo_vis_hooks.results import make_boxam_panel
 from mmyolo_vis_hooks.samples import BoxSampleMaker
 
 

@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from _vis_demo import Demo, make_demo_parser, run_demo
-from mmyolo_vis_hooks.api import make_featmap_panel
 from mmyolo_vis_hooks.declare import add_arguments, options_from
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.options import FeatMapOptions
+from mmyolo_vis_hooks.results import make_featmap_panel
 from mmyolo_vis_hooks.samples import SampleMaker
 
 

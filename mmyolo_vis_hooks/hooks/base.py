@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook, LoggerHook
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model import BaseTTAModel
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
 from torch import nn
@@ -20,6 +20,7 @@ from ..data.pipeline import ImagePipeline, Loaded, flatten_steps, prepare_data
 from ..data.resize import network_divisor, network_stride
 from ..data.samples import class_names_of, palette_of
 from ..data.selector import ImageSelector, SelectedImage, leaf_datasets
+from ..detector import unwrap_detector
 from ..errors import ErrorPolicy, VisConfigError, VisError
 from ..network.layer_path import resolve_layers
 from ..network.recorder import LayerRecorder
@@ -430,13 +431,6 @@ class BaseVisHook(Hook):
         if state.mode != "val" or not isinstance(loop, BaseLoop):
             return state.num_runs - 1
         return loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
-
-
-def unwrap_detector(model: nn.Module) -> nn.Module:
-    """The detector inside distributed and test-time-augmentation wrappers."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = cast(nn.Module, model.module)
-    return model
 
 
 def _load_in_turn(

@@ -10,9 +10,10 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from ..api import make_box_mapper, make_boxam_panel
+from ..api import make_box_mapper
 from ..declare import read_options, takes_options
 from ..options import BoxAMOptions, RunOptions
+from ..results import make_boxam_panel
 from ..samples import BoxSampleMaker, SampleMaker
 from .base import BaseVisHook, Panel
 

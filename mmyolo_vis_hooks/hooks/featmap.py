@@ -7,9 +7,9 @@ from typing import Any
 
 from mmengine.registry import HOOKS
 
-from ..api import make_featmap_panel
 from ..declare import read_options, takes_options
 from ..options import FeatMapOptions, RunOptions
+from ..results import make_featmap_panel
 from .base import BaseVisHook, Panel
 
 

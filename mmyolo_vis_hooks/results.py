@@ -1,0 +1,491 @@
+"""What the Python API gives: records that print, draw, save and show themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+import cv2
+import numpy as np
+
+from .attribution.methods import caption_of
+from .attribution.saliency import box_saliency
+from .declare import read_options
+from .errors import VisConfigError
+from .options import BoxAMOptions, FeatMapOptions
+from .publish.entries import page_entry
+from .publish.files import PICTURE_SUFFIXES, write_image
+from .publish.html_page import HtmlPage, PageEntry
+from .records import Activation, BoxExplanation, BoxSample, Detections, VisSample
+from .render.boxam_panel import BoxAMPanel
+from .render.boxes import class_name
+from .render.featmap_panel import FeatMapPanel
+
+# Options that a finished result can still be drawn with.
+_BOXAM_DRAWING = (
+    "scope", "fusion", "normalize_layers", "smooth", "norm_in_bbox", "alpha",
+    "colormap", "score_thr",
+)  # fmt: skip
+_FEATMAP_DRAWING = (
+    "channel_reduction", "topk", "arrangement", "alpha", "colormap", "score_thr",
+)  # fmt: skip
+
+
+def make_featmap_panel(
+    options: FeatMapOptions, class_names: Sequence[str], palette: Sequence[Any] | None
+) -> FeatMapPanel:
+    """Make what draws feature maps.
+
+    Args:
+        options (FeatMapOptions): How.
+        class_names (Sequence[str]): Names of the classes; may be empty.
+        palette (Sequence, optional): Their RGB colours.
+    """
+    return FeatMapPanel(
+        channel_reduction=options.channel_reduction,
+        topk=options.topk,
+        arrangement=options.arrangement,
+        alpha=options.alpha,
+        colormap=options.colormap,
+        score_thr=options.score_thr,
+        class_names=class_names,
+        palette=palette,
+    )
+
+
+def make_boxam_panel(
+    options: BoxAMOptions, class_names: Sequence[str], palette: Sequence[Any] | None
+) -> BoxAMPanel:
+    """Make what draws explained boxes; arguments as for the other panel."""
+    return BoxAMPanel(
+        scope=options.scope,
+        fusion=options.fusion,
+        normalize_layers=options.normalize_layers,
+        smooth=options.sigma,
+        norm_in_bbox=options.norm_in_bbox,
+        alpha=options.alpha,
+        colormap=options.colormap,
+        score_thr=options.score_thr,
+        caption=caption_of(options.method, options.target),
+        class_names=class_names,
+        palette=palette,
+    )
+
+
+@dataclass(frozen=True)
+class Look:
+    """With what an image was looked at, and how its classes are called.
+
+    Attributes:
+        options: Everything that was asked for.
+        class_names: Names of the classes; may be empty.
+        palette: RGB of the classes; None for colours that are easy to tell apart.
+    """
+
+    options: Any
+    class_names: tuple[str, ...] = ()
+    palette: Sequence[Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What made one detection.
+
+    Attributes:
+        class_name: Of the detection; its index as text where names are unknown.
+        label: Index of the class.
+        score: Final score, 0 to 1.
+        box_xyxy: ``(4,)`` float32, in pixels of the image.
+        layer: The layers whose maps are shown, such as ``'neck[1]'``; '' for none.
+        raw_maps: Map of each layer on its own grid, ``(h, w)`` float32, not
+            normalised, over the network's input.
+        note: Why the maps are missing or not to be trusted; '' where they are.
+    """
+
+    class_name: str
+    label: int
+    score: float
+    box_xyxy: np.ndarray
+    layer: str
+    raw_maps: Mapping[str, np.ndarray]
+    note: str
+    _record: BoxExplanation = field(repr=False)
+    _sample: BoxSample = field(repr=False)
+    _options: BoxAMOptions = field(repr=False)
+
+    @cached_property
+    def saliency(self) -> np.ndarray:
+        """The map over the image, ``(H, W)`` float32, 0 to 1: 1 is its maximum.
+
+        As it is drawn: smoothed, fused and normalised as the options say. All zero
+        where nothing has any influence.
+        """
+        return box_saliency(
+            self._record,
+            self._sample.frame,
+            self.box_xyxy,
+            smooth=self._options.sigma,
+            fusion=self._options.fusion,
+            normalize_layers=self._options.normalize_layers,
+            norm_in_bbox=self._options.norm_in_bbox,
+        )
+
+    def __repr__(self) -> str:
+        x1, y1, x2, y2 = (round(float(v)) for v in self.box_xyxy)
+        where = f" at {self.layer}" if self.layer else f" ({self.note})"
+        return (
+            f"Explanation({self.class_name} {self.score:.2f}{where}, "
+            f"box {x1} {y1} {x2} {y2})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """One map of one layer.
+
+    Attributes:
+        layer: Path of the layer and place in its output: ``'neck[1]'``.
+        values: ``(C, h, w)``, in the layer's dtype where NumPy has it, else float32;
+            cells over the network's input.
+    """
+
+    layer: str
+    values: np.ndarray
+
+    def __repr__(self) -> str:
+        channels, height, width = self.values.shape
+        return f"FeatureMap({self.layer}, {channels} x {height} x {width})"
+
+
+Item = TypeVar("Item")
+
+
+class _Result(Sequence[Item], Generic[Item]):
+    """What explanations and feature maps of an image share."""
+
+    _items: tuple[Item, ...]
+    _sample: Any
+    _look: Look
+    _drawing: tuple[str, ...]
+    _fades: bool
+    _make_panel: Callable[..., Any]
+
+    @property
+    def image_id(self) -> str:
+        """Name of the image, safe in file names."""
+        return self._sample.image_id
+
+    @property
+    def image_rgb(self) -> np.ndarray:
+        """The image as it was loaded, ``(H, W, 3)`` uint8, RGB."""
+        return self._sample.image_rgb
+
+    @property
+    def note(self) -> str:
+        """How the picture was made of an image that is not three 8-bit channels."""
+        return self._sample.note
+
+    @property
+    def detections(self) -> Detections:
+        """All final detections, in pixels of the image."""
+        return self._sample.detections
+
+    @property
+    def options(self) -> Any:
+        """Everything that was asked for."""
+        return self._look.options
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Any: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self._subset(range(len(self))[index])
+        return self._items[index]
+
+    def draw(self, **options: Any) -> np.ndarray:
+        """Draw the image and its maps.
+
+        Args:
+            **options: Options of the drawing that differ from those that the result
+                was made with, such as ``scope`` or ``alpha``.
+
+        Returns:
+            np.ndarray: ``(H, W, 3)`` uint8, RGB.
+
+        Raises:
+            VisConfigError: If an option cannot work, or would need another look.
+        """
+        return self._panel(options)(self._sample)
+
+    def save(self, path: str | os.PathLike) -> list[Path]:
+        """Write the picture, the numbers and a page to look through.
+
+        Args:
+            path: A folder gets all of them: a picture, NPZ and JSON named after the
+                image, and ``index.html``. A name that ends in ``.npz``, ``.json`` or
+                as pictures do gets that one. A file of that name is replaced.
+
+        Returns:
+            list[Path]: The files, the page first.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix == ".npz":
+            np.savez_compressed(path, **self.arrays())  # type: ignore[arg-type]
+        elif suffix == ".json":
+            path.write_text(json.dumps(self.to_coco(), indent=1), encoding="utf-8")
+        elif suffix in PICTURE_SUFFIXES:
+            write_image(str(path), self.draw())
+        elif suffix and not path.is_dir():
+            raise VisConfigError(
+                f"path={str(path)!r} cannot work: use a folder, or a name that ends in "
+                f".npz, .json, {', '.join(PICTURE_SUFFIXES)}"
+            )
+        else:
+            return save_all([self], path)
+        return [path]
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """Detections as COCO's results are written, with names of the classes.
+
+        Returns:
+            list[dict]: ``image_id``, ``category_id`` (the label), ``category_name``,
+            ``bbox`` as x, y, width, height in pixels of the image, and ``score``.
+        """
+        found = self.detections
+        return [
+            self._coco(int(label), float(score), box)
+            for label, score, box in zip(found.labels, found.scores, found.boxes_xyxy)
+        ]
+
+    def _coco(self, label: int, score: float, box: np.ndarray) -> dict[str, Any]:
+        x1, y1, x2, y2 = (float(v) for v in box)
+        return {
+            "image_id": self.image_id,
+            "category_id": label,
+            "category_name": class_name(label, self._look.class_names),
+            "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
+            "score": round(score, 5),
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What goes into the NPZ file."""
+        raise NotImplementedError
+
+    def page_entry(self, picture: str = "", order: int = 0) -> PageEntry:
+        """The image as a page of results shows it.
+
+        Args:
+            picture (str): Path of the finished picture, relative to the page.
+                Defaults to '', none.
+            order (int): Place on the page. Defaults to 0.
+        """
+        return page_entry(
+            self._sample, self._panel({}), self._look.class_names, picture, order
+        )
+
+    def _panel(self, options: Mapping[str, Any]) -> Any:
+        kind = type(self._look.options)
+        read_options(f"{type(self).__name__}.draw", options, kind)
+        other = sorted(set(options) - set(self._drawing))
+        if other:
+            raise VisConfigError(
+                f"{other[0]}={options[other[0]]!r} cannot work in draw(): the image "
+                "must be looked at again; give it to explain() or feature_maps()"
+            )
+        changed = dataclasses.replace(self._look.options, **options)
+        look = self._look
+        return self._make_panel(changed, look.class_names, look.palette)
+
+    def _subset(self, indices: Sequence[int]) -> Any:
+        raise NotImplementedError
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.draw())
+
+    def __repr__(self) -> str:
+        height, width = self.image_rgb.shape[:2]
+        shown = ", ".join(self._words())
+        return f"{type(self).__name__}({self.image_id}, {width} x {height} px: {shown})"
+
+    def _words(self) -> list[str]:
+        raise NotImplementedError
+
+
+class Explanations(_Result[Explanation]):
+    """What made the detections of an image, the highest score first.
+
+    It has a length, is indexed by number, and shows itself in a notebook.
+    """
+
+    _drawing = _BOXAM_DRAWING
+    _fades = True
+    _make_panel = staticmethod(make_boxam_panel)
+
+    def __init__(self, sample: BoxSample, look: Look) -> None:
+        self._sample = sample
+        self._look = look
+        self._items = tuple(self._explanation(e) for e in sample.explanations)
+
+    def of_class(self, *names: str | int) -> Explanations:
+        """Those of some classes, by name or index."""
+        kept = [
+            n for n, e in enumerate(self) if e.class_name in names or e.label in names
+        ]
+        return self._subset(kept)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What goes into the NPZ file: one row per explained box.
+
+        Returns:
+            dict: ``boxes_xyxy`` ``(K, 4)``, ``scores`` ``(K,)``, ``labels`` ``(K,)``,
+            ``class_names`` ``(K,)``, ``layers`` ``(K,)`` and ``saliency`` ``(K, H, W)``
+            float32.
+        """
+        height, width = self.image_rgb.shape[:2]
+        maps = [e.saliency for e in self]
+        return {
+            "boxes_xyxy": np.array([e.box_xyxy for e in self]).reshape(-1, 4),
+            "scores": np.array([e.score for e in self], np.float32),
+            "labels": np.array([e.label for e in self], np.int64),
+            "class_names": np.array([e.class_name for e in self], np.str_),
+            "layers": np.array([e.layer for e in self], np.str_),
+            "saliency": np.array(maps, np.float32).reshape(-1, height, width),
+        }
+
+    def to_coco(self) -> list[dict[str, Any]]:
+        """The explained detections as COCO's results, with ``layer`` and ``note``."""
+        return [
+            {
+                **self._coco(e.label, e.score, e.box_xyxy),
+                "layer": e.layer,
+                "note": e.note,
+            }
+            for e in self
+        ]
+
+    def _explanation(self, record: BoxExplanation) -> Explanation:
+        found = self._sample.detections
+        label = int(found.labels[record.index])
+        return Explanation(
+            class_name=class_name(label, self._look.class_names),
+            label=label,
+            score=float(found.scores[record.index]),
+            box_xyxy=found.boxes_xyxy[record.index],
+            layer=", ".join(m.layer for m in record.maps),
+            raw_maps={m.layer: m.saliency for m in record.maps},
+            note=record.warning,
+            _record=record,
+            _sample=self._sample,
+            _options=self._look.options,
+        )
+
+    def _subset(self, indices: Sequence[int]) -> Explanations:
+        kept = tuple(self._sample.explanations[n] for n in indices)
+        return Explanations(
+            dataclasses.replace(self._sample, explanations=kept), self._look
+        )
+
+    def _words(self) -> list[str]:
+        return [f"{e.class_name} {e.score:.2f}" for e in self] or ["no box"]
+
+
+class FeatureMaps(_Result[FeatureMap]):
+    """Feature maps of an image, in the order of the layers and their calls."""
+
+    _drawing = _FEATMAP_DRAWING
+    _fades = False
+    _make_panel = staticmethod(make_featmap_panel)
+
+    def __init__(self, sample: VisSample, look: Look) -> None:
+        self._sample = sample
+        self._look = look
+        self._items = tuple(FeatureMap(a.title, _numpy(a)) for a in sample.activations)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What goes into the NPZ file: ``(C, h, w)`` by the name of the layer."""
+        return {feature_map.layer: feature_map.values for feature_map in self}
+
+    def _subset(self, indices: Sequence[int]) -> FeatureMaps:
+        kept = tuple(self._sample.activations[n] for n in indices)
+        return FeatureMaps(
+            dataclasses.replace(self._sample, activations=kept), self._look
+        )
+
+    def _words(self) -> list[str]:
+        return [f"{m.layer} {' x '.join(map(str, m.values.shape))}" for m in self]
+
+
+Result = TypeVar("Result", Explanations, FeatureMaps)
+
+
+class Gallery(list, Generic[Result]):
+    """Results of several images."""
+
+    def save(self, folder: str | os.PathLike) -> list[Path]:
+        """Write all of them and one page to look through, as a single result does."""
+        return save_all(self, Path(folder))
+
+    def _repr_html_(self) -> str:
+        pictures = (b64encode(result._repr_png_()).decode() for result in self)
+        return "".join(f'<img src="data:image/png;base64,{p}">' for p in pictures)
+
+
+def save_all(results: Sequence[Any], folder: Path) -> list[Path]:
+    """Write pictures, numbers and a page of results.
+
+    Args:
+        results (Sequence): Of one kind, with names of their own.
+        folder (Path): Made if it is missing.
+
+    Returns:
+        list[Path]: The files, the page first.
+    """
+    if not results:
+        raise VisConfigError("there is no result to save; look at an image first")
+    options = results[0].options
+    page = HtmlPage(
+        folder,
+        title="Box activation maps" if results[0]._fades else "Feature maps",
+        colormap=options.colormap,
+        fade=results[0]._fades,
+        alpha=options.alpha,
+    )
+    files: list[Path] = []
+    for order, result in enumerate(results):
+        for suffix in (".jpg", ".npz", ".json"):
+            files += result.save(folder / f"{result.image_id}{suffix}")
+        page.add(result.page_entry(f"{result.image_id}.jpg", order))
+    return [Path(page.write()), *files]
+
+
+def _numpy(activation: Activation) -> np.ndarray:
+    values = activation.feature_map.detach().cpu()
+    try:
+        return values.numpy()
+    except TypeError:  # bfloat16
+        return values.float().numpy()
+
+
+def _png(image_rgb: np.ndarray) -> bytes:
+    done, data = cv2.imencode(".png", np.ascontiguousarray(image_rgb[..., ::-1]))
+    if not done:
+        raise VisConfigError("OpenCV cannot write PNG; install opencv-python anew")
+    return data.tobytes()
