@@ -82,8 +82,8 @@ def load(
     detector = build_detector(config, check_device(device))
     metainfo = load_weights(detector, os.fspath(checkpoint))
     names, palette = classes_and_palette(metainfo, read_dataset(config).metainfo)
-    detector.cfg = config  # type: ignore[assignment]
-    detector.dataset_meta = dict(classes=names, palette=palette)
+    detector.cfg = config
+    detector.dataset_meta = dict(classes=names, palette=palette)  # type: ignore
     return detector
 
 
