@@ -21,7 +21,8 @@ from option_tables import with_tables
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README_zh-CN.md"]
 GUIDES = ["docs/visualization.md", "docs/visualization.zh-CN.md"]
-DOCUMENTS = [*READMES, *GUIDES, "docs/boxam.md", "docs/images/README.md"]
+PYTHON = ["docs/python.md", "docs/python.zh-CN.md"]
+DOCUMENTS = [*READMES, *GUIDES, *PYTHON, "docs/boxam.md", "docs/images/README.md"]
 DEMOS = ["featmap_vis_demo", "boxam_vis_demo"]
 TOOLS = [*DEMOS, "list_layers", "convert_ultralytics"]
 # What the tables write instead of a value, in English and Chinese.
@@ -169,6 +170,19 @@ def test_the_readme_shows_the_examples_of_the_guide():
             [tool, *options] == [other, *words[len(words) - len(options) :]]
             for other, *words in commands_of(GUIDES[0])
         ), options
+
+
+def code_of(document: str) -> list[str]:
+    """The Python of a document, without its comments."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    return [re.sub(r" *#.*", "", block) for block in blocks]
+
+
+def test_both_languages_show_the_same_python():
+    assert code_of(PYTHON[0]) == code_of(PYTHON[1])
+    for block in code_of(PYTHON[0]):
+        ast.parse(block)
 
 
 def pictures_of(document: str) -> list[str]:
