@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.measure import Measurement
 from torch import nn
 
 from mmyolo_vis_hooks.data.alignment import network_input
@@ -29,8 +30,9 @@ def print_layers(
         all_layers: Also show those that cannot be targeted, with the reason.
     """
     inputs, metainfo = network_input(detector, pipeline.pack(loaded))
-    node = survey_layers(detector, inputs, metainfo)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width of its own
-    console.print(layer_tree(node, depth=depth, all_layers=all_layers))
+    rows = survey_layers(detector, inputs, metainfo)
+    table = layer_tree(rows, depth=depth, all_layers=all_layers)
+    # As wide as the table is: a terminal folds long lines by itself, and cuts nothing.
+    wide = Console(width=1000)
+    width = Measurement.get(wide, wide.options, table).maximum
+    Console(width=max(Console().width, width)).print(table)

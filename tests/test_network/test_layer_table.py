@@ -11,7 +11,7 @@ from torch import nn
 
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
-from mmyolo_vis_hooks.network.layer_table import LayerNode, survey_layers
+from mmyolo_vis_hooks.network.layer_table import LayerRow, survey_layers
 from mmyolo_vis_hooks.network.recorder import LayerRecorder
 from tests.families import build_family
 
@@ -42,11 +42,6 @@ class Tied(nn.Module):
 class CalledList(nn.ModuleList):
     def forward(self, x):
         return self[0](x)
-
-
-class Unreadable(dict):
-    def items(self):
-        raise RuntimeError("no items")
 
 
 class Net(nn.Module):
@@ -114,11 +109,9 @@ GIVEN = {
     "queries": (zeros(1, 100, 5),),
     "volume": (zeros(1, 3, 2, 4, 6),),
     "empty": (zeros(1, 0, 4, 6),),
-    "unreadable": (Unreadable(),),
 }
 
 UNTARGETABLE = {
-    "": "is the detector itself",
     "tied.two": "does not run",
     "half_run": "item [1] does not run",
     "half_run[1]": "does not run",
@@ -128,127 +121,55 @@ UNTARGETABLE = {
     "odd_names.a-b": "has a name that no path can spell",
     "reversed[1]": "has a name that no path can spell",
     "reversed[0]": "has a name that no path can spell",
-    "vector": "gives no map",
-    "integers": "gives no map",
-    "rois": "gives (7, 3, 2, 2) for one image",
-    "queries": "gives 100 tokens that fit no grid",
-    "volume": "gives (1, 3, 2, 4, 6), which is no map",
-    "empty": "gives an empty map",
-    "unreadable": "gives what cannot be read (no items)",
+    "vector": "gives no map: (1, 9)",
+    "integers": "gives no map: (1, 3, 4, 6)",
+    "rois": "gives no map: (7, 3, 2, 2)",
+    "queries": "gives no map: (1, 100, 5)",
+    "volume": "gives no map: (1, 3, 2, 4, 6)",
+    "empty": "gives no map: (1, 0, 4, 6)",
 }
+SHAPES = {
+    "pool": [(3, 4, 6), (3, 2, 3), (3, 4, 6)],  # called three times
+    "inplace": [(3, 4, 6)],
+    "uneven": [(3, 3, 5)],
+    "dicts": [(4, 4, 6), (2, 2, 3)],
+    "tokens": [(5, 4, 6)],
+    "class_token": [(5, 2, 3)],
+    "pyramid": [(5, 4, 6), (5, 2, 3), (7, 1, 1)],
+    "levels": [(3, 4, 6), (3, 2, 3)],
+    "branches": [(3, 8, 12), (3, 8, 12)],
+    "called_list": [(3, 1, 1)],
+    "shared_items": [(3, 2, 3), (3, 2, 3)],
+}
+# Shared ones count once.
+PARAMETERS = {"tied.one": 36 + 4, "tied": 36 + 4 + 4, "norm": 6, "pool": 0}
 
 
-def survey(net: nn.Module) -> dict[str, LayerNode]:
-    metainfo = {"img_shape": NETWORK_HW}
-    root = survey_layers(net, zeros(1, 3, *NETWORK_HW), metainfo)
-    return {node.path: node for node in root.walk()}
+def survey(net: nn.Module) -> list[LayerRow]:
+    return survey_layers(net, zeros(1, 3, *NETWORK_HW), {"img_shape": NETWORK_HW})
 
 
-@pytest.fixture(scope="module")
-def nodes() -> dict[str, LayerNode]:
-    return survey(Net())
+def test_what_each_layer_gives():
+    rows = survey(Net())
+    assert [row.path.replace("[", ".").replace("]", "") for row in rows] == [
+        name for name, _ in Net().named_modules() if name
+    ]
+    nodes = {row.path: row for row in rows}
+    assert {p: row.why_not for p, row in nodes.items() if row.why_not} == UNTARGETABLE
+    assert not any(nodes[path].shapes for path in UNTARGETABLE)
+    for path, shapes in SHAPES.items():
+        assert list(nodes[path].shapes) == shapes
+    for path, count in PARAMETERS.items():
+        assert nodes[path].num_parameters == count
+    assert "alias" not in nodes  # the same module as `pool`
+    assert (nodes["levels[0]"].depth, nodes["levels"].depth) == (2, 1)
+    assert nodes["pool"].network_hw == NETWORK_HW
 
 
-def shapes(node: LayerNode) -> list[tuple[int, int, int]]:
-    return [output.shape for output in node.outputs]
-
-
-class TestOutputs:
-    def test_every_call_of_a_shared_layer(self, nodes):
-        pool = nodes["pool"]
-        assert pool.num_calls == 3
-        assert shapes(pool) == [(3, 4, 6), (3, 2, 3), (3, 4, 6)]
-        assert [output.stride_hw for output in pool.outputs] == [(2, 2), (4, 4), (2, 2)]
-        assert [output.call_index for output in pool.outputs] == [0, 1, 2]
-        assert "alias" not in nodes  # the same module as `pool`
-
-    def test_in_place_layer(self, nodes):
-        assert shapes(nodes["inplace"]) == [(3, 4, 6)]
-
-    def test_strides_that_are_not_square(self, nodes):
-        (output,) = nodes["uneven"].outputs
-        assert output.shape == (3, 3, 5)
-        assert output.stride_hw == pytest.approx((8 / 3, 12 / 5))
-
-    def test_nested_output(self, nodes):
-        outputs = nodes["dicts"].outputs
-        assert [(o.index, o.shape) for o in outputs] == [
-            (("p3",), (4, 4, 6)),
-            (("deep", 0), (2, 2, 3)),
-        ]
-        assert [o.num_tokens for o in outputs] == [None, None]
-
-    def test_tokens_are_folded(self, nodes):
-        (output,) = nodes["tokens"].outputs
-        assert (output.index, output.shape) == ((), (5, 4, 6))
-        assert (output.stride_hw, output.num_tokens) == ((2, 2), 24)
-        (output,) = nodes["class_token"].outputs
-        assert (output.shape, output.num_tokens) == ((5, 2, 3), 7)
-
-    def test_levels_in_one_sequence(self, nodes):
-        outputs = nodes["pyramid"].outputs
-        assert [(o.index, o.shape, o.num_tokens) for o in outputs] == [
-            ((0, 0), (5, 4, 6), 30),
-            ((0, 1), (5, 2, 3), 30),
-            ((1,), (7, 1, 1), None),
-        ]
-
-    def test_containers_have_the_maps_of_their_items(self, nodes):
-        levels = nodes["levels"]
-        assert levels.targetable
-        assert levels.gives_items
-        assert levels.num_calls == 0
-        assert [(o.layer, o.shape) for o in levels.outputs] == [
-            ("levels[0]", (3, 4, 6)),
-            ("levels[1]", (3, 2, 3)),
-        ]
-        assert [o.layer for o in nodes["branches"].outputs] == [
-            "branches.p3",
-            "branches.p4",
-        ]
-        # Its own maps are never drawn, although it runs.
-        called = nodes["called_list"]
-        assert called.num_calls == 1
-        assert [o.layer for o in called.outputs] == ["called_list[0]"]
-        assert not nodes["levels[0]"].gives_items
-
-    def test_container_of_layers_that_are_listed_elsewhere(self, nodes):
-        node = nodes["shared_items"]
-        assert [o.layer for o in node.outputs] == ["shared_items[0]", "shared_items[1]"]
-        assert shapes(node) == [(3, 2, 3)] * 2
-        assert node.children == ()
-
-    def test_reasons(self, nodes):
-        found = {p: n.why_not for p, n in nodes.items() if not n.targetable}
-        assert found == UNTARGETABLE
-        assert all(nodes[path].outputs == () for path in found)
-
-
-class TestTree:
-    def test_order_and_paths(self, nodes):
-        root = nodes[""]
-        names = [name for name, _ in Net().named_modules()]
-        assert len(nodes) == len(names)
-        spelled = [path.replace("[", ".").replace("]", "") for path in nodes]
-        assert spelled == names
-        assert root.type_name == "Net"
-        assert root.network_hw == NETWORK_HW
-        assert [child.path for child in nodes["levels"].children] == [
-            "levels[0]",
-            "levels[1]",
-        ]
-
-    def test_shared_parameters_count_once(self, nodes):
-        assert nodes["tied.one"].num_parameters == 36 + 4
-        assert nodes["tied"].num_parameters == 36 + 4 + 4
-        assert nodes["norm"].num_parameters == 6
-        assert nodes[""].num_parameters == 36 + 4 + 4 + 6
-        assert nodes["pool"].num_parameters == 0
-
-    def test_agrees_with_the_recorder(self, nodes):
-        net = Net().eval()
-        sample = DetDataSample(metainfo={"img_shape": NETWORK_HW})
-        assert_agreement(net, zeros(1, 3, *NETWORK_HW), [sample], nodes[""])
+def test_it_agrees_with_the_recorder():
+    sample = DetDataSample(metainfo={"img_shape": NETWORK_HW})
+    net = Net().eval()
+    assert_agreement(net, zeros(1, 3, *NETWORK_HW), [sample], survey(net))
 
 
 class TestNothingChanges:
@@ -305,84 +226,57 @@ def test_inputs_of_another_shape(shape):
         survey_layers(Net(), zeros(*shape), {})
 
 
-@pytest.mark.parametrize(
-    "name", ["yolov5", "yolox", "retinanet", "detr", "faster_rcnn"]
-)
+@pytest.mark.parametrize("name", ["yolox", "detr", "faster_rcnn"])
 def test_real_detectors(name):
     family = build_family(name)
     metainfo = family.data_samples[0].metainfo
-    root = survey_layers(family.detector, family.inputs, metainfo)
+    rows = survey_layers(family.detector, family.inputs, metainfo)
     assert hooks_left(family.detector) == 0
-    named = dict(family.detector.named_modules())
-    assert len(list(root.walk())) == len(named)
-    nodes = {node.path: node for node in root.walk()}
-    assert nodes["backbone"].targetable
-    assert nodes["neck"].targetable
+    nodes = {row.path: row for row in rows}
+    assert not nodes["backbone"].why_not
     if name == "faster_rcnn":
         # 128 x 160 pixels; the last level is a pooled one.
-        assert shapes(nodes["neck"]) == [
-            (64, 32, 40),
-            (64, 16, 20),
-            (64, 8, 10),
-            (64, 4, 5),
-            (64, 2, 3),
-        ]
-        assert nodes["neck"].outputs[4].stride_hw == pytest.approx((64, 160 / 3))
-        assert "for one image" in nodes["roi_head.bbox_roi_extractor"].why_not
-        assert nodes["roi_head.bbox_head"].why_not == "gives no map"
+        hw = [(32, 40), (16, 20), (8, 10), (4, 5), (2, 3)]
+        assert list(nodes["neck"].shapes) == [(64, *size) for size in hw]
+        assert nodes["roi_head.bbox_head"].why_not.startswith("gives no map: ")
         assert nodes["roi_head"].why_not == "does not run"
     if name == "detr":
-        assert nodes["encoder"].outputs[0].shape == (256, 4, 5)
-        assert nodes["encoder"].outputs[0].num_tokens == 20
-        assert not nodes["decoder"].targetable
-    assert_agreement(family.detector, family.inputs, family.data_samples, root)
+        assert nodes["encoder"].shapes == ((256, 4, 5),)  # of 20 tokens
+        assert nodes["decoder"].why_not
+    assert_agreement(family.detector, family.inputs, family.data_samples, rows)
 
 
-def assert_agreement(detector, inputs, data_samples, root: LayerNode) -> None:
+def assert_agreement(detector, inputs, data_samples, rows: list[LayerRow]) -> None:
     """What is targetable is recorded with the same maps; the rest fails."""
-    good = [node for node in root.walk() if node.targetable]
-    bad = [node for node in root.walk() if node.path and not node.targetable]
+    good = [row for row in rows if not row.why_not]
+    bad = [row for row in rows if row.why_not and "spell" not in row.why_not]
     assert good
     assert bad
-    layers = resolve_layers(detector, [node.path for node in good])
     samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
-    others = {}
+    records = {}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        record = stack.enter_context(LayerRecorder(detector, layers).record([0]))
-        for node in bad:
+        for row in rows:
             try:
-                found = resolve_layers(detector, [node.path])
+                layers = resolve_layers(detector, [row.path])
             except VisConfigError:
+                assert row.why_not
                 continue
-            if node.why_not == "has a name that no path can spell":
-                # The path leads to another layer, which would be drawn instead.
-                name = node.path.replace("[", ".").replace("]", "")
-                assert detector.get_submodule(name) not in found.values()
-                continue
-            recorder = LayerRecorder(detector, found)
-            others[node.path] = stack.enter_context(recorder.record([0]))
+            recorder = LayerRecorder(detector, layers)
+            records[row.path] = stack.enter_context(recorder.record([0]))
         detector(inputs, samples, mode="predict")
-    assert record.error is None
-    recorded = {}
-    for activation in record.activations(0):
-        key = (activation.call_index, activation.output_index)
-        shape = tuple(activation.feature_map.shape)
-        recorded.setdefault(activation.layer, []).append((*key, shape))
-    for node in good:
-        expected = {}
-        for output in node.outputs:
-            key = (output.call_index, output.index)
-            expected.setdefault(output.layer, []).append((*key, output.shape))
-        own = resolve_layers(detector, [node.path])
-        assert expected == {path: recorded[path] for path in own}
-    for path, other in others.items():
-        if other.error is None:
-            try:
-                maps = [activation.feature_map for activation in other.activations(0)]
-            except FeatureShapeError:
-                continue
-            assert any(feature_map.numel() == 0 for feature_map in maps), path
+    for row in good:
+        found = records[row.path].activations(0)
+        assert [tuple(a.feature_map.shape) for a in found] == list(row.shapes)
+    for row in bad:
+        record = records.get(row.path)
+        if record is None or record.error is not None:
+            continue
+        try:
+            maps = [a.feature_map for a in record.activations(0)]
+        except FeatureShapeError:
+            continue
+        assert any(feature_map.numel() == 0 for feature_map in maps), row.path
 
 
 def hooks_left(model: nn.Module) -> int:
