@@ -112,6 +112,7 @@ def _expand(path: str, module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _child(module: nn.Module, part: str | int) -> nn.Module | None:
+    module = getattr(module, "_orig_mod", module)  # under torch.compile
     if isinstance(part, str):
         child = dict(module.named_children()).get(part)
         # Some networks keep a submodule behind a property or an alias.
@@ -125,25 +126,40 @@ def _child(module: nn.Module, part: str | int) -> nn.Module | None:
 
 def _not_found_message(model: nn.Module, path: str, depth: int) -> str:
     names = [bracketed(name) for name, _ in model.named_modules() if name]
+    names = [name for name in names if "_orig_mod" not in name]
     parts = parse_layer_path(path)
     known = bracketed(".".join(str(part) for part in parts[:depth]))
     wanted = bracketed(".".join(str(part) for part in parts))
-    candidates = difflib.get_close_matches(
-        wanted, names, n=_MAX_SUGGESTIONS, cutoff=0.6
-    )
+    # Teachers and students, and wrappers of users, have whole detectors inside.
+    inside = [name for name in names if name.endswith(f".{wanted}")]
+    close = difflib.get_close_matches(wanted, names, n=_MAX_SUGGESTIONS, cutoff=0.6)
     children = [
         name
         for name in names
-        if name.startswith(known)
-        and len(parse_layer_path(name)) == depth + 1
-        and name not in candidates
+        if name.startswith(known) and len(parse_layer_path(name)) == depth + 1
     ]
-    near = (candidates + children)[:_MAX_SUGGESTIONS]
+    near = list(dict.fromkeys([*inside, *close, *children]))[:_MAX_SUGGESTIONS]
     where = f"{known!r} has no {parts[depth]!r}" if known else f"no {parts[depth]!r}"
     return (
         f"target_layers: {path!r} is not a layer of {type(model).__name__} "
-        f"({where}); near matches: {', '.join(near)}"
+        f"({where}); {_fused(model, parts[:depth])}near matches: {', '.join(near)}"
     )
+
+
+def _fused(model: nn.Module, parts: Sequence[str | int]) -> str:
+    """What to say where a block has put its branches into one convolution."""
+    block: nn.Module | None = model
+    for depth in range(len(parts) + 1):
+        if getattr(block, "deploy", False) is True:
+            name = bracketed(".".join(map(str, parts[:depth])))
+            return (
+                f"{name!r} was fused for deployment (SwitchToDeployHook, --deploy) and "
+                "its branches are gone: name it itself, or do not fuse; "
+            )
+        if block is None or depth == len(parts):
+            break
+        block = _child(block, parts[depth])
+    return ""
 
 
 def bracketed(name: str) -> str:

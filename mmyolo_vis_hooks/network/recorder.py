@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import FeatureShapeError
 from ..records import Activation
 from .nested import OutputIndex, flatten_tensors
+from .state import is_compiled
 
 # Strides at which vision transformers and pyramids put out token sequences.
 _TOKEN_STRIDES = (2, 4, 8, 16, 32, 64, 128)
@@ -115,7 +116,7 @@ class LayerRecorder:
         finally:
             for handle in handles:
                 handle.remove()
-        tap.finish(self._layers)
+        tap.finish(self._model, self._layers)
 
 
 class _ForwardTap:
@@ -154,16 +155,13 @@ class _ForwardTap:
 
         return on_output
 
-    def finish(self, layers: Mapping[str, nn.Module]) -> None:
+    def finish(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         record = self._record
         if record.error is not None or record.inputs is None:
             return
         silent = [path for path in layers if not self._calls[path]]
         if silent:
-            record.error = FeatureShapeError(
-                f"target_layers: {', '.join(silent)} did not run when the detector "
-                "predicted; choose a layer that takes part in inference"
-            )
+            record.error = did_not_run(model, {path: layers[path] for path in silent})
         # The user's order, not the order in which the layers ran.
         order = {path: i for i, path in enumerate(layers)}
         record.outputs = dict(
@@ -186,6 +184,32 @@ class _ForwardTap:
             # The forward belongs to somebody else and must go on.
             if self._record.error is None:
                 self._record.error = error
+
+
+def did_not_run(model: nn.Module, layers: Mapping[str, nn.Module]) -> FeatureShapeError:
+    """The error that says why layers gave nothing while a detector predicted.
+
+    Args:
+        model (nn.Module): The detector.
+        layers (Mapping[str, nn.Module]): Path and module of each silent layer.
+    """
+    parts = set(model.modules())
+    if any(module not in parts for module in layers.values()):
+        reason = (
+            "is no part of the detector any more: its block was fused into one "
+            "convolution (SwitchToDeployHook, --deploy); name the block, or do not fuse"
+        )
+    elif is_compiled(model):
+        reason = (
+            "ran in compiled code, which calls no hooks, or not at all: leave out "
+            "torch.compile while you look at layers"
+        )
+    else:
+        reason = (
+            "did not run when the detector predicted; choose a layer that takes part "
+            "in inference"
+        )
+    return FeatureShapeError(f"target_layers: {', '.join(layers)} {reason}")
 
 
 def image_tensors(

@@ -56,7 +56,8 @@ def frozen(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
     they were. Gradients of activations can be computed inside, also where the
     surroundings forbid gradients. Modules of MMDetection and MMEngine that throw their
     activations away and compute them again for the gradients keep them meanwhile,
-    since torch allows no gradients but those of the parameters otherwise.
+    since torch allows no gradients but those of the parameters otherwise. What is
+    under ``torch.compile`` runs as it was written: compiled code calls no hooks.
 
     Args:
         model (nn.Module): The detector, without wrappers.
@@ -74,7 +75,7 @@ def frozen(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
         else:
             own = [m for m in modules if type(m) not in _PLAIN_NORMS]
             stack.enter_context(_preserved_buffers(own))
-        stack.enter_context(_without_checkpointing(modules))
+        stack.enter_context(_plain_forwards(modules))
         if parameters:
             stack.enter_context(_preserved(modules))
             for parameter in _parameters_of(modules):
@@ -120,22 +121,38 @@ def _parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 @contextlib.contextmanager
-def _without_checkpointing(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _plain_forwards(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Run modules without activation checkpointing and without compiled code."""
     changed: list[tuple[dict[str, Any], str, Any]] = []
+
+    def change(own: dict[str, Any], name: str, value: Any) -> None:
+        changed.append((own, name, own[name]))
+        own[name] = value
+
     try:
-        for module in modules:
-            own = vars(module)
+        for own in map(vars, modules):
             if own.get("with_cp") is True:
-                changed.append((own, "with_cp", True))
-                own["with_cp"] = False
+                change(own, "with_cp", False)
+            if own.get("_compiled_call_impl") is not None:
+                change(own, "_compiled_call_impl", None)
             forward: Any = own.get("forward")
             if getattr(forward, "__globals__", {}).get("__name__") == _CHECKPOINTING:
-                changed.append((own, "forward", forward))
-                own["forward"] = forward.__wrapped__
+                change(own, "forward", forward.__wrapped__)
+            elif hasattr(forward, "_torchdynamo_orig_callable"):
+                change(own, "forward", forward._torchdynamo_orig_callable)
         yield
     finally:
         for own, name, value in reversed(changed):
             own[name] = value
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a part of a model is under ``torch.compile``."""
+    return any(
+        vars(module).get("_compiled_call_impl") is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 @contextlib.contextmanager

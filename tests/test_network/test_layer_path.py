@@ -95,3 +95,21 @@ def test_containers_without_forward_give_their_items_in_order():
 def test_empty_container_is_refused():
     with pytest.raises(LayerNotFoundError, match="empty ModuleList"):
         resolve_layers(Net(), ["neck.empty"])
+
+
+def test_a_detector_inside_another_one():
+    net = nn.Module()
+    net.student, net.teacher = Net(), Net()
+    with pytest.raises(LayerNotFoundError) as caught:
+        resolve_layer(net, "backbone")
+    message = str(caught.value)
+    assert "near matches: student.backbone, teacher.backbone" in message
+    with pytest.raises(LayerNotFoundError, match=r"student\.neck\.out_layers\[1\]"):
+        resolve_layer(net, "neck.out_layers[1]")
+
+
+def test_a_block_that_was_fused():
+    net = Net()
+    net.backbone.stage4[0].deploy = True
+    with pytest.raises(LayerNotFoundError, match=r"'backbone.stage4\[0\]' was fused"):
+        resolve_layer(net, "backbone.stage4[0].rbr_dense.bn")

@@ -172,3 +172,23 @@ def test_tokens_of_a_pyramid_and_a_class_token():
 def test_tokens_that_fit_no_grid():
     with pytest.raises(FeatureShapeError, match=r"decoder.*100 tokens"):
         spatial_maps(torch.zeros(100, 4), (64, 96), "decoder")
+
+
+def test_a_layer_that_was_fused_away():
+    net = Net()
+    recorder = LayerRecorder(net, resolve_layers(net, ["unused", "twice"]))
+    net.unused = nn.Identity()
+    with recorder.record([0]) as record:
+        net(torch.zeros(1, 3, 8, 8), [Sample()])
+    with pytest.raises(FeatureShapeError, match=r"unused is no part .*SwitchToDeploy"):
+        raise record.error
+
+
+def test_a_layer_in_compiled_code():
+    net = Net()
+    net.unused = torch.compile(nn.Identity(), backend="eager")
+    recorder = LayerRecorder(net, {"unused": net.unused})
+    with recorder.record([0]) as record:
+        net(torch.zeros(1, 3, 8, 8), [Sample()])
+    with pytest.raises(FeatureShapeError, match=r"unused ran in compiled code"):
+        raise record.error

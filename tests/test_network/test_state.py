@@ -4,10 +4,13 @@ import contextlib
 import random
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from mmyolo_vis_hooks.network.layer_path import resolve_layer
 from mmyolo_vis_hooks.network.state import (
+    frozen,
     preserve_model_state,
     preserve_rng_state,
 )
@@ -51,3 +54,46 @@ def test_model_is_as_it_was():
     assert model[0].bias.grad is grad
     assert torch.equal(model[1].running_mean, mean)
     assert model[1].num_batches_tracked == 0
+
+
+class Pair(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.body = wrap(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+        self.head = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def compiled_in_place(module):
+    module.compile(backend="eager")
+    return module
+
+
+def compiled_method(module):
+    # As MMEngine does it.
+    module.forward = compiled(module.forward)
+    return module
+
+
+@pytest.mark.parametrize("wrap", [compiled, compiled_in_place, compiled_method])
+def test_what_is_compiled_runs_plainly_in_a_frozen_block(wrap):
+    model = Pair(wrap).eval()
+    inputs = torch.ones(1, 3, 2, 2)
+    with torch.no_grad():
+        expected = model(inputs)
+        before = [dict(vars(module)) for module in model.modules()]
+        with frozen(model):
+            seen = []
+            layer = resolve_layer(model, "body[1]")
+            handle = layer.register_forward_hook(lambda *given: seen.append(given))
+            assert torch.equal(model(inputs), expected)
+            handle.remove()
+            assert len(seen) == 1
+        for module, own in zip(model.modules(), before):
+            assert {k: v for k, v in vars(module).items() if k in own} == own
