@@ -23,7 +23,7 @@ from .geometry import FrameTransform
 from .network.graph import head_modules
 from .network.nested import map_tensors
 from .network.recorder import ForwardRecord, LayerRecorder
-from .network.state import frozen, preserve_model_state, preserve_rng_state
+from .network.state import frozen, preserve_rng_state
 from .records import BoxSample, Detections, VisSample
 
 
@@ -73,7 +73,7 @@ class SampleMaker:
         data = placement.pipeline.pack(loaded)
         with (
             torch.no_grad(),
-            preserve_model_state(self._detector),
+            frozen(self._detector, parameters=False),
             autocast(enabled=fp16),
             self.recorder.record(keep=[0]) as record,
         ):

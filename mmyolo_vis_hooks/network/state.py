@@ -36,19 +36,6 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserve_model_state(model: nn.Module) -> Iterator[None]:
-    """Restore modes, buffers, ``requires_grad`` and ``.grad`` on exit.
-
-    Args:
-        model (nn.Module): Any module; its parameters' values are not copied,
-            since nothing here writes to them.
-    """
-    modules = _modules_of(model)
-    with _preserved_modes(modules), _preserved_buffers(modules), _preserved(modules):
-        yield
-
-
-@contextlib.contextmanager
 def frozen(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
     """A block whose forwards leave no trace: eval mode, parameters in no graph.
 
@@ -81,16 +68,6 @@ def frozen(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
             for parameter in _parameters_of(modules):
                 if parameter.requires_grad:
                     parameter.requires_grad = False
-        yield
-
-
-@contextlib.contextmanager
-def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """A block in which no parameter takes part in a graph."""
-    modules = _modules_of(model)
-    with _preserved(modules):
-        for parameter in _parameters_of(modules):
-            parameter.requires_grad = False
         yield
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from mmyolo_vis_hooks.network.layer_path import resolve_layer
 from mmyolo_vis_hooks.network.state import (
     frozen,
-    preserve_model_state,
     preserve_rng_state,
 )
 
@@ -36,24 +35,30 @@ def test_random_generators_continue_as_if_nothing_happened():
     assert found == expected
 
 
-def test_model_is_as_it_was():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_frozen_model_is_as_it_was(error):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
     model[1].eval()
     model[0].weight.requires_grad = False
     grad = model[0].bias.grad = torch.ones(4)
     mean = model[1].running_mean.clone()
-    with contextlib.suppress(RuntimeError), preserve_model_state(model):
+    random_state = torch.get_rng_state()
+    with contextlib.suppress(error), frozen(model):
+        assert not any(module.training for module in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
         model.train()
         model.requires_grad_(True)
         model(torch.randn(2, 3, 4, 4)).sum().backward()
         assert not torch.equal(model[1].running_mean, mean)
-        raise RuntimeError
-    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+        raise error
+    modes = [module.training for module in model.modules()]
+    assert modes == [True, True, False, True]
     assert not model[0].weight.requires_grad
     assert model[0].weight.grad is None
     assert model[0].bias.grad is grad
     assert torch.equal(model[1].running_mean, mean)
     assert model[1].num_batches_tracked == 0
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 class Pair(nn.Module):
