@@ -32,7 +32,7 @@ demo: install ## train a small detector and look into it; opens nothing by itsel
 	@$(RUN) tools/demo.py $(DEMO_ARGS)
 
 test: install ## all tests
-	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: install ## ruff: errors and formatting
 	@$(RUN) -m ruff check .

@@ -67,9 +67,7 @@ class BuildError(Exception):
     """Says what is wrong and what to do."""
 
     @classmethod
-    def from_output(
-        cls, problem: str, output: str, log: Path | None = None
-    ) -> BuildError:
+    def quote(cls, problem: str, output: str, log: Path | None = None) -> BuildError:
         """Quote the lines that tell why, and name what helps if that is certain."""
         lines = [line.strip() for line in output.splitlines() if line.strip()]
         telling = r"\b(error: |\w+Error: )|ERROR:(?!.*subprocess)"
@@ -97,9 +95,6 @@ def run_program(work: Callable[[], None]) -> int:
     return 0
 
 
-# -- other processes -----------------------------------------------------------
-
-
 def run(
     problem: str,
     command: Sequence[str],
@@ -109,13 +104,8 @@ def run(
 ) -> None:
     """Run a command in a process group of its own, which ends with this program.
 
-    Args:
-        problem (str): What to say if it fails.
-        log (Path): Gets the output, of which ``on_line`` is given each line.
-        **options: For ``subprocess.Popen``.
-
-    Raises:
-        BuildError: It failed.
+    Its output goes into the log and, line by line, to ``on_line``. If it fails, a
+    BuildError says so in the words of ``problem`` and its own.
     """
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     options |= dict(**pipes, stderr=subprocess.STDOUT, errors="replace")
@@ -133,7 +123,7 @@ def run(
             end(process)
             raise
     if process.returncode:
-        raise BuildError.from_output(problem, "".join(output), log)
+        raise BuildError.quote(problem, "".join(output), log)
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -182,8 +172,6 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         yield
 
 
-# -- torch, and ops that work --------------------------------------------------
-
 PROOF = """
 sys.path[:0] = sys.argv[2:]  # a folder with an unpacked mmcv
 import torch, mmcv
@@ -211,7 +199,7 @@ def check_imports() -> None:
         except ImportError as error:
             remedy = shlex.join(pip("install", *wanted.split()))
             problem = f"mmcv needs {module} ({remedy}), which does not import"
-            raise BuildError.from_output(problem, str(error)) from error
+            raise BuildError.quote(problem, str(error)) from error
 
 
 def choose_device() -> str:
@@ -230,9 +218,6 @@ def choose_device() -> str:
         "and use --force, or hide the GPU (CUDA_VISIBLE_DEVICES='')."
     )
     return "cpu"
-
-
-# -- the compiler --------------------------------------------------------------
 
 
 def find_compiler(folder: Path, log: Path) -> list[str]:
@@ -304,8 +289,6 @@ def compile_one(argv: Sequence[str]) -> NoReturn:
     os.execv(real[0], [*real, *extra, *argv])
 
 
-# -- from source to a wheel ----------------------------------------------------
-
 # Every Python that pip starts imports this; those in mmcv's source find it mended.
 SITECUSTOMIZE = f"""
 import os, sys
@@ -371,34 +354,25 @@ def build_wheel(device: str, entry: Path) -> Path:
         compiler = find_compiler(folder, log)
         env = build_variables(folder, log)
         env["FORCE_CUDA"] = "1" if device == "cuda" else "0"
-        if device == "cpu":
-            env["CUDA_VISIBLE_DEVICES"] = ""
+        env |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         if not torch.version.hip:  # hipcc was not tried
             env.update(precompile(compiler, folder))
         versions = f"mmcv {MMCV_VERSION} for torch {torch.__version__} ({device})"
         print(f"Compiling {versions}, {env['MAX_JOBS']} at a time; log: {log}")
         wanted = folder / "mmcv.txt"
-        wanted.write_text(f"mmcv=={MMCV_VERSION} --hash=sha256:{SDIST_SHA256}\n")
+        known = f"mmcv=={MMCV_VERSION} --hash=sha256:{SDIST_SHA256}"
+        wanted.write_text(f"--no-binary=mmcv\n{known}\n")
         # pip's own wheel cache does not know torch's version: keep this out of it.
-        options = [
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-cache-dir",
-            "--no-binary=:all:",
-        ]
+        options = ["--no-deps", "--no-build-isolation", "--no-cache-dir"]
         command = pip("wheel", "-v", *options, "-w", name, "-r", str(wanted))
         run("mmcv could not be built", command, log, show_progress, env=env, cwd=folder)
         [wheel] = folder.glob("mmcv-*.whl")
         problem = wheel_problem(wheel, device)
         if problem is not None:
-            told = "The compiled mmcv does not work"
-            raise BuildError.from_output(told, problem, log)
+            raise BuildError.quote("The compiled mmcv does not work", problem, log)
         os.replace(wheel, entry / wheel.name)
     print(f"Built in {time.monotonic() - start:.0f} s: {entry / wheel.name}")
     return entry / wheel.name
-
-
-# -- the cache, and this environment -------------------------------------------
 
 
 def cache_entry(device: str) -> Path:
@@ -411,7 +385,8 @@ def cache_entry(device: str) -> Path:
     toolkit = torch.version.hip or torch.version.cuda if device == "cuda" else ""
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     parts = [f"mmcv-{MMCV_VERSION}_torch-{torch.__version__}_{device}{toolkit}", archs]
-    key = "_".join(filter(None, [*parts, PYTHON, sysconfig.get_platform()]))
+    python = PYTHON.replace("python", "cp").replace(".", "")
+    key = "_".join(filter(None, [*parts, python, sysconfig.get_platform()]))
     return root.expanduser().absolute() / re.sub(r"[^\w.+-]+", "-", key)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -72,13 +73,15 @@ class Environment:
         except (OSError, ValueError, KeyError):
             return False
 
+    def finish(self, torch: str) -> None:
+        self.stamp.write_text(json.dumps({**self.content(), "torch": torch}, indent=1))
+
     def pip(self, problem: str, *arguments: str) -> None:
-        run(problem, pip(*arguments, python=self.python), self.log, show_pip_line)
+        def show(line: str) -> None:
+            if re.match(r" *(Downloading|Installing|Successfully|ERROR)", line):
+                print(f"  {line.strip()}"[:200])
 
-
-def show_pip_line(line: str) -> None:
-    if line.strip().startswith(("Downloading", "Installing", "Successfully", "ERROR")):
-        print(f"  {line.strip()}"[:200])
+        run(problem, pip(*arguments, python=self.python), self.log, show)
 
 
 def provide_venv(env: Environment) -> None:
@@ -166,12 +169,8 @@ def install(env: Environment, torch: str) -> None:
     problem = ask(IMPORTS, python=env.python).get("error")
     if problem is not None:
         raise BuildError(f"{problem}. Remove {env.folder} and run this again.")
-    write_stamp(env, torch)
+    env.finish(torch)
     print(f"{env.folder} is ready after {time.monotonic() - start:.0f} s")
-
-
-def write_stamp(env: Environment, torch: str) -> None:
-    env.stamp.write_text(json.dumps({**env.content(), "torch": torch}, indent=1))
 
 
 def setup(folder: Path, torch: str) -> None:
