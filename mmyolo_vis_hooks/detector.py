@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoint import CheckpointError, check_fit, weights_of
 from .data.pipeline import ImagePipeline
 from .data.samples import class_names_of, palette_of
-from .errors import VisConfigError
+from .errors import VisConfigError, one_line
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,10 @@ def read_config(config: Config | str | os.PathLike) -> Config:
         ) from error
     except VisConfigError:
         raise
-    except (OSError, SyntaxError, KeyError, ImportError, ValueError) as error:
-        raise VisConfigError(f"the config {name} cannot be read: {error}") from error
+    except Exception as error:  # a config is a program and may fail in any way
+        raise VisConfigError(
+            f"the config {name} cannot be read: {one_line(error)}"
+        ) from error
 
 
 def build_detector(

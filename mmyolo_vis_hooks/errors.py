@@ -43,6 +43,13 @@ class PublishError(VisError, RuntimeError):
     """A backend did not keep a picture that was handed to it."""
 
 
+def one_line(error: BaseException) -> str:
+    """Kind and message of an error, in one line."""
+    # The text of a KeyError is in quotes.
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f"{type(error).__name__}: {' '.join(str(text).split())}"
+
+
 @dataclass(frozen=True)
 class _Failure:
     """All failures of one kind: the first of them, and how many there were."""

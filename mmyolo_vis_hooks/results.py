@@ -239,8 +239,9 @@ class _Result(Sequence[Item], Generic[Item]):
 
         Args:
             path: A folder gets all of them: a picture, NPZ and JSON named after the
-                image, and ``index.html``. A name that ends in ``.npz``, ``.json`` or
-                as pictures do gets that one. A file of that name is replaced.
+                image, and ``index.html``; those of an earlier call are replaced, and
+                nothing else. A name that ends in ``.npz``, ``.json`` or as pictures
+                do gets that one. A file of that name is replaced.
 
         Returns:
             list[Path]: The files, the page first.
@@ -470,9 +471,12 @@ def save_all(results: Sequence[Any], folder: Path) -> list[Path]:
     )
     files: list[Path] = []
     for order, result in enumerate(results):
+        name = page.files.free_name(result.image_id)
         for suffix in (".jpg", ".npz", ".json"):
-            files += result.save(folder / f"{result.image_id}{suffix}")
-        page.add(result.page_entry(f"{result.image_id}.jpg", order))
+            files += result.save(folder / f"{name}{suffix}")
+            page.files.adopt(f"{name}{suffix}")
+        entry = result.page_entry(f"{name}.jpg", order)
+        page.add(dataclasses.replace(entry, name=name))
     return [Path(page.write()), *files]
 
 

@@ -179,3 +179,18 @@ def test_importing_the_package_ends_with_the_command(package: Path) -> None:
     )
     assert child.returncode == 1
     assert child.stderr.rstrip().endswith(COMMAND)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    """Each of these takes a good part of a second, and may never be needed."""
+    heavy = ["pytorch_grad_cam", "matplotlib", "sklearn", "torchvision", "wandb"]
+    heavy += ["mmdet.apis", "mmdet.datasets", "mmdet.models", "mmyolo", "tensorboard"]
+    script = (
+        "import sys, mmyolo_vis_hooks\n"
+        f"print(*(name for name in {heavy} if name in sys.modules))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    child = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True
+    )
+    assert (child.returncode, child.stdout.split()) == (0, []), child.stderr

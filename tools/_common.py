@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -14,7 +16,12 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS, RUNNERS, DefaultScope
+from mmengine.registry import (
+    OPTIM_WRAPPERS,
+    RUNNERS,
+    DefaultScope,
+    build_functions,
+)
 from mmengine.runner import Runner, autocast
 
 # The package of this checkout, installed or not. Importing it registers the hooks
@@ -22,7 +29,7 @@ from mmengine.runner import Runner, autocast
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:
     from mmyolo_vis_hooks.detector import read_config
-    from mmyolo_vis_hooks.errors import VisError
+    from mmyolo_vis_hooks.errors import VisError, one_line
     from mmyolo_vis_hooks.hooks.loading import check_checkpoint_fits
 except RuntimeError as unusable_mmcv:
     sys.exit(f"error: {unusable_mmcv}")
@@ -31,18 +38,37 @@ DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 _REMOTE = ("http://", "https://", "s3://", "petrel://", "open-mmlab://", "openmmlab://")
 
 
+# What libraries tell each other; nobody who runs a program can change it.
+_LIBRARY_NOTES = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+_LIBRARIES = r"(torch|torchvision|mm(engine|cv|det|yolo)|numpy|matplotlib|importlib)\b"
+_TRACEBACK = "MMYOLO_VIS_TRACEBACK"
+
+
 class ToolError(Exception):
     """A mistake of the caller; the message says how to mend it."""
+
+
+def silence_libraries() -> None:
+    """Keep the warnings of other packages off the screen.
+
+    ``python -W`` and ``PYTHONWARNINGS`` bring them back.
+    """
+    if not sys.warnoptions:
+        for category in (*_LIBRARY_NOTES, SyntaxWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", category=UserWarning, module=_LIBRARIES)
+
+
+silence_libraries()
 
 
 def run_tool(main: Callable[[], None]) -> None:
     """Run a tool; a mistake of the caller ends it with one line, not a traceback."""
     try:
         main()
-    except FileNotFoundError as error:
-        # Data sets are read late, when the loops are built.
-        exit_with(f"{error}; --cfg-options sets the paths of a config")
     except (ToolError, VisError) as error:
+        if os.environ.get(_TRACEBACK):
+            traceback.print_exc()
         exit_with(str(error))
 
 
@@ -50,6 +76,38 @@ def exit_with(message: str) -> NoReturn:
     """End the process with status 2 and a message."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def config_mistakes(name: str, *, while_running: bool = False) -> Iterator[None]:
+    """Turn what a config makes libraries raise into one line that names the file.
+
+    Args:
+        name: Of the config file.
+        while_running: True where the block runs what was built. Only what fails while
+            something is built from the config is then a mistake in it; data sets are
+            built that late. All else is a bug, whose traceback is needed.
+
+    Raises:
+        ToolError: With the reason.
+    """
+    try:
+        yield
+    except (ToolError, VisError):
+        raise
+    except Exception as error:
+        if while_running and not _was_building(error):
+            raise
+        raise ToolError(
+            f"the config {name} cannot be used: {one_line(error)} ({_TRACEBACK}=1 "
+            "shows where; --cfg-options changes settings, such as paths)"
+        ) from error
+
+
+def _was_building(error: Exception) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    builder = build_functions.__file__
+    return any(frame.f_code.co_filename == builder for frame, _ in frames)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -80,10 +138,28 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=_Settings,
         metavar="KEY=VALUE",
         help="settings that replace those of the config: a.b=1 c=x,y d='[(1,2),(3,4)]'",
     )
+
+
+class _Settings(DictAction):
+    """MMEngine's ``KEY=VALUE``, with the message of a usual option for other words."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Parse the words after the option."""
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (ValueError, AssertionError) as error:
+            wrong = " ".join(values)
+            parser.error(f"{option_string} takes KEY=VALUE, not {wrong!r} ({error})")
 
 
 def merge_options(config: Config, options: dict[str, Any] | None) -> None:
@@ -94,7 +170,7 @@ def merge_options(config: Config, options: dict[str, Any] | None) -> None:
     """
     try:
         config.merge_from_dict(options or {})
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ToolError(f"--cfg-options does not fit the config: {error}") from error
 
 

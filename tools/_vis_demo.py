@@ -7,17 +7,17 @@ import logging
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.visualization import Visualizer
 from rich.console import Console
 from rich.progress import (
@@ -34,6 +34,7 @@ from _common import (
     ToolError,
     add_cfg_options,
     check_checkpoint,
+    config_mistakes,
     merge_options,
     run_tool,
 )
@@ -55,20 +56,25 @@ from mmyolo_vis_hooks.detector import (
 )
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from mmyolo_vis_hooks.publish.files import (
+    PICTURE_SUFFIXES,
+    make_writable,
+    write_image,
+)
 from mmyolo_vis_hooks.publish.html_page import (
     HtmlPage,
     PageBox,
     PageEntry,
     PagePanel,
+    open_folder,
 )
+from mmyolo_vis_hooks.publish.window import why_no_window
 from mmyolo_vis_hooks.render.boxes import class_name
 from mmyolo_vis_hooks.render.montage import cell_size_hw, resize_image
 from mmyolo_vis_hooks.samples import SampleMaker
 
 OUT_DIR = "./output"
-_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _PAGE_IMAGE_SIZE = 960
-_JPEG_QUALITY = 92
 _TIMEOUT = 60.0
 
 logger = logging.getLogger("mmyolo_vis_hooks")
@@ -119,6 +125,8 @@ def run_demo(main: Callable[[], None]) -> None:
     """Run a tool as :func:`run_tool` does; Ctrl-C ends it with one word."""
     # An address that never answers would hang for ever.
     socket.setdefaulttimeout(_TIMEOUT)
+    # What is loaded from where, as the log of a training says it.
+    MMLogger.get_current_instance().setLevel(logging.WARNING)
     try:
         run_tool(main)
     except KeyboardInterrupt:
@@ -174,25 +182,27 @@ class Demo:
         source = ImageSource(args.img, exclude=args.out_dir)
         if args.out_file is not None:
             _check_out_file(args.out_file, source, args.img)
-        if args.show and not _has_display():
+        problem = why_no_window() if args.show else None
+        if problem:
             raise ToolError(
-                "--show opens windows, and this machine has no display; leave it out "
-                "and look at the files in --out-dir"
+                f"--show opens windows, and {problem}; leave it out and look at the "
+                "files in --out-dir"
             )
         config = read_config(args.config)
         merge_options(config, args.cfg_options)
-        dataset = read_dataset(config)
+        with config_mistakes(args.config):
+            dataset = read_dataset(config)
+            pipeline = build_pipeline(config, dataset, channels=args.image_channels)
         device = check_device(args.device)
-        pipeline = build_pipeline(config, dataset, channels=args.image_channels)
         demo = cls(args, config, source, dataset, device, pipeline)
         next(demo._first_images())  # or there is nothing to build a network for
         if not args.preview_model:
             check_checkpoint(args.checkpoint, "checkpoint")
             if args.out_dir is not None:
                 _check_inputs_stay(args.img, args.out_dir)
-                _check_folder(args.out_dir, "--out-dir")
+                open_folder(args.out_dir)
             if args.out_file is not None:
-                _check_folder(os.path.dirname(args.out_file) or ".", "--out-file")
+                make_writable(Path(args.out_file).parent)
         return demo
 
     def build(self) -> nn.Module:
@@ -202,8 +212,9 @@ class Demo:
             VisError: If a layer is unknown, or the weights do not fit.
             ToolError: If the weights cannot be read.
         """
-        detector = build_detector(self.config, self.device)
-        self.placement = self._place(detector)
+        with config_mistakes(self.args.config):
+            detector = build_detector(self.config, self.device)
+            self.placement = self._place(detector)
         if not self.args.preview_model:
             resolve_layers(detector, self.args.target_layers or ())
         metainfo: Any = {}
@@ -336,7 +347,10 @@ class Demo:
             for number, image, result in read_ahead(loaded()):
                 if not isinstance(result, Exception):
                     try:
-                        result = maker.run(image.name, result, self.placement)
+                        name = image.name
+                        if page is not None:
+                            name = page.files.free_name(name)
+                        result = maker.run(name, result, self.placement)
                     except Exception as error:
                         result = error
                 yield partial(self._finish, number, image, result, explainer, page)
@@ -367,10 +381,10 @@ class Demo:
         try:
             picture_rgb = explainer(sample)
             file = self.args.out_file
-            if self.args.out_dir is not None:
-                file = file or os.path.join(self.args.out_dir, f"{sample.image_id}.jpg")
             if file is not None:
                 write_image(file, picture_rgb)
+            elif page is not None:
+                file = str(page.write_picture(sample.image_id, picture_rgb))
             if page is not None:
                 page.add(self._entry(number, image.title, sample, explainer, file))
         except Exception as error:
@@ -410,7 +424,7 @@ class Demo:
         )
 
     def _failed(self, image: SourceImage, error: Exception) -> None:
-        logger.debug("%s failed", image.title, exc_info=error)
+        logger.debug(f"{image.title} failed", exc_info=error)
         message = str(error) or type(error).__name__
         if not isinstance(error, (VisError, OSError)):
             message = f"{type(error).__name__}: {message}"
@@ -461,32 +475,6 @@ def load_image(pipeline: ImagePipeline, number: int, image: SourceImage) -> Load
     return pipeline.load(image.content, img_id=number, img_path=image.title)
 
 
-def write_image(file: str, image_rgb: np.ndarray) -> None:
-    """Write a picture whole or not at all.
-
-    Args:
-        file: Its suffix says the format.
-        image_rgb: ``(H, W, 3)`` uint8, RGB.
-
-    Raises:
-        ToolError: If it cannot be written.
-    """
-    suffix = os.path.splitext(file)[1].lower()
-    options = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if "jp" in suffix else []
-    whole, content = cv2.imencode(suffix, image_rgb[..., ::-1], options)
-    if not whole:
-        raise ToolError(f"OpenCV cannot write a picture of {suffix}: {file}")
-    temporary = f"{file}.part"
-    try:
-        with open(temporary, "wb") as opened:
-            opened.write(content.tobytes())
-        os.replace(temporary, file)
-    except OSError as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise ToolError(f"cannot write {file}: {error.strerror}") from error
-
-
 class _progress:
     """A bar for more than one image; gives the function that moves it on."""
 
@@ -524,10 +512,10 @@ def _check_out_file(file: str, source: ImageSource, images: Sequence[str]) -> No
             f"--out-file {file} is for one image, and there are {len(source)}; use "
             "--out-dir, where each has a file of its own"
         )
-    if os.path.splitext(file)[1].lower() not in _PICTURE_SUFFIXES:
+    if os.path.splitext(file)[1].lower() not in PICTURE_SUFFIXES:
         raise ToolError(
             f"--out-file {file}: its suffix must say the format, one of "
-            f"{', '.join(_PICTURE_SUFFIXES)}"
+            f"{', '.join(PICTURE_SUFFIXES)}"
         )
     if os.path.isdir(file):
         raise ToolError(f"--out-file {file} is a folder; use --out-dir for one")
@@ -546,22 +534,3 @@ def _check_inputs_stay(images: Sequence[str], folder: str) -> None:
                 f"--out-dir {folder} is where {image} lies, which a picture might "
                 "overwrite; give another folder"
             )
-
-
-def _check_folder(folder: str, option: str) -> None:
-    """Make a folder and see whether files can be written to it."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ToolError(
-            f"cannot write to the folder {folder}: {error.strerror}; give another "
-            f"one with {option}"
-        ) from error
-
-
-def _has_display() -> bool:
-    return not sys.platform.startswith("linux") or any(
-        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
-    )

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from _common import ToolError, add_cfg_options, merge_options, run_tool
+from _common import (
+    ToolError,
+    add_cfg_options,
+    config_mistakes,
+    merge_options,
+    run_tool,
+)
 from _layers import print_layers
 from mmyolo_vis_hooks.data.alignment import choose_alignment
 from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
@@ -70,18 +76,19 @@ def main() -> None:
         image = next(iter(ImageSource([image]))).content
     config = read_config(args.config)
     merge_options(config, args.cfg_options)
-    dataset = read_dataset(config)
-    detector = build_detector(config, check_device("cpu"))
-    pipeline = build_pipeline(config, dataset)
-    loaded = pipeline.load(image)
-    placement = choose_alignment(
-        args.alignment,
-        pipeline,
-        [loaded],
-        detector,
-        divisor=network_divisor(detector),
-        stride=network_stride(detector, dataset),
-    )
+    with config_mistakes(args.config):
+        dataset = read_dataset(config)
+        detector = build_detector(config, check_device("cpu"))
+        pipeline = build_pipeline(config, dataset)
+        loaded = pipeline.load(image)
+        placement = choose_alignment(
+            args.alignment,
+            pipeline,
+            [loaded],
+            detector,
+            divisor=network_divisor(detector),
+            stride=network_stride(detector, dataset),
+        )
     print_layers(
         detector, placement.pipeline, loaded, depth=args.depth, all_layers=args.all
     )

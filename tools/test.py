@@ -11,11 +11,13 @@ from _common import (
     ToolError,
     build_runner,
     check_checkpoint,
+    config_mistakes,
     innermost_dataset,
     load_config,
     make_parser,
     run_tool,
 )
+from mmyolo_vis_hooks.publish.window import why_no_window
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,6 +57,22 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    problem = why_no_window() if args.show else None
+    if problem:
+        raise ToolError(f"--show opens windows, and {problem}; use --show-dir")
+    with config_mistakes(args.config):
+        runner = build_runner(prepare(args))
+    if args.out:
+        # The one of MMDetection also encodes masks.
+        from mmdet.evaluation import DumpDetResults
+
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    with config_mistakes(args.config, while_running=True):
+        runner.test()
+
+
+def prepare(args: argparse.Namespace) -> Config:
+    """Read the config, with what the command line says in it."""
     config = load_config(args)
     if config.get("test_dataloader") is None or config.get("test_evaluator") is None:
         raise ToolError(f"{args.config} has no test_dataloader or no test_evaluator")
@@ -69,13 +87,7 @@ def main() -> None:
         format_only(config, args.json_prefix)
     if args.tta:
         use_tta(config)
-    runner = build_runner(config)
-    if args.out:
-        # The one of MMDetection also encodes masks.
-        from mmdet.evaluation import DumpDetResults
-
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    runner.test()
+    return config
 
 
 def draw_detections(config: Config, args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from _common import (
     ToolError,
     build_runner,
     check_checkpoint,
+    config_mistakes,
     load_config,
     make_parser,
     run_tool,
@@ -42,6 +43,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    with config_mistakes(args.config):
+        runner = build_runner(prepare(args))
+    with config_mistakes(args.config, while_running=True):
+        runner.train()
+
+
+def prepare(args: argparse.Namespace) -> Config:
+    """Read the config, with what the command line says in it."""
     config = load_config(args)
     if config.get("train_dataloader") is None or config.get("train_cfg") is None:
         raise ToolError(f"{args.config} has no train_dataloader or no train_cfg")
@@ -56,7 +65,7 @@ def main() -> None:
         else:
             check_checkpoint(args.resume, "--resume")
             config.load_from = args.resume
-    build_runner(config).train()
+    return config
 
 
 def use_amp(config: Config) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmcv.transforms import BaseTransform
-from mmdet.datasets.transforms import Resize
 from torch import nn
 
 from .selector import leaf_datasets
@@ -85,6 +84,9 @@ class AlignedResize(BaseTransform):
         image_hw = results["img"].shape[:2]
         height, width = self.size_hw(image_hw)
         shrinks = height * width < image_hw[0] * image_hw[1]
+        # It imports matplotlib; importing the package shall cost little.
+        from mmdet.datasets.transforms import Resize
+
         resize = Resize(
             scale=(width, height),
             keep_ratio=False,

@@ -1,8 +1,15 @@
-"""Writes pictures whole or not at all."""
+"""Writes files whole, and none over a file that somebody else wrote."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +18,158 @@ from ..errors import PublishError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _JPEG_QUALITY = 92
+# What is written of one image beside a page.
+_SUFFIXES = (".jpg", ".npz", ".json")
+
+
+class OwnFiles:
+    """Files that were written to a folder here, by this run or an earlier one.
+
+    A record tells them from the user's: a line for each, with its size, from the moment
+    in which it is there. One that has another size now was changed by somebody else.
+    Threads may write at the same time.
+
+    Args:
+        folder (Path): Where files go; made if it is missing.
+        assets (str): Name of the folder in it that holds the record, too.
+
+    Raises:
+        PublishError: If the folders cannot be written to.
+    """
+
+    RECORD = "written.jsonl"
+
+    def __init__(self, folder: Path, assets: str) -> None:
+        self.folder = folder
+        self._assets = folder / assets
+        self._record = self._assets / self.RECORD
+        self._lock = threading.Lock()
+        for needed in (folder, self._assets):
+            make_writable(needed)
+        self._sizes = {
+            name: size
+            for name, size in self._read()
+            if (folder / name).is_file() and (folder / name).stat().st_size == size
+        }
+        found = {
+            path.relative_to(folder).as_posix()
+            for parent in (folder, self._assets)
+            for path in parent.iterdir()
+            if path != self._record
+        }
+        # Some file systems do not tell A.jpg from a.jpg.
+        self._others = {name.lower() for name in found - self._sizes.keys()}
+        self._taken = {
+            Path(name).name.split(".")[0]
+            for name in self._others
+            if name.endswith(_SUFFIXES)
+        }
+
+    def is_free(self, name: str) -> bool:
+        """Whether a path in the folder can be written without loss to the user."""
+        return name.lower() not in self._others
+
+    def free_name(self, name: str) -> str:
+        """Give a name for which no file of the user's stands in the way.
+
+        Args:
+            name (str): Without dots; files of the name are ``NAME.jpg``, ``NAME.npz``
+                and ``NAME.json`` in the folder, and ``NAME.*.jpg`` among the assets.
+
+        Returns:
+            str: The name, or else NAME-2, NAME-3, …: each once in a run, and the same
+            in every run.
+        """
+        with self._lock:
+            number, free = 1, name
+            while free.lower() in self._taken:
+                number += 1
+                free = f"{name}-{number}"
+            self._taken.add(free.lower())
+        return free
+
+    def write(self, name: str, data: bytes) -> Path:
+        """Write a file whole or not at all.
+
+        Args:
+            name (str): Path in the folder, with ``/``.
+            data (bytes): Its content.
+
+        Raises:
+            PublishError: If it cannot be written, or would replace somebody's file.
+        """
+        path = self.folder / name
+        if not self.is_free(name):
+            raise PublishError(
+                f"{path} is not of an earlier run and is not overwritten; move it, or "
+                "name another folder"
+            )
+        write_whole(path, data)
+        self.adopt(name)
+        return path
+
+    def adopt(self, name: str) -> None:
+        """Take a file that was written otherwise into the record."""
+        size = (self.folder / name).stat().st_size
+        with self._lock:
+            self._sizes[name] = size
+            # Without the record the file is taken for the user's: that loses nothing.
+            with contextlib.suppress(OSError), open(self._record, "a") as file:
+                file.write(json.dumps([name, size]) + "\n")
+
+    def close(self) -> None:
+        """Write the record anew, without what was replaced since."""
+        with self._lock:
+            lines = [json.dumps(item) for item in sorted(self._sizes.items())]
+        write_whole(self._record, "".join(f"{line}\n" for line in lines).encode())
+
+    def _read(self) -> Iterator[tuple[str, int]]:
+        with contextlib.suppress(OSError), open(self._record, "rb") as file:
+            for line in file:
+                # The last line may be cut off.
+                with contextlib.suppress(ValueError):
+                    name, size = json.loads(line)
+                    yield str(name), int(size)
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, and see now rather than later that it takes files.
+
+    Raises:
+        PublishError: If it does not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PublishError(
+            f"cannot write to the folder {folder} ({error.strerror or error}); name a "
+            "folder of your own with free space"
+        ) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        PublishError: If it cannot be written.
+    """
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+        written = part.stat().st_size
+        if written != len(data):
+            raise OSError(f"{written} of {len(data)} bytes were written")
+        os.replace(part, path)
+    except OSError as error:
+        raise PublishError(
+            f"{path} was not written ({error}); look at the free space and the "
+            "permissions of its folder"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_image(file: str, image_rgb: np.ndarray) -> None:
@@ -23,17 +182,32 @@ def write_image(file: str, image_rgb: np.ndarray) -> None:
     Raises:
         PublishError: If it cannot be written.
     """
-    suffix = os.path.splitext(file)[1].lower()
-    options = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if "jp" in suffix else []
-    whole, content = cv2.imencode(suffix, image_rgb[..., ::-1], options)
-    if not whole:
-        raise PublishError(f"OpenCV cannot write a picture of {suffix}: {file}")
-    temporary = f"{file}.part"
+    path = Path(file)
+    write_whole(path, encode(path.suffix.lower(), image_rgb, _JPEG_QUALITY))
+
+
+def encode(suffix: str, picture: np.ndarray, quality: int = 95) -> bytes:
+    """Encode a picture.
+
+    Args:
+        suffix (str): Of the format: ``'.jpg'``, ``'.png'``, …
+        picture (np.ndarray): ``(H, W)`` levels or ``(H, W, 3)`` RGB, uint8.
+        quality (int): Of JPEG, 0 to 100.
+
+    Raises:
+        PublishError: If OpenCV or the format cannot do it.
+    """
+    if picture.ndim == 3:
+        picture = np.ascontiguousarray(picture[..., ::-1])
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if "jp" in suffix else []
     try:
-        with open(temporary, "wb") as opened:
-            opened.write(content.tobytes())
-        os.replace(temporary, file)
-    except OSError as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise PublishError(f"cannot write {file}: {error.strerror}") from error
+        done, data = cv2.imencode(suffix, picture, options)
+    except cv2.error:
+        done = False
+    if not done:
+        height, width = picture.shape[:2]
+        raise PublishError(
+            f"a picture of {width}x{height} pixels cannot be stored as {suffix}; make "
+            "it smaller, or choose another format"
+        )
+    return data.tobytes()

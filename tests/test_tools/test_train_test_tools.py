@@ -103,24 +103,18 @@ def test_train_leaves_checkpoint_log_and_pictures(trained):
     assert drawn_by_hook(trained, "val") == {"boxam": 4, "featmap": 4}
 
 
-def test_test_writes_predictions_and_pictures(digits, trained, tmp_path):
-    out = tmp_path / "predictions.pkl"
-    command = [sys.executable, str(TOOLS / "test.py"), str(CONFIG)]
-    command += [str(trained / "epoch_1.pth"), "--out", str(out)]
-    done = subprocess.run(
-        [*command, *options(digits, tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
+def test_test_writes_predictions_and_pictures(digits, trained, tmp_path, monkeypatch):
+    out, run = tmp_path / "predictions.pkl", tmp_path / "run"
+    call(
+        *(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth", "--out", out),
+        *options(digits, run),
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     predictions = pickle.loads(out.read_bytes())
     assert [p["img_id"] for p in predictions] == [1, 2, 3, 4]
     assert set(predictions[0]["pred_instances"]) == {"bboxes", "scores", "labels"}
-    (metrics,) = (tmp_path / "run").glob("*/*.json")
+    (metrics,) = run.glob("*/*.json")
     assert "coco/bbox_mAP_50" in json.loads(metrics.read_text())
-    assert drawn_by_hook(tmp_path / "run", "test") == {"boxam": 4, "featmap": 4}
+    assert drawn_by_hook(run, "test") == {"boxam": 4, "featmap": 4}
 
 
 def test_show_dir_json_prefix_and_deploy(digits, trained, tmp_path, monkeypatch):
@@ -176,33 +170,25 @@ def test_resume_continues_where_the_training_stopped(
     assert {name.rpartition("_")[2] for name in pictures(tmp_path / "run")} == {"2.png"}
 
 
-def test_resume_without_a_value_takes_the_last_checkpoint(monkeypatch):
-    started = []
-    monkeypatch.setattr(
-        train_tool,
-        "build_runner",
-        lambda config: started.append(config) or ConfigDict(train=lambda: None),
-    )
-    call(monkeypatch, train_tool, CONFIG, "--resume", "--work-dir", "somewhere")
-    (config,) = started
-    assert (config.resume, config.load_from) == (True, None)
-    assert config.work_dir == "somewhere"
-
-
 # ------------------------------------------------------------- how options are taken
 
 
-def test_the_work_dir_is_named_after_the_config(monkeypatch):
+def test_what_the_command_line_says_is_in_the_config(monkeypatch):
     started = []
-    monkeypatch.setattr(
-        train_tool,
-        "build_runner",
-        lambda config: started.append(config) or ConfigDict(train=lambda: None),
-    )
+
+    def build(config: Config) -> ConfigDict:
+        started.append(config)
+        return ConfigDict(train=lambda: None)
+
+    monkeypatch.setattr(train_tool, "build_runner", build)
     call(monkeypatch, train_tool, CONFIG, "--cfg-options", "randomness.seed=7")
-    assert started[0].work_dir == os.path.join("work_dirs", "yolov8_n_digits")
-    assert started[0].randomness.seed == 7
-    assert started[0].launcher == "none"
+    call(monkeypatch, train_tool, CONFIG, "--resume", "--work-dir", "somewhere")
+    first, second = started
+    assert first.work_dir == os.path.join("work_dirs", "yolov8_n_digits")
+    assert (first.randomness.seed, first.launcher) == (7, "none")
+    # Without a value, --resume takes the last checkpoint.
+    assert (second.resume, second.load_from) == (True, None)
+    assert second.work_dir == "somewhere"
 
 
 def test_auto_scale_lr_is_switched_on():
@@ -321,10 +307,51 @@ def test_mistakes_are_named_in_one_line(digits, trained, tmp_path, capsys, monke
     assert "base_batch_size" in train(CONFIG, "--auto-scale-lr")
     upper = "train_dataloader.dataset.metainfo.CLASSES=a"
     assert "CLASSES" in train(CONFIG, "--cfg-options", upper)
-    # A mistake in the hook's options stops the run before it starts.
-    layer = "custom_hooks.1.target_layers=['nek']"
-    run = options(digits, tmp_path / "run", layer)
-    assert re.search(r"nek.*neck", test(CONFIG, weights, *run))
+    (tmp_path / "typo.py").write_text(
+        "from mmengine.config import read_base\n"
+        "with read_base():\n    from mmyolo.configs.gone import *\n"
+    )
+    assert "typo.py cannot be read" in train(tmp_path / "typo.py")
+    assert "typo.py cannot be read" in test(tmp_path / "typo.py", weights)
+    monkeypatch.setenv("DISPLAY", "")
+    monkeypatch.setenv("WAYLAND_DISPLAY", "")
+    if sys.platform == "linux":
+        assert "no display; use --show-dir" in test(CONFIG, weights, "--show")
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        # With the Runner, with the loops, before the run, with the optimizer.
+        ("custom_hooks.1.intervall=2", r"CONFIG .*no option 'intervall'|'intervall'"),
+        (
+            "custom_hooks.1.type=FeatMapHook",
+            "FeatMapHook is not in the .*hook registry",
+        ),
+        ("model.neck.in_chanels=3", "TypeError: .*in_chanels"),
+        ("train_dataloader.dataset.type=Nope", "Nope is not in the .*dataset registry"),
+        ("train_dataloader.dataset.ann_file=gone.json", "No such file .*gone.json"),
+        ("custom_hooks.1.target_layers=['nek']", "nek.*neck"),
+        ("optim_wrapper.optimizer.lrr=1", "TypeError: .*lrr"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_one_line(
+    digits, tmp_path, capsys, monkeypatch, setting, says
+):
+    run = options(digits, tmp_path / "run", setting)
+    said = message(capsys, monkeypatch, train_tool, CONFIG, *run)
+    assert re.search(says, said)
+    assert str(CONFIG) in said or "Error" not in said
+
+
+def test_a_bug_at_run_time_keeps_its_traceback(digits, trained, tmp_path, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("a bug in the user's own head")
+
+    monkeypatch.setattr("mmyolo.models.YOLOv8Head.predict", fail)
+    run = options(digits, tmp_path / "run", "custom_hooks=[]")
+    with pytest.raises(KeyError, match="own head"):
+        call(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth", *run)
 
 
 def test_checkpoints_that_are_not_read_are_named_in_one_line(
@@ -352,15 +379,6 @@ def test_checkpoints_that_are_not_read_are_named_in_one_line(
         run = options(digits, tmp_path / f"{name}_{tool.__name__}")
         args = [CONFIG, *words, tmp_path / name, *run]
         assert expected in message(capsys, monkeypatch, tool, *args), (name, expected)
-
-
-def test_a_missing_data_set_says_how_to_name_it(tmp_path, capsys, monkeypatch, trained):
-    run = options(tmp_path / "nowhere", tmp_path / "run")
-    error = message(
-        capsys, monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth", *run
-    )
-    assert str(tmp_path / "nowhere") in error
-    assert "--cfg-options" in error
 
 
 # --------------------------------------------------------------------- shell scripts
