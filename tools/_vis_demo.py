@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -56,25 +55,17 @@ from mmyolo_vis_hooks.detector import (
 )
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from mmyolo_vis_hooks.publish.entries import page_entry
 from mmyolo_vis_hooks.publish.files import (
     PICTURE_SUFFIXES,
     make_writable,
     write_image,
 )
-from mmyolo_vis_hooks.publish.html_page import (
-    HtmlPage,
-    PageBox,
-    PageEntry,
-    PagePanel,
-    open_folder,
-)
+from mmyolo_vis_hooks.publish.html_page import HtmlPage, open_folder
 from mmyolo_vis_hooks.publish.window import why_no_window
-from mmyolo_vis_hooks.render.boxes import class_name
-from mmyolo_vis_hooks.render.montage import cell_size_hw, resize_image
 from mmyolo_vis_hooks.samples import SampleMaker
 
 OUT_DIR = "./output"
-_PAGE_IMAGE_SIZE = 960
 _TIMEOUT = 60.0
 
 logger = logging.getLogger("mmyolo_vis_hooks")
@@ -282,12 +273,12 @@ class Demo:
         if error is not None and not num_loaded:
             raise error
 
-    def run(self, maker: SampleMaker, explainer: Any) -> int:
+    def run(self, maker: SampleMaker, panel: Any) -> int:
         """Make a picture of every image.
 
         Args:
-            maker: Makes the samples that the explainer draws.
-            explainer: Has ``overlay_maps`` and can be called.
+            maker: Makes the samples that the panel draws.
+            panel: Has ``overlay_maps`` and can be called.
 
         Returns:
             int: Status of the process: 1 if an image failed.
@@ -300,9 +291,9 @@ class Demo:
             page = HtmlPage(
                 self.args.out_dir,
                 title=f"{self.args.title} · {os.path.basename(self.args.config)}",
-                colormap=explainer.colormap,
+                colormap=panel.colormap,
                 fade=self.args.fade,
-                alpha=explainer.alpha,
+                alpha=panel.alpha,
             )
         done = 0
         interrupted = False
@@ -312,7 +303,7 @@ class Demo:
             with (
                 _progress(len(self.source)) as advance,
                 threadpool_limits(limits=1, user_api="blas"),
-                closing(self._pictures(maker, explainer, page)) as pictures,
+                closing(self._pictures(maker, panel, page)) as pictures,
             ):
                 for picture in pictures:
                     advance()
@@ -332,7 +323,7 @@ class Demo:
         return status
 
     def _pictures(
-        self, maker: SampleMaker, explainer: Any, page: HtmlPage | None
+        self, maker: SampleMaker, panel: Any, page: HtmlPage | None
     ) -> Generator[_Picture | None, None, None]:
         """Finished pictures, in the order of the images; None for one that failed."""
 
@@ -353,7 +344,7 @@ class Demo:
                         result = maker.run(name, result, self.placement)
                     except Exception as error:
                         result = error
-                yield partial(self._finish, number, image, result, explainer, page)
+                yield partial(self._finish, number, image, result, panel, page)
 
         any_drawn = False
         for image, result in run_behind(work()):
@@ -372,56 +363,29 @@ class Demo:
         number: int,
         image: SourceImage,
         sample: Any,
-        explainer: Any,
+        panel: Any,
         page: HtmlPage | None,
     ) -> tuple[SourceImage, _Picture | Exception]:
         """Draw, encode and write one picture; runs beside the network."""
         if isinstance(sample, Exception):
             return image, sample
         try:
-            picture_rgb = explainer(sample)
+            picture_rgb = panel(sample)
             file = self.args.out_file
             if file is not None:
                 write_image(file, picture_rgb)
             elif page is not None:
                 file = str(page.write_picture(sample.image_id, picture_rgb))
             if page is not None:
-                page.add(self._entry(number, image.title, sample, explainer, file))
+                picture = os.path.relpath(file, self.args.out_dir)
+                entry = page_entry(
+                    sample, panel, self.class_names, picture, number, image.title
+                )
+                page.add(entry)
         except Exception as error:
             return image, error
         # Windows are opened by the main thread.
         return image, _Picture(image.title, picture_rgb if self.args.show else None)
-
-    def _entry(
-        self, number: int, title: str, sample: Any, explainer: Any, file: str
-    ) -> PageEntry:
-        detections = sample.detections
-        shown = np.flatnonzero(detections.scores > self.args.score_thr).tolist()
-        boxes = [
-            PageBox(
-                class_name(int(detections.labels[i]), self.class_names),
-                float(detections.scores[i]),
-                _four(detections.boxes_xyxy[i]),
-            )
-            for i in shown
-        ]
-        places: dict[int | None, int] = {index: n for n, index in enumerate(shown)}
-        image_h, image_w = sample.image_rgb.shape[:2]
-        size_hw = cell_size_hw((image_h, image_w), _PAGE_IMAGE_SIZE, 1)
-        return PageEntry(
-            name=sample.image_id,
-            title=title,
-            image_rgb=resize_image(sample.image_rgb, size_hw),
-            image_hw=(image_h, image_w),
-            boxes=tuple(boxes),
-            panels=tuple(
-                PagePanel(m.title, m.note, m.levels, places.get(m.detection))
-                for m in explainer.overlay_maps(sample)
-            ),
-            picture=os.path.relpath(file, self.args.out_dir),
-            note="" if boxes else f"no box with score > {self.args.score_thr:g}",
-            order=number,
-        )
 
     def _failed(self, image: SourceImage, error: Exception) -> None:
         logger.debug(f"{image.title} failed", exc_info=error)
@@ -451,11 +415,6 @@ class Demo:
                 file=sys.stderr,
             )
         return 1 if self.failures else 0
-
-
-def _four(box_xyxy: np.ndarray) -> tuple[float, float, float, float]:
-    x1, y1, x2, y2 = box_xyxy.tolist()
-    return x1, y1, x2, y2
 
 
 @dataclass(frozen=True)
