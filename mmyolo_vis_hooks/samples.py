@@ -72,8 +72,8 @@ class SampleMaker:
         """
         data = placement.pipeline.pack(loaded)
         with (
-            torch.no_grad(),
             frozen(self._detector, parameters=False),
+            torch.no_grad(),  # inside: the block before allows gradients
             autocast(enabled=fp16),
             self.recorder.record(keep=[0]) as record,
         ):
@@ -142,7 +142,7 @@ class SampleMaker:
     ) -> Detections:
         """Ask the detector again, for boxes in the frame of its input."""
         sample = DetDataSample(metainfo=_network_metainfo(metainfo, inputs))
-        with torch.no_grad(), frozen(self._detector, parameters=False):
+        with frozen(self._detector, parameters=False), torch.no_grad():
             (output,) = self._detector(inputs, [sample], mode="predict")
         return detections_of(output)
 
