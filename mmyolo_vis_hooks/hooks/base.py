@@ -33,7 +33,7 @@ from ..records import VisImage
 from ..samples import SampleMaker
 from .loading import check_checkpoint_fits
 from .loop_recording import LoopRecording, data_samples_of
-from .loop_state import LoopState, Panel, predicting_model
+from .loop_state import LoopState, Panel, layers_within, predicting_model
 
 
 class BaseVisHook(Hook):
@@ -77,9 +77,17 @@ class BaseVisHook(Hook):
         """
         return SampleMaker(
             detector,
-            resolve_layers(detector, self.options.target_layers or ()),
+            resolve_layers(detector, self.options_for(detector).target_layers or ()),
             channels=self.options.image_channels,
         )
+
+    def options_for(self, detector: nn.Module) -> Any:
+        """The options, with the layers as seen from the part that predicts."""
+        name, part = predicting_model(self._detector)
+        paths = self.options.target_layers
+        if detector is not part or not name or not paths:
+            return self.options
+        return replace(self.options, target_layers=layers_within(paths, name))
 
     def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None
@@ -173,8 +181,15 @@ class BaseVisHook(Hook):
             ),
             self.build_panel(class_names, palette_of(metainfo)),
             lambda model: self.build_sample_maker(runner, model, class_names),
+            self.options.target_layers or (),
         )
-        maker = state.maker  # what does not fit the detector fails here
+        # What does not fit the detector fails here.
+        if state.has_layers:
+            maker = state.maker
+        else:
+            maker = SampleMaker(
+                self._detector, resolve_layers(self._detector, state.layers)
+            )
         for leaf in leaf_datasets(dataset):
             _check_packed_keys(leaf, self.options.alignment)
             images = [i for i in state.selector.images if i.dataset is leaf]

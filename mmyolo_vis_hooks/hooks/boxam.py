@@ -60,7 +60,7 @@ class BoxAMVisHook(BaseVisHook):
         """Give what explains the boxes."""
         mapper = make_box_mapper(
             detector,
-            self.options,
+            self.options_for(detector),
             class_names,
             runner.logger,
             show_progress=is_main_process(),

@@ -18,6 +18,7 @@ from ..samples import SampleMaker
 from .loop_recording import LoopRecording
 
 Panel = Callable[[Any], np.ndarray]
+_PARTS = ("teacher", "student")
 
 
 @dataclass
@@ -34,6 +35,7 @@ class LoopState:
         selector: Finds the selected images.
         panel: Draws a sample.
         build_maker: Gives the sample maker for a model that predicts.
+        layers: Paths of the layers that are asked for, if any.
         placements: How the images of each data set are drawn, by its identity.
         recording: Of the loop's own forward, where a placement needs it.
         num_runs: How many runs there were.
@@ -47,6 +49,7 @@ class LoopState:
     selector: ImageSelector
     panel: Panel
     build_maker: Callable[[nn.Module], SampleMaker]
+    layers: Sequence[str] = ()
     placements: dict[int, Placement] = field(default_factory=dict)
     recording: LoopRecording | None = None
     num_runs: int = 0
@@ -84,6 +87,12 @@ class LoopState:
         self._in_batch = False
 
     @property
+    def has_layers(self) -> bool:
+        """Whether the model that predicts now has any of the layers."""
+        name, _ = predicting_model(self.detector)
+        return not self.layers or bool(layers_within(self.layers, name))
+
+    @property
     def maker(self) -> SampleMaker:
         """What makes the samples of the model that predicts now."""
         name, model = predicting_model(self.detector)
@@ -102,6 +111,8 @@ class LoopState:
     def wanted(self, data_samples: Sequence[Any]) -> list[tuple[int, SelectedImage]]:
         """Positions of the selected images in a batch that this pass has not met."""
         wanted: dict[str, tuple[int, SelectedImage]] = {}
+        if not self.has_layers:
+            return []
         for position, data_sample in enumerate(data_samples):
             image = self.selector.find(data_sample.metainfo)
             if image is not None and self.picture_id(image) not in self.seen:
@@ -135,6 +146,20 @@ class LoopState:
         return self.maker.from_record(
             picture_id, loaded, placement, record, position, output
         )
+
+
+def layers_within(paths: Sequence[str], name: str) -> list[str]:
+    """Of layer paths those that can be followed from a part of a detector.
+
+    Args:
+        paths (Sequence[str]): From the detector (``'teacher.neck'``) or a part.
+        name (str): The part; empty for the detector itself.
+    """
+    if not name:
+        return list(paths)
+    (other,) = {*_PARTS} - {name}
+    own = [path for path in paths if path.partition(".")[0] != other]
+    return [path.removeprefix(f"{name}.") for path in own]
 
 
 def predicting_model(detector: nn.Module) -> tuple[str, nn.Module]:
