@@ -116,7 +116,6 @@ def test_the_option_shows_in_the_picture(picture_of, options) -> None:
 @pytest.mark.parametrize(
     ("basic", "options"),
     [
-        (dict(method="ablationcam"), dict(ratio_channels_to_ablate=0.3)),
         (dict(method="drise"), dict(num_masks=32)),
         (dict(target_layers=["backbone", "neck"]), dict(fusion="max")),
         (dict(target_layers=["backbone", "neck"]), dict(fusion="product")),
@@ -133,6 +132,16 @@ def test_the_option_shows_with_another(picture_of, basic, options) -> None:
         **{"normalize_layers": False, "fusion": "mean", **basic, **options}
     )
     assert differ(before, after)
+
+
+def test_the_share_of_channels_shows_in_the_map(detector, photo) -> None:
+    # One channel decides nearly all in the toy: no grey level of the picture changes.
+    options = dict(method="ablationcam", score_thr=0.2)
+    every, some = (
+        explain(detector, photo, ratio_channels_to_ablate=share, **options)
+        for share in (1.0, 0.3)
+    )
+    assert not np.array_equal(every[0].saliency, some[0].saliency)
 
 
 def test_a_picture_can_be_repeated(detector, photo, picture_of) -> None:

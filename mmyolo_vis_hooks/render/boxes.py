@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import cv2
 import numpy as np
 
 from ..records import Detections
-from .text import (
-    draw_text,
-    is_drawable,
-    line_height,
-    shorten_text,
-    text_width,
-)
+from .text import draw_text, is_drawable, line_height, shorten_text, text_width
 
 Color = tuple[int, int, int]
 
@@ -35,6 +31,11 @@ _FIRST_COLORS: tuple[Color, ...] = (
     (120, 144, 156),
 )
 _GOLDEN_RATIO = 0.6180339887
+# What all labels together may cover of the picture, and of a box.
+_LABELS_SHARE = 0.2
+_COVER_SHARE = 0.4
+# The share of another box that is worth a place further down the list.
+_RANK_COST = 0.02
 
 
 def class_color(label: int, palette: Sequence[Sequence[int]] | None = None) -> Color:
@@ -54,10 +55,10 @@ def class_color(label: int, palette: Sequence[Sequence[int]] | None = None) -> C
         return red, green, blue
     if 0 <= label < len(_FIRST_COLORS):
         return _FIRST_COLORS[label]
-    hue = (label * _GOLDEN_RATIO) % 1.0
     lightness = (0.45, 0.6, 0.52)[label % 3]
-    red_, green_, blue_ = colorsys.hls_to_rgb(hue, lightness, 0.75)
-    return round(red_ * 255), round(green_ * 255), round(blue_ * 255)
+    rgb = colorsys.hls_to_rgb((label * _GOLDEN_RATIO) % 1.0, lightness, 0.75)
+    red, green, blue = (round(v * 255) for v in rgb)
+    return red, green, blue
 
 
 def contrast_color(color: Color) -> Color:
@@ -67,21 +68,51 @@ def contrast_color(color: Color) -> Color:
     return (0, 0, 0) if luminance > 0.18 else (255, 255, 255)
 
 
+def class_name(label: int, class_names: Sequence[str] | None) -> str:
+    """Name of a class as it is drawn: its number where no font has the name.
+
+    Args:
+        label (int): Index of the class.
+        class_names (Sequence[str], optional): The names.
+    """
+    if class_names is not None and 0 <= label < len(class_names):
+        name = str(class_names[label])
+        if is_drawable(name):
+            return name
+    return f"class {label}"
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A box as it is drawn: first and last column and row, line and label."""
+
+    corners: tuple[int, int, int, int]
+    color: Color
+    line_width: int
+    name: str
+    tail: str
+    font_size: int
+    paper: Color
+
+
 def draw_detections(
     image_rgb: np.ndarray,
     detections: Detections,
     *,
     class_names: Sequence[str] | None = None,
     palette: Sequence[Sequence[int]] | None = None,
+    numbers: Mapping[int, int] = MappingProxyType({}),
+    faint: Collection[int] = (),
     line_width: int | None = None,
     font_size: int | None = None,
 ) -> np.ndarray:
     """Draw boxes with class names and scores.
 
-    The label of a box stands on its top edge, or under it or in its corner where
-    it would leave the image or hide another label; higher scores choose first and
-    are drawn last. Boxes are cut off at the image's edge; one that lies outside
-    the image or is not finite is left out.
+    The label of a box stands on its top edge, or in a corner, under it or beside it.
+    No label covers another one, and all of them together cover at most two fifths of
+    a box and a fifth of the image: a label that finds no such place is left out.
+    Higher scores choose first and are drawn last. Boxes are cut off at the image's
+    edge; one that lies outside the image or is not finite is left out.
 
     Args:
         image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
@@ -90,6 +121,10 @@ def draw_detections(
             its number. Defaults to None.
         palette (Sequence, optional): RGB of each class. Defaults to None, colours
             that are easy to tell apart.
+        numbers (Mapping[int, int]): Number that the label of a detection ends with,
+            by its index. Defaults to none.
+        faint (Collection[int]): Indices of detections that are drawn with thin lines
+            and pale, small labels, below the others. Defaults to ().
         line_width (int, optional): Pixels. Defaults to None, by the image's size.
         font_size (int, optional): Pixels. Defaults to None, by the image's size.
 
@@ -107,152 +142,164 @@ def draw_detections(
         (240, 320, 3)
     """
     image = np.array(image_rgb, order="C")
-    height, width = image.shape[:2]
-    long_side = max(height, width)
-    thickness = line_width or max(1, round(long_side / 280))
-    size = font_size or int(np.clip(round(7 + long_side / 110), 10, 40))
-
-    order = np.argsort(-detections.scores, kind="stable")
-    corners = [_pixels(detections.boxes_xyxy[i], width, height) for i in order]
-    shown = [(int(i), box) for i, box in zip(order, corners) if box is not None]
-    colors = [class_color(int(detections.labels[i]), palette) for i, _ in shown]
-    labels = [
-        _label_text(
-            class_name(int(detections.labels[i]), class_names),
-            float(detections.scores[i]),
-            size,
-            width,
-        )
-        for i, _ in shown
-    ]
-    places = _place_labels([box for _, box in shown], labels, size, (height, width))
-
-    for (_, box), color in zip(reversed(shown), reversed(colors)):
-        _draw_box(image, box, color, thickness)
-    for place, text, color in zip(reversed(places), reversed(labels), reversed(colors)):
+    image_hw = image.shape[:2]
+    width = line_width or max(1, round(max(image_hw) / 280))
+    size = font_size or int(np.clip(round(7 + max(image_hw) / 110), 10, 40))
+    order = np.argsort(-detections.scores, kind="stable").tolist()
+    boxes = []
+    for i in sorted(order, key=lambda i: i in faint):
+        corners = _pixels(detections.boxes_xyxy[i], image_hw)
+        if corners is None:
+            continue
+        label, score = int(detections.labels[i]), float(detections.scores[i])
+        color, name = class_color(label, palette), class_name(label, class_names)
+        tail = f" {score:.2f}" + (f" #{numbers[i]}" if i in numbers else "")
+        if i in faint:
+            pale = _mixed(color, (255, 255, 255))
+            style = (color, max(1, width // 3), name, tail, max(9, size * 3 // 4), pale)
+        else:
+            style = (color, width, name, tail, size, color)
+        boxes.append(_Box(corners, *style))
+    labels = _place_labels(boxes, image_hw)
+    for box in reversed(boxes):
+        _draw_box(image, box)
+    for box, place, text in reversed(labels):
         x1, y1, x2, y2 = place
-        image[y1:y2, x1:x2] = color
-        draw_text(
-            image,
-            text,
-            (x1 + _padding(size), y1),
-            size=size,
-            color=contrast_color(color),
-            paper=color,
-        )
+        image[y1:y2, x1:x2] = box.paper
+        ink, x = contrast_color(box.paper), x1 + _padding(box.font_size)
+        draw_text(image[:, :x2], text, (x, y1), size=box.font_size, color=ink)
     return image
 
 
+def _mixed(one: Color, other: Color) -> Color:
+    red, green, blue = ((a + b) // 2 for a, b in zip(one, other))
+    return red, green, blue
+
+
 def _pixels(
-    box_xyxy: np.ndarray, width: int, height: int
+    box_xyxy: np.ndarray, image_hw: tuple[int, ...]
 ) -> tuple[int, int, int, int] | None:
     """First and last column and row of a box, None if none is on the image."""
+    height, width = image_hw
     if not np.isfinite(box_xyxy).all():
         return None
     x1, x2 = sorted((float(box_xyxy[0]), float(box_xyxy[2])))
     y1, y2 = sorted((float(box_xyxy[1]), float(box_xyxy[3])))
     if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
         return None
-    left, top = max(0, round(x1)), max(0, round(y1))
+    left, top = min(max(0, round(x1)), width - 1), min(max(0, round(y1)), height - 1)
     right, bottom = min(width, round(x2)) - 1, min(height, round(y2)) - 1
-    left, top = min(left, width - 1), min(top, height - 1)
     return left, top, max(left, right), max(top, bottom)
 
 
-def _draw_box(
-    image: np.ndarray, box: tuple[int, int, int, int], color: Color, thickness: int
+def _draw_box(image: np.ndarray, box: _Box) -> None:
+    x1, y1, x2, y2 = box.corners
+    width = box.line_width
+    # A thin line of the opposite brightness keeps the box visible on its own colour.
+    if box.paper == box.color and min(x2 - x1, y2 - y1) > 4 * (width + 1):
+        inner = range(width, width + max(1, width // 3))
+        _draw_lines(image, box.corners, contrast_color(box.color), inner)
+    _draw_lines(image, box.corners, box.color, range(width))
+
+
+def _draw_lines(
+    image: np.ndarray,
+    corners: tuple[int, int, int, int],
+    color: Color,
+    steps: Iterable[int],
 ) -> None:
     """Lines that grow inwards, so that none is cut off at the image's edge."""
-    x1, y1, x2, y2 = box
-    # A thin line of the opposite brightness keeps the box visible on its own colour.
-    if min(x2 - x1, y2 - y1) > 4 * (thickness + 1):
-        edge = contrast_color(color)
-        cv2.rectangle(
-            image,
-            (x1 + thickness, y1 + thickness),
-            (x2 - thickness, y2 - thickness),
-            edge,
-            max(1, thickness // 3),
-        )
-    for step in range(thickness):
-        if x1 + step > x2 - step or y1 + step > y2 - step:
-            break
-        cv2.rectangle(image, (x1 + step, y1 + step), (x2 - step, y2 - step), color, 1)
+    x1, y1, x2, y2 = corners
+    for step in steps:
+        if x1 + step <= x2 - step and y1 + step <= y2 - step:
+            first, last = (x1 + step, y1 + step), (x2 - step, y2 - step)
+            cv2.rectangle(image, first, last, color, 1)
 
 
-def class_name(label: int, class_names: Sequence[str] | None) -> str:
-    """Name of a class as it is drawn: its number where no font has the name.
+def outline_boxes(image_rgb: np.ndarray, boxes_xyxy: Iterable[np.ndarray]) -> None:
+    """Draw boxes, in place: white, which no colour map of heat is, edged in black.
 
     Args:
-        label (int): Index of the class.
-        class_names (Sequence[str], optional): The names.
+        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. **Modified.**
+        boxes_xyxy (Iterable[np.ndarray]): ``(4,)`` each, pixels of the image; what
+            is off the image or not finite is left out.
     """
-    if class_names is not None and 0 <= label < len(class_names):
-        name = str(class_names[label])
-        if is_drawable(name):
-            return name
-    return f"class {label}"
+    image_hw = image_rgb.shape[:2]
+    width = max(1, round(max(image_hw) / 450))
+    corners = [c for c in (_pixels(box, image_hw) for box in boxes_xyxy) if c]
+    # All edges first: none may cross out the line of a neighbour.
+    for color, steps in (((0, 0, 0), (-1, width)), ((255,) * 3, range(width))):
+        for box in corners:
+            _draw_lines(image_rgb, box, color, steps)
 
 
-def _padding(size: int) -> int:
-    return max(2, size // 5)
-
-
-def _label_text(name: str, score: float, size: int, width: int) -> str:
-    """Name and score, at most as wide as the image; the name is cut first."""
-    room = width - 2 * _padding(size)
-    number = f" {score:.2f}"
-    text = name + number
-    if text_width(text, size) <= room:
-        return text
-    name_room = room - text_width(number, size)
-    return (shorten_text(name, name_room, size) + number).strip()
+def _padding(font_size: int) -> int:
+    return max(2, font_size // 5)
 
 
 def _place_labels(
-    boxes: Sequence[tuple[int, int, int, int]],
-    labels: Sequence[str],
-    size: int,
-    image_hw: tuple[int, int],
-) -> list[tuple[int, int, int, int]]:
-    """Rectangles of the labels (x1, y1, x2, y2), all within the image."""
-    image_height, image_width = image_hw
-    places: list[tuple[int, int, int, int]] = []
-    taken = np.zeros((len(boxes), 4))
-    height = min(line_height(size), image_height)
-    for index, ((x1, y1, x2, y2), label) in enumerate(zip(boxes, labels)):
-        width = min(text_width(label, size) + 2 * _padding(size), image_width)
-        candidates = (
-            (x1, y1 - height),
-            (x1, y1),
-            (x2 + 1 - width, y1 - height),
-            (x1, y2 + 1),
-            (x1, y2 + 1 - height),
-            (x2 + 1 - width, y2 + 1),
-        )
+    boxes: Sequence[_Box], image_hw: tuple[int, ...]
+) -> list[tuple[_Box, tuple[int, int, int, int], str]]:
+    """Boxes with the rectangle (x1, y1, x2, y2) and text of their label, if any."""
+    image_h, image_w = image_hw
+    room = _LABELS_SHARE * image_h * image_w
+    edges = np.array([box.corners for box in boxes]).reshape(-1, 4)
+    edges[:, 2:] += 1
+    covered, taken = np.zeros(len(boxes)), np.zeros((0, 4), int)
+    labels = []
+    for index, box in enumerate(boxes):
+        height, padding = line_height(box.font_size), 2 * _padding(box.font_size)
+        tail_w = text_width(box.tail, box.font_size)
+        name = shorten_text(box.name, image_w - padding - tail_w, box.font_size)
+        text = (name + box.tail).strip()
+        width = text_width(text, box.font_size) + padding
+        if width * height > room:
+            continue
         best, least = None, np.inf
-        for rank, (x, y) in enumerate(candidates):
-            x = min(max(x, 0), image_width - width)
-            inside_y = min(max(y, 0), image_height - height)
-            place = (x, inside_y, x + width, inside_y + height)
-            # A label that had to be pushed inside is no better than one that is.
-            cost = _overlap(place, taken[:index]) + 1e-3 * rank + 0.01 * (y != inside_y)
+        places = _candidates(box.corners, width, height, image_w)
+        for rank, (x, y) in enumerate(places):
+            place = (x, y, x + width, y + height)
+            if x < 0 or y < 0 or place[2] > image_w or place[3] > image_h:
+                continue
+            shares = covered + _covered_shares(place, edges)
+            if shares.max() > _COVER_SHARE or _covered_shares(place, taken).any():
+                continue
+            cost = np.delete(shares, index).max(initial=0.0) + _RANK_COST * rank
             if cost < least:
                 best, least = place, cost
-            if least < 1e-3:
-                break
-        assert best is not None
-        places.append(best)
-        taken[index] = best
-    return places
+        if best is not None:
+            labels.append((box, best, text))
+            taken = np.vstack([taken, best])
+            covered += _covered_shares(best, edges)
+            room -= width * height
+    return labels
 
 
-def _overlap(place: tuple[int, int, int, int], taken: np.ndarray) -> float:
-    """Share of the place that the taken rectangles cover."""
-    if len(taken) == 0:
-        return 0.0
+def _candidates(
+    corners: tuple[int, int, int, int], width: int, height: int, image_w: int
+) -> list[tuple[int, int]]:
+    """Where the top left corner of a label may be, the best place first."""
+    x1, y1, x2, y2 = corners
+    left, right = min(x1, image_w - width), max(0, x2 + 1 - width)
+    above, top, bottom, below = y1 - height, y1, y2 + 1 - height, y2 + 1
+    return [
+        (left, above),
+        (left, top),
+        (right, above),
+        (right, top),
+        (left, below),
+        (right, below),
+        (left, bottom),
+        (right, bottom),
+        (x2 + 1, top),
+        (x1 - width, top),
+    ]
+
+
+def _covered_shares(place: tuple[int, ...], rectangles: np.ndarray) -> np.ndarray:
+    """Share of each rectangle that a place covers."""
     x1, y1, x2, y2 = place
-    widths = np.minimum(taken[:, 2], x2) - np.maximum(taken[:, 0], x1)
-    heights = np.minimum(taken[:, 3], y2) - np.maximum(taken[:, 1], y1)
-    covered = np.clip(widths, 0, None) * np.clip(heights, 0, None)
-    return float(covered.sum()) / max(1, (x2 - x1) * (y2 - y1))
+    left, top, right, bottom = rectangles.T
+    widths = np.clip(np.minimum(right, x2) - np.maximum(left, x1), 0, None)
+    heights = np.clip(np.minimum(bottom, y2) - np.maximum(top, y1), 0, None)
+    return widths * heights / ((right - left) * (bottom - top))

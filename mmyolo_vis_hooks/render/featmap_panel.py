@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from numbers import Integral, Real
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..errors import VisConfigError
-from ..featmap import (
-    ReducedMaps,
-    reduce_feature_map,
-    validate_reduction_options,
-)
+from ..featmap import ReducedMaps, reduce_feature_map
 from ..geometry import FrameTransform
-from ..records import Activation, Detections, OverlayMap, VisSample
-from .boxes import draw_detections
-from .heatmap import (
-    heat_levels,
-    overlay_heatmap,
-    validate_overlay_options,
-)
+from ..records import Activation, OverlayMap, VisSample
+from .colorbar import ColorScale
+from .heatmap import heat_levels, overlay_heatmap, validate_overlay_options
 from .montage import (
     MIN_CELL_SIZE,
     Cell,
@@ -32,17 +22,19 @@ from .montage import (
     resize_image,
     tile_block,
 )
+from .overview import MAX_OVERLAY_SIZE, cells_text, overview_cell, resized_frame
 
 _TILE_GAP = 4
-MAX_OVERLAY_SIZE = 480
-"""Longest side, in pixels, of a map that a page lays over an image."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class FeatMapPanel:
     """Draws the image with its boxes and each layer's feature map in one panel.
 
     Each map is drawn at the resolution of its cell; the channels are those that
-    MMEngine's ``draw_featmap`` chooses at the resolution of the image.
+    MMEngine's ``draw_featmap`` chooses at the resolution of the image. Sizes are
+    width by height, of images in pixels and of maps in cells. The colour bar of a row
+    has the range of its map, or none where several maps have one each.
 
     Args:
         channel_reduction (str, optional): ``'squeeze_mean'`` shows the mean of a
@@ -64,36 +56,17 @@ class FeatMapPanel:
         palette (Sequence, optional): RGB of the classes, as in a data set's
             ``dataset_meta``. Defaults to None, colours that are easy to tell
             apart.
-
-    Raises:
-        VisConfigError: If a value can never work.
     """
 
-    def __init__(
-        self,
-        *,
-        channel_reduction: str | None = "select_max",
-        topk: int = 4,
-        arrangement: Sequence[int] = (2, 2),
-        alpha: float = 0.5,
-        colormap: str | int = "jet",
-        score_thr: float = 0.3,
-        max_cell_size: int = 1024,
-        class_names: Sequence[str] | None = None,
-        palette: Sequence[Sequence[int]] | None = None,
-    ) -> None:
-        validate_reduction_options(channel_reduction, topk, arrangement)
-        validate_overlay_options(alpha, colormap)
-        validate_panel_options(score_thr, max_cell_size)
-        self.channel_reduction = channel_reduction
-        self.topk = topk
-        self.arrangement = (int(arrangement[0]), int(arrangement[1]))
-        self.alpha = float(alpha)
-        self.colormap = colormap
-        self.score_thr = float(score_thr)
-        self.max_cell_size = int(max_cell_size)
-        self.class_names = class_names
-        self.palette = palette
+    channel_reduction: str | None = "select_max"
+    topk: int = 4
+    arrangement: Sequence[int] = (2, 2)
+    alpha: float = 0.5
+    colormap: str | int = "jet"
+    score_thr: float = 0.3
+    max_cell_size: int = 1024
+    class_names: Sequence[str] | None = None
+    palette: Sequence[Sequence[int]] | None = None
 
     @property
     def _has_tiles(self) -> bool:
@@ -112,18 +85,24 @@ class FeatMapPanel:
 
         Raises:
             VisConfigError: If ``topk`` is -1 and a layer has neither 1 nor 3
-                channels.
+                channels, or the picture would be too large to be opened.
             FeatureShapeError: If an activation is not ``(C, h, w)``.
         """
-        image_hw = sample.image_rgb.shape[:2]
-        picture_hw, map_hw = self._sizes(image_hw)
-        picture = resize_image(sample.image_rgb, picture_hw)
+        picture_hw, map_hw = self._sizes(sample.image_rgb.shape[:2])
         background = resize_image(sample.image_rgb, map_hw)
         map_frame = resized_frame(sample.frame, map_hw)
-        cells = [self._image_cell(sample, picture)]
-        for activation in sample.activations:
-            cells.append(self._layer_cell(activation, sample, background, map_frame))
-        return montage(cells)
+        first = overview_cell(
+            sample,
+            resize_image(sample.image_rgb, picture_hw),
+            score_thr=self.score_thr,
+            class_names=self.class_names,
+            palette=self.palette,
+        )
+        maps = [
+            self._layer_cell(activation, sample, background, map_frame)
+            for activation in sample.activations
+        ]
+        return montage([first, *maps])
 
     def overlay_maps(
         self, sample: VisSample, max_size: int = MAX_OVERLAY_SIZE
@@ -144,11 +123,10 @@ class FeatMapPanel:
             reduced = self._reduced(activation, sample)
             note = self._note(reduced)
             for number, tile in enumerate(reduced.resampled_tiles(frame)):
-                levels = heat_levels(tile)
                 title = activation.title
                 if self._has_tiles:
                     title += f" · channel {reduced.channels[number]}"
-                maps.append(OverlayMap(title, note, levels))
+                maps.append(OverlayMap(title, note, heat_levels(tile)))
         return tuple(maps)
 
     def _sizes(
@@ -170,32 +148,6 @@ class FeatMapPanel:
         picture_hw = cell_size_hw(image_hw, self.max_cell_size, min_cell_size=longest)
         return picture_hw, tile_hw
 
-    def _image_cell(self, sample: VisSample, picture: np.ndarray) -> Cell:
-        image_h, image_w = sample.image_rgb.shape[:2]
-        kept = sample.detections.scores > self.score_thr
-        scale = np.array(
-            [picture.shape[1] / image_w, picture.shape[0] / image_h] * 2, np.float32
-        )
-        detections = Detections(
-            sample.detections.boxes_xyxy[kept] * scale,
-            sample.detections.scores[kept],
-            sample.detections.labels[kept],
-        )
-        drawn = draw_detections(
-            picture,
-            detections,
-            class_names=self.class_names,
-            palette=self.palette,
-        )
-        note = f"{image_w} x {image_h} px"
-        if sample.note:
-            note += f" · {sample.note}"
-        if self.score_thr < 1:
-            count = len(detections)
-            boxes = f"{count} box" if count == 1 else f"{count or 'no'} boxes"
-            note += f" · {boxes} with score > {self.score_thr:g}"
-        return Cell(drawn, sample.image_id, note)
-
     def _layer_cell(
         self,
         activation: Activation,
@@ -204,15 +156,17 @@ class FeatMapPanel:
         map_frame: FrameTransform,
     ) -> Cell:
         reduced = self._reduced(activation, sample)
-        tiles = _overlay_tiles(
-            reduced, background, map_frame, self.alpha, self.colormap
+        picture = _overlay(
+            reduced,
+            background,
+            map_frame,
+            self.alpha,
+            self.colormap,
+            self.arrangement if self._has_tiles else None,
+            _TILE_GAP,
         )
-        picture = (
-            _labelled_block(tiles, reduced, self.arrangement, _TILE_GAP)
-            if self._has_tiles
-            else tiles[0]
-        )
-        return Cell(picture, activation.title, self._note(reduced))
+        note = self._note(reduced)
+        return Cell(picture, activation.title, note, self._scale(reduced))
 
     def _reduced(self, activation: Activation, sample: VisSample) -> ReducedMaps:
         try:
@@ -237,36 +191,17 @@ class FeatMapPanel:
             shown = "mean of channels"
         else:
             shown = "as a picture"
-        return f"{reduced.shape} · {shown} · {reduced.value_range}"
+        count, *map_hw = reduced.shape
+        size = f"{count} channel{'' if count == 1 else 's'} of {cells_text(map_hw)}"
+        return f"{size} · {shown} · {reduced.value_range}"
 
-
-def validate_panel_options(score_thr: Any, max_cell_size: Any) -> None:
-    """Check the options of a panel.
-
-    Args:
-        score_thr (float): Boxes with a higher score are drawn.
-        max_cell_size (int): Longest side of a picture in the panel, pixels.
-
-    Raises:
-        VisConfigError: If a value can never work.
-    """
-    if (
-        isinstance(score_thr, bool)
-        or not isinstance(score_thr, Real)
-        or not 0 <= float(score_thr) <= 1
-    ):
-        raise VisConfigError(
-            f"score_thr={score_thr!r} is no score; set 0 to 1; 1 draws no box"
-        )
-    if (
-        isinstance(max_cell_size, bool)
-        or not isinstance(max_cell_size, Integral)
-        or int(max_cell_size) < 64
-    ):
-        raise VisConfigError(
-            f"max_cell_size={max_cell_size!r} is no number of pixels of 64 or more; "
-            "set for example 1024"
-        )
+    def _scale(self, reduced: ReducedMaps) -> ColorScale | None:
+        varied = [r for r in reduced.value_ranges if r.low < r.high]
+        if not varied:
+            return None
+        if len(reduced.value_ranges) > 1 or len(reduced.maps) > 1:
+            return ColorScale(self.colormap, None, None)
+        return ColorScale(self.colormap, varied[0].low, varied[0].high)
 
 
 def overlay_feature_map(
@@ -345,50 +280,31 @@ def overlay_feature_map(
         topk=topk,
         arrangement=arrangement,
     )
-    tiles = _overlay_tiles(reduced, image_rgb, frame, alpha, colormap)
-    if channel_reduction is None and topk > 0:
-        rows, columns = arrangement
-        return _labelled_block(tiles, reduced, (rows, columns), gap=0)
-    return tiles[0]
+    has_tiles = channel_reduction is None and topk > 0
+    grid = arrangement if has_tiles else None
+    return _overlay(reduced, image_rgb, frame, alpha, colormap, grid, gap=0)
 
 
-def resized_frame(frame: FrameTransform, image_hw: tuple[int, int]) -> FrameTransform:
-    """The frame of the same image after it was resized.
-
-    Args:
-        frame (FrameTransform): The frame of the image as it is.
-        image_hw (tuple): Its new height and width, pixels.
-    """
-    scale_xy = (
-        frame.scale_xy[0] * frame.image_hw[1] / image_hw[1],
-        frame.scale_xy[1] * frame.image_hw[0] / image_hw[0],
-    )
-    return replace(frame, image_hw=image_hw, scale_xy=scale_xy)
-
-
-def _overlay_tiles(
+def _overlay(
     reduced: ReducedMaps,
     image_rgb: np.ndarray,
     frame: FrameTransform,
     alpha: float,
     colormap: str | int,
-) -> list[np.ndarray]:
+    arrangement: Sequence[int] | None,
+    gap: int,
+) -> np.ndarray:
+    """The only map on the image, or a block of tiles."""
     # The order of mean and upsampling changes the last bits of a mean; a channel
     # comes out the same.
     is_mean = not reduced.channels
-    return [
+    tiles = [
         overlay_heatmap(
             tile, image_rgb, alpha=alpha, colormap=colormap, soft_steps=is_mean
         )
         for tile in reduced.resampled_tiles(frame)
     ]
-
-
-def _labelled_block(
-    tiles: Sequence[np.ndarray],
-    reduced: ReducedMaps,
-    arrangement: tuple[int, int],
-    gap: int,
-) -> np.ndarray:
+    if arrangement is None:
+        return tiles[0]
     labels = [f"channel: {channel}" for channel in reduced.channels]
-    return tile_block(tiles, labels, arrangement, gap)
+    return tile_block(tiles, labels, (arrangement[0], arrangement[1]), gap)

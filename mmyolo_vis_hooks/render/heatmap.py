@@ -1,8 +1,9 @@
-"""Colours maps and lays them over an image, as MMEngine's ``draw_featmap`` does."""
+"""Colours maps and lays them over an image."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
@@ -16,15 +17,7 @@ _OPENCV_PREFIX = "COLORMAP_"
 # Rounding errors of a mean over channels stay below this share of a level.
 _UNDECIDED = 0.01
 _SMALL_STEP = 4
-
-
-def opencv_colormaps() -> dict[str, int]:
-    """OpenCV's colour maps: lower-case name without prefix -> constant."""
-    return {
-        name[len(_OPENCV_PREFIX) :].lower(): getattr(cv2, name)
-        for name in dir(cv2)
-        if name.startswith(_OPENCV_PREFIX)
-    }
+_FULL_SHARE_FROM = np.float32(0.5)
 
 
 def colormap_lut(colormap: str | int = "jet") -> np.ndarray:
@@ -53,44 +46,44 @@ def colormap_lut(colormap: str | int = "jet") -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _colormap_lut(colormap: str | int) -> np.ndarray:
-    known = opencv_colormaps()
-    if isinstance(colormap, int):
-        if colormap not in known.values():
-            raise VisConfigError(
-                f"colormap={colormap} is no OpenCV constant; they are 0 to "
-                f"{max(known.values())}, or set a name such as 'jet'"
-            )
-        return _opencv_lut(colormap)
-    plain = colormap.lower()
-    if plain.startswith(_OPENCV_PREFIX.lower()):
-        plain = plain[len(_OPENCV_PREFIX) :]
-    if plain in known:
-        return _opencv_lut(known[plain])
+    known = {
+        name[len(_OPENCV_PREFIX) :].lower(): getattr(cv2, name)
+        for name in dir(cv2)
+        if name.startswith(_OPENCV_PREFIX)
+    }
+    if isinstance(colormap, int) and colormap not in known.values():
+        raise VisConfigError(
+            f"colormap={colormap} is no OpenCV constant; they are 0 to "
+            f"{max(known.values())}, or set a name such as 'jet'"
+        )
+    plain = str(colormap).lower().removeprefix(_OPENCV_PREFIX.lower())
+    constant = colormap if isinstance(colormap, int) else known.get(plain)
+    if constant is not None:
+        levels = np.arange(256, dtype=np.uint8)[:, None]
+        lut = cv2.applyColorMap(levels, constant)[..., ::-1].copy()
+    else:
+        lut = _matplotlib_lut(str(colormap), known)
+    lut.flags.writeable = False
+    return lut
+
+
+def _matplotlib_lut(colormap: str, others: Iterable[str]) -> np.ndarray:
     # Only its own names cost the import.
     import matplotlib
 
-    names = {name.lower(): name for name in matplotlib.colormaps}
-    name = colormap if colormap in matplotlib.colormaps else names.get(plain)
+    maps = matplotlib.colormaps
+    names = {name.lower(): name for name in maps}
+    name = colormap if colormap in maps else names.get(colormap.lower())
     if name is None:
-        near = difflib.get_close_matches(plain, [*known, *names], n=3)
+        plain = colormap.lower().removeprefix(_OPENCV_PREFIX.lower())
+        near = difflib.get_close_matches(plain, [*others, *names], n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise VisConfigError(
             f"colormap={colormap!r} is unknown; {hint}Set a name of OpenCV, such as "
             "'jet', or of matplotlib, such as 'magma_r'"
         )
-    colors = matplotlib.colormaps[name](np.linspace(0.0, 1.0, 256), bytes=True)
-    return _frozen(colors[:, None, :3])
-
-
-def _opencv_lut(constant: int) -> np.ndarray:
-    levels = np.arange(256, dtype=np.uint8).reshape(256, 1)
-    return _frozen(cv2.applyColorMap(levels, constant)[..., ::-1])
-
-
-def _frozen(lut: np.ndarray) -> np.ndarray:
-    lut = np.ascontiguousarray(lut)
-    lut.flags.writeable = False
-    return lut
+    colors = maps[name](np.linspace(0.0, 1.0, 256), bytes=True)
+    return np.ascontiguousarray(colors[:, None, :3])
 
 
 def validate_overlay_options(alpha: Any, colormap: Any) -> None:
@@ -211,3 +204,33 @@ def overlay_heatmap(
     """
     heat_rgb = color_heatmap(values, colormap, soft_steps=soft_steps)
     return cv2.addWeighted(image_rgb, 1 - alpha, heat_rgb, alpha, 0)
+
+
+def fade_heatmap(
+    saliency: np.ndarray,
+    image_rgb: np.ndarray,
+    *,
+    alpha: float = 0.6,
+    colormap: str | int = "plasma",
+) -> np.ndarray:
+    """Lay a map on the grey image: none of its own colours is taken for heat.
+
+    The colours have the share ``alpha`` of the blend from half of the maximum on,
+    and below it fade out in proportion: what has no influence is left as it is.
+
+    Args:
+        saliency (np.ndarray): ``(H, W)`` float32, 0 to 1.
+        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
+        alpha (float): Greatest share of the colours, 0 to 1. Defaults to 0.6.
+        colormap (str | int): See :func:`colormap_lut`. Defaults to ``'plasma'``.
+
+    Returns:
+        np.ndarray: ``(H, W, 3)`` uint8, RGB.
+    """
+    grey = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2GRAY)
+    levels = np.rint(saliency * 255).astype(np.uint8)
+    heat_rgb = cv2.applyColorMap(levels, colormap_lut(colormap))
+    share = np.minimum(saliency / _FULL_SHARE_FROM, 1) * np.float32(alpha)
+    base = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB).astype(np.float32)
+    blended = base + (heat_rgb.astype(np.float32) - base) * cv2.merge([share] * 3)
+    return cv2.convertScaleAbs(blended)

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
-from .text import (
-    MIN_FONT_SIZE,
-    draw_text,
-    line_height,
-    text_mask,
-    text_width,
-    wrap_text,
-)
+from ..errors import VisConfigError
+from .colorbar import ColorScale, colorbar
+from .text import draw_text, line_height, text_width, wrap_text
 
 MIN_CELL_SIZE = 320
 """Longest side, in pixels, that a small image is enlarged to."""
+
+MAX_PIXELS = 2**28
+MAX_SIDE = 65_500
+"""The largest picture that is made: 268 million pixels, and a side of a JPEG file."""
 
 _BACKGROUND = 255  # a colour of three parts would be filled ten times slower
 _EMPTY_TILE = (236, 238, 241)
 _TITLE_COLOR = (28, 32, 38)
 _NOTE_COLOR = (92, 100, 110)
-_MIN_COLUMN_WIDTH = 200
+MIN_COLUMN_WIDTH = 200
 _GOOD_ASPECT = 1.8
+_BAR_GAP = 8
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Cell:
         image_rgb: ``(H, W, 3)`` uint8, RGB.
         title: First line of the caption, bold.
         note: Second line of the caption.
+        scale: What the colours of its map mean, if it has one.
     """
 
     image_rgb: np.ndarray
     title: str = ""
     note: str = ""
+    scale: ColorScale | None = None
 
 
 def cell_size_hw(
@@ -107,6 +109,7 @@ def tile_block(
         np.ndarray: ``(rows * H + gaps, columns * W + gaps, 3)`` uint8, RGB.
 
     Raises:
+        VisConfigError: If the block would exceed ``MAX_PIXELS`` or ``MAX_SIDE``.
         ValueError: If the tiles do not fit.
     """
     rows, columns = arrangement
@@ -115,12 +118,11 @@ def tile_block(
             f"{len(tiles)} tiles with {len(labels)} labels do not fit {arrangement}"
         )
     height, width = tiles[0].shape[:2]
-    shape = (
+    block = _white(
         rows * height + (rows - 1) * gap,
         columns * width + (columns - 1) * gap,
-        3,
+        f"arrangement={tuple(arrangement)} of tiles of {width} x {height} pixels",
     )
-    block = np.full(shape, 255, dtype=np.uint8)
     for place in range(rows * columns):
         y = place // columns * (height + gap)
         x = place % columns * (width + gap)
@@ -133,62 +135,95 @@ def tile_block(
     return block
 
 
+def _white(height: int, width: int, what: str) -> np.ndarray:
+    """An empty picture, unless it would be larger than anybody could open."""
+    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
+        raise VisConfigError(
+            f"{what} would be a picture of {width} x {height} pixels; at most "
+            f"{MAX_PIXELS // 10**6} million pixels and {MAX_SIDE} on a side are drawn: "
+            "show fewer or smaller ones"
+        )
+    return np.full((height, width, 3), _BACKGROUND, dtype=np.uint8)
+
+
 def _draw_tile_label(tile: np.ndarray, label: str) -> None:
     """White on a dark chip that is kept inside the tile."""
     if not label:
         return
     height, width = tile.shape[:2]
     size = int(np.clip(round(max(height, width) / 28), 10, 40))
-    while size > MIN_FONT_SIZE and text_width(label, size) > width - size:
+    while size > 7 and text_width(label, size) > width - size:
         size -= 1
     pad = max(2, size // 3)
-    x2 = min(width, text_width(label, size) + 2 * pad)
-    y2 = min(height, line_height(size))
-    chip = tile[:y2, :x2]
-    chip[:] = (chip.astype(np.uint16) // 4).astype(np.uint8)
+    chip = tile[: line_height(size), : text_width(label, size) + 2 * pad]
+    chip //= 4
     draw_text(tile, label, (pad, 0), size=size, color=(255, 255, 255))
+
+
+def gap_cost(count: int, columns: int) -> float:
+    """How bad the gaps of a grid look, to be added to how wrong its proportions are.
+
+    Args:
+        count (int): Number of cells.
+        columns (int): Cells in a row.
+    """
+    rows = math.ceil(count / columns)
+    alone = columns > 1 and rows > 1 and count % columns == 1
+    return 4 * (rows * columns - count) / count + alone
 
 
 def grid_arrangement(count: int, cell_hw: tuple[int, int] = (1, 1)) -> tuple[int, int]:
     """Rows and columns for a number of cells.
+
+    Empty places weigh more than proportions, and no cell is alone in its row.
 
     Args:
         count (int): Number of cells, 1 or more.
         cell_hw (tuple): Height and width of the largest cell.
 
     Returns:
-        tuple[int, int]: The smallest grids for all cells whose proportions suit a
-        screen: ``(2, 3)`` for five square cells.
+        tuple[int, int]: ``(2, 3)`` for five square cells.
     """
 
     def cost(columns: int) -> float:
-        rows = math.ceil(count / columns)
-        aspect = columns * cell_hw[1] / (rows * cell_hw[0])
-        empty = (rows * columns - count) / count
-        return abs(math.log(aspect / _GOOD_ASPECT)) + empty
+        aspect = columns * cell_hw[1] / (math.ceil(count / columns) * cell_hw[0])
+        return abs(math.log(aspect / _GOOD_ASPECT)) + gap_cost(count, columns)
 
     columns = min(range(1, count + 1), key=cost)
     return math.ceil(count / columns), columns
 
 
+def gutter_of(cell_hw: tuple[int, int]) -> int:
+    """White pixels around cells of a size."""
+    return int(np.clip(round(max(cell_hw) / 40), 8, 28))
+
+
 def montage(
-    cells: Sequence[Cell], arrangement: tuple[int, int] | None = None
+    cells: Sequence[Cell],
+    arrangement: tuple[int, int] | None = None,
+    *,
+    gutter: int | None = None,
 ) -> np.ndarray:
     """Lay cells out by rows, captions above the pictures.
 
     A column is as wide as its widest cell, a row as high as its highest caption
     and its highest picture. A caption that is too wide for its column is wrapped.
+    Each row whose cells have colour scales ends with one bar; if the scales have
+    different ranges, its ends are called so.
 
     Args:
         cells (Sequence[Cell]): One or more; sizes may differ. Their pictures are
             not modified.
         arrangement (tuple, optional): Rows and columns. Defaults to None, what
             suits a screen.
+        gutter (int, optional): White pixels around cells. Defaults to None, by the
+            size of the cells.
 
     Returns:
         np.ndarray: ``(H, W, 3)`` uint8, RGB.
 
     Raises:
+        VisConfigError: If it would exceed ``MAX_PIXELS`` or ``MAX_SIDE``.
         ValueError: If there are no cells, or more than the arrangement holds.
 
     Examples:
@@ -207,80 +242,88 @@ def montage(
         raise ValueError(
             f"{len(cells)} cells do not fit {rows} rows of {columns} columns"
         )
-    # Left-over columns of a short only row would be white.
-    columns = min(columns, len(cells)) if rows == 1 else columns
-
+    columns = min(columns, len(cells))
+    if gutter is None:
+        gutter = gutter_of(largest_hw)
     widths = [
-        max(
-            [_MIN_COLUMN_WIDTH]
-            + [cell.image_rgb.shape[1] for cell in cells[column::columns]]
-        )
+        max(MIN_COLUMN_WIDTH, *(c.image_rgb.shape[1] for c in cells[column::columns]))
         for column in range(columns)
     ]
-    gutter = int(np.clip(round(max(largest_hw) / 40), 8, 28))
-    # Tall, narrow pictures leave little room for a line.
-    size = int(np.clip(round(min(max(largest_hw), 2 * max(widths)) / 44), 12, 24))
-    in_column = [(cell, widths[i % columns]) for i, cell in enumerate(cells)]
-    title_size = _common_size([(c.title, w) for c, w in in_column], size, True)
-    note_size = _common_size(
-        [(c.note, w) for c, w in in_column], round(size * 0.82), False
-    )
-    grid = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    captions = [
-        [
-            _caption(cell, width, title_size, note_size)
-            for cell, width in zip(row, widths)
-        ]
-        for row in grid
-    ]
-    caption_heights = [max(c.shape[0] for c in row) for row in captions]
-    image_heights = [max(cell.image_rgb.shape[0] for cell in row) for row in grid]
-
-    height = sum(caption_heights) + sum(image_heights) + gutter * (len(grid) + 1)
-    width = sum(widths) + gutter * (columns + 1)
-    panel = np.full((height, width, 3), _BACKGROUND, dtype=np.uint8)
-    y = gutter
-    for row, row_captions, caption_height, image_height in zip(
-        grid, captions, caption_heights, image_heights
-    ):
-        x = gutter
-        for cell, caption, column_width in zip(row, row_captions, widths):
-            # Captions stand on their picture, however many lines the others have.
-            top = y + caption_height
-            panel[top - caption.shape[0] : top, x : x + column_width] = caption
-            image_h, image_w = cell.image_rgb.shape[:2]
-            panel[top : top + image_h, x : x + image_w] = cell.image_rgb
-            x += column_width + gutter
-        y += caption_height + image_height + gutter
+    captions = _captions(cells, widths, largest_hw)
+    starts = range(0, len(cells), columns)
+    bars = [_bar_of(cells[start : start + columns]) for start in starts]
+    bar_room = max(0 if bar is None else bar.shape[1] + _BAR_GAP for bar in bars)
+    tops, height = [], gutter
+    for start in starts:
+        places = slice(start, start + columns)
+        tops.append(height + max(caption.shape[0] for caption in captions[places]))
+        height = tops[-1] + max(c.image_rgb.shape[0] for c in cells[places]) + gutter
+    width = sum(widths) + gutter * (columns + 1) + bar_room
+    panel = _white(height, width, f"{len(cells)} pictures in {rows} x {columns} places")
+    for place, (cell, caption) in enumerate(zip(cells, captions)):
+        row, column = divmod(place, columns)
+        x = gutter * (column + 1) + sum(widths[:column])
+        # Captions stand on their picture, however many lines the others have.
+        _paste(panel, caption, (x, tops[row] - caption.shape[0]))
+        _paste(panel, cell.image_rgb, (x, tops[row]))
+        bar = bars[row]
+        if bar is not None and place in (starts[row] + columns - 1, len(cells) - 1):
+            _paste(panel, bar, (x + cell.image_rgb.shape[1] + _BAR_GAP, tops[row]))
     return panel
 
 
+def _paste(canvas: np.ndarray, picture: np.ndarray, xy: tuple[int, int]) -> None:
+    x, y = xy
+    canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+
+
+def _bar_of(row: Sequence[Cell]) -> np.ndarray | None:
+    """The one colour bar of a row, as high as its last picture."""
+    scales = {cell.scale for cell in row if cell.scale is not None}
+    if not scales:
+        return None
+    scale = scales.pop()
+    if scales:
+        scale = replace(scale, low=None, high=None)
+    return colorbar(row[-1].image_rgb.shape[0], scale)
+
+
+def _captions(
+    cells: Sequence[Cell], widths: Sequence[int], largest_hw: tuple[int, int]
+) -> list[np.ndarray]:
+    """``(h, column width, 3)`` picture of each caption; ``h`` is 0 without text."""
+    # Tall, narrow pictures leave little room for a line.
+    size = int(np.clip(round(min(max(largest_hw), 2 * max(widths)) / 44), 14, 24))
+    in_column = [(cell, widths[i % len(widths)]) for i, cell in enumerate(cells)]
+    title_size = _common_size([(c.title, w) for c, w in in_column], size, True)
+    note_size = _common_size(
+        [(c.note, w) for c, w in in_column], round(size * 0.85), False
+    )
+    return [_caption(cell, width, title_size, note_size) for cell, width in in_column]
+
+
 def _caption(cell: Cell, width: int, title_size: int, note_size: int) -> np.ndarray:
-    """``(h, width, 3)`` picture of a caption; ``h`` is 0 without text."""
     lines = [
-        (line, size, bold, color)
-        for text, size, bold, color in (
-            (cell.title, title_size, True, _TITLE_COLOR),
-            (cell.note, note_size, False, _NOTE_COLOR),
-        )
-        for line in wrap_text(text, width, size, bold)
+        (line, title_size, True, _TITLE_COLOR)
+        for line in wrap_text(cell.title, width, title_size, True)
+    ] + [
+        (line, note_size, False, _NOTE_COLOR)
+        for line in wrap_text(cell.note, width, note_size)
     ]
-    if not lines:
-        return np.full((0, width, 3), 255, dtype=np.uint8)
-    heights = [text_mask(line, s, bold).shape[0] for line, s, bold, _ in lines]
-    below = max(3, title_size // 3)
-    caption = np.full((sum(heights) + below, width, 3), _BACKGROUND, dtype=np.uint8)
+    height = sum(line_height(size) for _, size, _, _ in lines)
+    below = max(3, title_size // 3) if lines else 0
+    caption = np.full((height + below, width, 3), _BACKGROUND, dtype=np.uint8)
     y = 0
-    for (line, size, bold, color), height in zip(lines, heights):
+    for line, size, bold, color in lines:
         draw_text(caption, line, (0, y), size=size, color=color, bold=bold)
-        y += height
+        y += line_height(size)
     return caption
 
 
 def _common_size(texts: Sequence[tuple[str, int]], size: int, bold: bool) -> int:
     """One font size for texts with their widths: a little smaller if that puts
     each on one line, otherwise the wanted size, to be wrapped."""
-    for smaller in range(size, max(MIN_FONT_SIZE, round(size * 0.8)) - 1, -1):
+    for smaller in range(size, round(size * 0.9) - 1, -1):
         if all(text_width(text, smaller, bold) <= width for text, width in texts):
             return smaller
     return size

@@ -8,12 +8,12 @@ import cv2
 import numpy as np
 import pytest
 
-from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.records import BoxExplanation, BoxSample, Detections, LayerMap
-from mmyolo_vis_hooks.render import boxam_panel as explainer_module
+from mmyolo_vis_hooks.render import boxam_panel as panel_module
 from mmyolo_vis_hooks.render import montage as montage_module
-from mmyolo_vis_hooks.render.boxam_panel import BoxAMPanel, crop_window
+from mmyolo_vis_hooks.render.box_layout import crop_window
+from mmyolo_vis_hooks.render.boxam_panel import BoxAMPanel
 from mmyolo_vis_hooks.render.heatmap import colormap_lut
 
 NAMES = ["cat", "dog", "car"]
@@ -73,13 +73,12 @@ def draw(monkeypatch):
     def run(given: BoxSample, *, located: bool = True, **options):
         seen = []
 
-        def spy(cells, *args):
-            if any(cell.title for cell in cells):
-                seen.append(list(cells))
-            return montage_module.montage(cells, *args)
+        def spy(cells, *args, **options):
+            seen.append(list(cells))
+            return montage_module.montage(cells, *args, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(explainer_module, "montage", spy)
+            patch.setattr(panel_module, "montage", spy)
             options = {"class_names": NAMES, "caption": "boxam · score", **options}
             panel = BoxAMPanel(**options)(given)
         assert panel.dtype == np.uint8
@@ -125,7 +124,9 @@ class TestCaptions:
             "the largest at each pixel"
         )
         high = sample().explanations[1].maps[0].saliency.max()
-        assert notes[3] == f"boxam · score · neck[1] 26x26 · map 0 to {high:.3g}"
+        assert (
+            notes[3] == f"boxam · score · neck[1] 26 x 26 cells · map 0 to {high:.3g}"
+        )
 
     def test_classes(self, draw):
         cells = draw(sample(silent=[2]), scope="class")
@@ -139,33 +140,74 @@ class TestCaptions:
     def test_image(self, draw):
         assert len(draw(sample(), scope="image")) == 2
 
-    def test_one_box(self, draw):
-        cells = draw(sample(boxes=BOXES[:1], labels=[2]), caption="")
-        assert [c.title for c in cells] == [
-            "000000000139",
-            "1 explained box",
-            "car 0.90",
-        ]
-        assert cells[1].note == "the map divided by its maximum"
+    def test_one_box_is_two_panels(self, draw):
+        first, second = draw(sample(boxes=BOXES[:1], labels=[2]))
+        assert first.title == "000000000139"
+        assert second.title == "car 0.90"
+        assert first.image_rgb.shape == second.image_rgb.shape
+        assert second.scale is not None
+
+    def test_one_class_is_two_panels(self, draw):
+        cells = draw(sample(labels=(1, 1, 1)), scope="class")
+        assert [cell.title for cell in cells] == ["000000000139", "dog (3 boxes)"]
+        assert cells[1].image_rgb.shape == (480, 640, 3)
+
+    def test_a_note_on_the_picture(self, draw):
+        given = replace(sample(), note="16 bits, stretched")
+        note = draw(given)[0].note
+        assert note.startswith("640 x 480 px · 16 bits, stretched · 3 boxes")
+
+    def test_boxes_that_are_written_alike_have_numbers(self, draw):
+        given = sample(labels=(1, 1, 0))
+        scores = np.array([0.701, 0.699, 0.70], np.float32)
+        given = replace(given, detections=replace(given.detections, scores=scores))
+        titles = ["dog 0.70 #1", "dog 0.70 #2", "cat 0.70"]
+        cells = draw(given)
+        assert [cell.title for cell in cells[2:]] == titles
+        maps = BoxAMPanel(class_names=NAMES).overlay_maps(given)
+        assert [overlay.title for overlay in maps[1:]] == titles
+        # The number is on the label in the first picture, too.
+        detections = replace(given.detections, scores=scores + 0.1 * (1 + np.arange(3)))
+        other = draw(replace(given, detections=detections))
+        assert other[2].title == "dog 0.80"
+        assert not np.array_equal(other[0].image_rgb, cells[0].image_rgb)
+
+    def test_an_unexplained_twin_counts_if_it_is_drawn(self, draw):
+        given = sample(labels=(1, 1, 0))
+        scores = np.full(3, 0.7, np.float32)
+        given = replace(given, detections=replace(given.detections, scores=scores))
+        given = replace(given, explanations=given.explanations[1:])
+        assert draw(given)[2].title == "dog 0.70 #1"
+        assert draw(given, score_thr=0.8)[2].title == "dog 0.70"
+
+    def test_unexplained_boxes_are_thin(self, draw):
+        given = sample()
+        given = replace(given, explanations=given.explanations[:1])
+        cells = draw(given, palette=[(255, 0, 0), (0, 255, 0)])
+        assert cells[0].note.endswith("with score > 0.3 · 1 explained, the others thin")
+        middle = cells[0].image_rgb[200]
+        assert (middle == (0, 255, 0)).all(axis=1)[60:80].sum() == 2
+        assert (middle == (255, 0, 0)).all(axis=1)[310:330].sum() == 1
 
     def test_layers(self, draw):
         given = with_maps(
             sample(), bump((90, 140), 20, stride=8), 3 * bump((90, 140), 9)
         )
         low, high = 0.0, given.explanations[0].maps[1].saliency.max()
-        note = plain(draw(given)[2].note)
+        note = plain(draw(given)[1].note)
         assert note == (
-            "boxam · score · max of normalised neck[0] 52x52, neck[1] 26x26 · "
+            "boxam · score · max of normalised neck[0] 52 x 52 cells, "
+            "neck[1] 26 x 26 cells · "
             f"maps {low:.3g} to {high:.3g}"
         )
-        note = draw(given, fusion="sum", normalize_layers=False)[2].note
-        assert "· sum of neck[0] 52x52, neck[1] 26x26 ·" in note
+        note = plain(draw(given, fusion="sum", normalize_layers=False)[1].note)
+        assert "· sum of neck[0] 52 x 52 cells, neck[1] 26 x 26 cells ·" in note
 
     def test_a_low_that_shows_is_written(self, draw):
         given = with_maps(
             sample(), np.linspace(0.5, 2, 169, dtype=np.float32).reshape(13, 13)
         )
-        assert plain(draw(given)[2].note).endswith("neck[0] 13x13 · map 0.5 to 2")
+        assert plain(draw(given)[1].note).endswith("13 x 13 cells · map 0.5 to 2")
 
     def test_norm_in_bbox(self, draw):
         note = draw(sample(), norm_in_bbox=True)[1].note
@@ -174,8 +216,8 @@ class TestCaptions:
     def test_a_warning_beside_a_map(self, draw):
         given = with_maps(sample(), bump((90, 140), 20), warning="grows with the seed")
         cells = draw(given)
-        assert cells[2].note.endswith(" · grows with the seed")
-        assert not is_grey(cells[2].image_rgb).all()
+        assert cells[1].note.endswith(" · grows with the seed")
+        assert not is_grey(cells[1].image_rgb).all()
 
     def test_a_label_without_a_name(self, draw):
         assert draw(sample(labels=(7, 0, 1)))[2].title == "class 7 0.90"
@@ -216,32 +258,15 @@ class TestWithoutDetections:
 
 
 class TestHeat:
-    def test_colours_by_hand(self):
-        explainer = BoxAMPanel(alpha=0.5)
-        image_rgb = np.full((1, 4, 3), 100, np.uint8)
-        saliency = np.array([[0.0, 0.25, 0.6, 1.0]], np.float32)
-        drawn = explainer._overlay(saliency, image_rgb)[0]
-        lut = colormap_lut("plasma")[:, 0].astype(float)
-        assert drawn[0].tolist() == [100, 100, 100]
-        for pixel, level, share in ((1, 64, 0.25), (2, 153, 0.5), (3, 255, 0.5)):
-            expected = 100 + (lut[level] - 100) * share
-            assert np.abs(drawn[pixel] - expected).max() <= 0.5
-
     def test_full_alpha_is_the_colour_of_the_bar(self, draw):
         cell = draw(sample(), alpha=1, scope="image", colormap="viridis")[1]
         peak = colormap_lut("viridis")[255, 0].astype(int)
-        picture = cell.image_rgb[:, :640].astype(int)
+        picture = cell.image_rgb.astype(int)
         close = (np.abs(picture - peak) <= 3).all(axis=2)
         for x1, y1, x2, y2 in BOXES:
             rows, columns = np.nonzero(close[y1:y2, x1:x2])
             assert abs(rows.mean() + 0.5 - (y2 - y1) / 2) < 5
             assert abs(columns.mean() + 0.5 - (x2 - x1) / 2) < 5
-        bar = cell.image_rgb[:, 648:]
-        assert np.abs(bar[2, 4].astype(int) - peak).max() <= 3
-
-    def test_alpha_zero_is_the_grey_image(self, draw):
-        cells = draw(sample(), alpha=0)
-        assert is_grey(cells[1].image_rgb[:, :640]).all()
 
     def test_far_from_the_boxes_is_the_grey_image(self, draw):
         picture = draw(sample())[1].image_rgb
@@ -273,7 +298,7 @@ class TestHeat:
 
     def test_norm_in_bbox_is_grey_outside(self, draw):
         given = with_maps(sample(), np.ones((13, 13), np.float32))
-        coloured = ~is_grey(draw(given, norm_in_bbox=True)[1].image_rgb[:, :640])
+        coloured = ~is_grey(draw(given, norm_in_bbox=True, scope="image")[1].image_rgb)
         rows, columns = np.nonzero(coloured)
         assert (rows.min(), rows.max() + 1) == pytest.approx((80, 240), abs=3)
         assert (columns.min(), columns.max() + 1) == pytest.approx((64, 224), abs=3)
@@ -286,7 +311,7 @@ class TestHeat:
         given = replace(
             with_maps(sample(), bump((100, 200), 12)), image_rgb=image_rgb, frame=frame
         )
-        picture = draw(given, alpha=1)[1].image_rgb[:, :640]
+        picture = draw(given, alpha=1, scope="image")[1].image_rgb
         peak = colormap_lut("plasma")[255, 0].astype(int)
         rows, columns = np.nonzero((np.abs(picture - peak) <= 6).all(axis=2))
         assert columns.mean() + 0.5 == pytest.approx(100 / 0.65, abs=8)
@@ -305,6 +330,7 @@ class TestWithoutInfluence:
         )
         assert is_grey(panel.image_rgb).all()
         assert panel.image_rgb.std() > 20
+        assert panel.scale is None
         # The others are as they would be without it.
         assert np.array_equal(cells[2].image_rgb, draw(sample())[2].image_rgb)
         assert panel.image_rgb.shape[1] == pytest.approx(cells[2].image_rgb.shape[1], 1)
@@ -332,9 +358,10 @@ class TestWithoutInfluence:
     def test_the_reason_where_none_is_given(self, draw, maps, options, part):
         maps = [np.where(m > 1e-6, m, 0).astype(np.float32) for m in maps]
         cells = draw(with_maps(sample(), *maps), **options)
-        assert cells[2].note.endswith(part)
-        assert cells[1].note.endswith("without influence")
+        assert cells[1].note.endswith(part)
         assert is_grey(cells[1].image_rgb).all()
+        joint = draw(with_maps(sample(), *maps), scope="image", **options)[1]
+        assert joint.note.endswith("without influence")
 
     def test_heat_in_the_padding(self, draw):
         saliency = np.zeros((26, 26), np.float32)
@@ -344,7 +371,7 @@ class TestWithoutInfluence:
             with_maps(sample(), saliency), image_rgb=photo(240, 640), frame=frame
         )
         cells = draw(given)
-        assert plain(cells[2].note).endswith(
+        assert plain(cells[1].note).endswith(
             "map 0 to 0 · the map is zero on the image; its heat lies in the padding"
         )
 
@@ -406,47 +433,81 @@ class TestWindow:
         image_rgb = np.full((480, 640, 3), 90, np.uint8)
         given = sample(image_rgb, boxes=[[200, 200, 260, 290], *BOXES[1:]])
         panel = draw(given, located=False, alpha=0)[2].image_rgb
-        height = panel.shape[0]
-        bar_free = panel[:, : int(height * 240 / 180) - 2]
-        rows, columns = np.nonzero((bar_free == 255).all(axis=2))
-        scale = height / 180
+        rows, columns = np.nonzero((panel == 255).all(axis=2))
+        scale = panel.shape[0] / 180
         assert columns.min() == pytest.approx(90 * scale, abs=1)
         assert columns.max() == pytest.approx(150 * scale - 1, abs=1)
         assert rows.min() == pytest.approx(45 * scale, abs=1)
         assert rows.max() == pytest.approx(135 * scale - 1, abs=1)
 
+    def test_the_only_panel_shows_all_that_is_strong(self, draw):
+        given = sample(np.full((480, 640, 3), 90, np.uint8))
+        # 40 pixels around the box's centre, and 400 pixels right of the box.
+        far = bump((416 * 0.9, 416 / 3), 10) + bump((416 * 0.225, 416 / 3), 10)
+        second = draw(with_maps(given, far), alpha=1)[1]
+        peak = colormap_lut("plasma")[255, 0].astype(int)
+        close = (np.abs(second.image_rgb - peak) <= 12).all(axis=2)
+        columns = np.flatnonzero(close.any(axis=0))
+        assert np.diff(columns).max() > 200
+
     def test_the_heat_is_where_the_object_is(self, draw):
         given = sample(np.full((480, 640, 3), 90, np.uint8))
         panel = draw(given, located=False, alpha=1)[2].image_rgb
-        x1, y1, x2, y2 = crop_window(np.array(BOXES[0]), (480, 640))
+        x1, y1, _, y2 = crop_window(np.array(BOXES[0]), (480, 640))
         scale = panel.shape[0] / (y2 - y1)
-        picture = panel[:, : round((x2 - x1) * scale)]
         peak = colormap_lut("plasma")[255, 0].astype(int)
-        rows, columns = np.nonzero((np.abs(picture - peak) <= 4).all(axis=2))
+        rows, columns = np.nonzero((np.abs(panel - peak) <= 4).all(axis=2))
         assert columns.mean() + 0.5 == pytest.approx((144 - x1) * scale, abs=3)
         assert rows.mean() + 0.5 == pytest.approx((160 - y1) * scale, abs=3)
 
 
 class TestLayout:
-    def test_panels_are_in_line_with_the_pictures_above(self):
-        given = sample(np.zeros((480, 640, 3), np.uint8))
-        panel = BoxAMPanel(alpha=0)(given)
-        black = (panel == 0).all(axis=2)
-        first_columns = [np.flatnonzero(row)[0] for row in black if row.mean() > 0.5]
-        assert len(set(first_columns)) == 1
+    @pytest.mark.parametrize("count", [3, 8])
+    def test_panels_are_in_line_with_the_pictures_above(self, count):
+        boxes = [BOXES[i % 3] for i in range(count)]
+        given = sample(np.zeros((480, 640, 3), np.uint8), boxes, [0] * count)
+        black = (BoxAMPanel(alpha=0, score_thr=1)(given) == 0).all(axis=2)
+        lefts, rights = zip(
+            *[np.flatnonzero(row)[[0, -1]] for row in black if row.mean() > 0.6]
+        )
+        assert len(set(lefts)) == 1
+        assert max(rights) - min(rights) < 8
+
+    @pytest.mark.parametrize(("count", "columns"), [(4, 4), (5, 5), (7, 4)])
+    @pytest.mark.parametrize("image_hw", [(480, 640), (427, 640)])
+    def test_no_panel_is_alone_in_its_row(self, monkeypatch, image_hw, count, columns):
+        seen = []
+        monkeypatch.setattr(
+            panel_module,
+            "montage",
+            lambda cells, grid, **options: (
+                seen.append(grid) or montage_module.montage(cells, grid, **options)
+            ),
+        )
+        boxes = [BOXES[i % 3] for i in range(count)]
+        BoxAMPanel()(sample(photo(*image_hw), boxes, [0] * count))
+        assert seen[1][1] == columns
+
+    def test_a_bar_in_each_row(self, draw):
+        cells = draw(sample())
+        assert cells[0].scale is None
+        assert cells[1].scale.label == "share of the map's maximum"
+        assert {(c.scale.low, c.scale.high, c.scale.label) for c in cells[2:]} == {
+            (0.0, 1.0, "")
+        }
 
     @pytest.mark.parametrize(
-        "image_hw", [(480, 640), (640, 427), (1, 1), (30, 900), (900, 30), (2000, 3000)]
+        "image_hw", [(640, 427), (1, 1), (3, 5), (30, 900), (900, 30), (2000, 3000)]
     )
-    @pytest.mark.parametrize("count", [1, 2, 5, 13])
+    @pytest.mark.parametrize("count", [0, 1, 2, 13])
     def test_any_image_and_number(self, image_hw, count):
         scale = np.array([image_hw[1] / 640, image_hw[0] / 480] * 2)
         boxes = [np.array(BOXES[i % 3]) * scale for i in range(count)]
         given = sample(photo(*image_hw), boxes, [i % 3 for i in range(count)])
-        for scope in ("box", "class"):
+        for scope in ("box", "class", "image"):
             panel = BoxAMPanel(scope=scope)(given)
             assert panel.ndim == 3
-            assert panel.shape[1] < 3 * 1024 + 300
+            assert panel.shape[1] < 2 * 1024 + 300
 
     @pytest.mark.parametrize("max_cell_size", [64, 300, 1024])
     def test_no_picture_is_larger_than_allowed(self, draw, max_cell_size):
@@ -456,7 +517,7 @@ class TestLayout:
             for cell in draw(given, located=False, max_cell_size=max_cell_size):
                 height, width = cell.image_rgb.shape[:2]
                 assert height <= max_cell_size
-                assert width <= max_cell_size + 80  # the colour bar
+                assert width <= max_cell_size
 
     def test_a_small_image_is_enlarged(self, draw):
         cells = draw(sample(photo(48, 64), boxes=[[5, 5, 20, 30]], labels=[0]))
@@ -499,41 +560,10 @@ def test_read_only_arrays_can_be_drawn():
 
 
 class TestOptions:
-    @pytest.mark.parametrize(
-        ("options", "parts"),
-        [
-            (dict(scope="boxes"), ["scope='boxes'", "did you mean 'box'", "'image'"]),
-            (dict(scope=None), ["scope=None", "'class'"]),
-            (dict(fusion="avg"), ["fusion='avg'", "'mean'"]),
-            (dict(fusion=["max"]), ["fusion=['max']", "'product'"]),
-            (dict(normalize_layers=1), ["normalize_layers=1", "True"]),
-            (dict(norm_in_bbox="no"), ["norm_in_bbox='no'", "False"]),
-            (dict(smooth=-0.1), ["smooth=-0.1", "0.1"]),
-            (dict(smooth=3), ["smooth=3", "0 (not smoothed)"]),
-            (dict(smooth=True), ["smooth=True"]),
-            (dict(smooth="0.1"), ["smooth='0.1'"]),
-            (dict(smooth=float("nan")), ["smooth=nan"]),
-            (dict(alpha=2), ["alpha=2"]),
-            (dict(colormap="plasm"), ["colormap='plasm'", "'plasma'"]),
-            (dict(score_thr=30), ["score_thr=30", "0 to 1"]),
-            (dict(max_cell_size=10), ["max_cell_size=10", "1024"]),
-            (dict(caption=None), ["caption=None", "'boxam · score'"]),
-        ],
-    )
-    def test_bad_values_name_argument_and_remedy(self, options, parts):
-        with pytest.raises(VisConfigError) as caught:
-            BoxAMPanel(**options)
-        for part in parts:
-            assert part in str(caught.value)
-
-    def test_keyword_only(self):
-        with pytest.raises(TypeError):
-            BoxAMPanel("box")
-
     def test_fusion_smooth_and_normalisation_reach_the_map(self, draw):
         given = with_maps(sample(), bump((60, 100), 20), 5 * bump((130, 180), 20))
         pictures = [
-            draw(given, **options)[1].image_rgb
+            draw(given, scope="image", **options)[1].image_rgb
             for options in (
                 {},
                 dict(fusion="sum"),

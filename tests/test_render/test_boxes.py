@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
@@ -8,6 +9,7 @@ from mmyolo_vis_hooks.render.boxes import (
     class_color,
     contrast_color,
     draw_detections,
+    outline_boxes,
 )
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -165,31 +167,120 @@ class TestLabels:
         )
         assert drawn.shape == (120, 160, 3)
 
-    def test_labels_of_stacked_boxes_do_not_hide_each_other(self):
-        boxes = [[100, 150, 300, 250]] * 3
-        palette = [RED, GREEN, BLUE]
-        options = dict(
-            palette=palette,
-            class_names=["aaaa", "bbbb", "cccc"],
-            line_width=1,
-            font_size=30,
-        )
-        drawn = draw_detections(
-            grey(400, 400), detections(*boxes, labels=[0, 1, 2]), **options
-        )
-        # The outlines of 600 pixels hide each other, the chips must not.
-        for i, color in enumerate(palette):
-            alone = draw_detections(
-                grey(400, 400), detections(boxes[0], labels=[i]), **options
-            )
-            chip = pixels_of(alone, color).sum() - 600
-            assert chip > 2000
-            assert pixels_of(drawn, color).sum() > 0.9 * chip
-
     @pytest.mark.parametrize("shape", [(3, 3), (1, 50), (50, 1), (8, 400)])
     def test_tiny_images(self, shape):
         drawn = draw_detections(grey(*shape), detections([0, 0, 3, 3]))
         assert drawn.shape == (*shape, 3)
+
+
+def chip_rows(drawn: np.ndarray, color, width: int = 20) -> np.ndarray:
+    """Rows in which a label lies: no line is so wide a part of them."""
+    chip = pixels_of(drawn, color)
+    return np.flatnonzero(chip.sum(axis=1) > width)
+
+
+class TestPlaces:
+    OPTIONS = dict(line_width=1, font_size=20, class_names=["aaaa", "bbbb", "cccc"])
+
+    def chips(self, boxes, size=600, **options) -> list[int]:
+        """Pixels of each label: a class each, drawn with and without the others."""
+        palette = [
+            tuple(c) for c in np.random.default_rng(0).integers(90, 250, (99, 3))
+        ]
+        names = [f"label {i}" for i in range(len(boxes))]
+        given = dict(line_width=1, font_size=20, palette=palette, class_names=names)
+        scores = np.linspace(0.9, 0.1, len(boxes)).tolist()
+        labels = list(range(len(boxes)))
+        drawn = draw_detections(
+            np.zeros((size, size, 3), np.uint8),
+            detections(*boxes, scores=scores, labels=labels),
+            **given,
+            **options,
+        )
+        # Chips are 23 rows high; lines and the edges in them are thinner.
+        counts = []
+        for color in palette[: len(boxes)]:
+            mask = pixels_of(drawn, color).astype(np.uint8)
+            kept = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+            counts.append(int(kept.sum()))
+        return counts
+
+    def test_labels_of_stacked_boxes_do_not_hide_each_other(self):
+        [alone] = self.chips([[150, 250, 450, 350]])
+        assert alone > 500
+        counts = self.chips([[150, 250, 450, 350]] * 8)
+        assert all(count > 0.6 * alone for count in counts)
+
+    def test_a_label_is_dropped_rather_than_laid_over_another(self):
+        [alone] = self.chips([[150, 250, 450, 350]])
+        counts = self.chips([[150, 250, 450, 350]] * 20)
+        assert sum(count > 0.6 * alone for count in counts) >= 8
+        assert all(count > 0.6 * alone or count < 0.1 * alone for count in counts)
+        assert counts == sorted(counts, key=lambda count: count < 0.1 * alone)
+
+    def test_a_label_does_not_cover_small_boxes(self):
+        small = [[x, 180, x + 30, 197] for x in range(100, 500, 40)]
+        # The usual place, above on the left, would hide them.
+        boxes = [[100, 200, 500, 400], *small]
+        drawn = draw_detections(
+            np.zeros((600, 600, 3), np.uint8),
+            detections(
+                *boxes, scores=[0.9] + [0.5] * len(small), labels=[0] + [1] * 10
+            ),
+            palette=[RED, GREEN],
+            faint=range(1, 11),
+            **self.OPTIONS,
+        )
+        assert not pixels_of(drawn, RED)[175:200].any()
+        assert len(chip_rows(drawn[202:300], RED)) > 15
+
+    def test_a_crowd_keeps_its_picture(self):
+        corners = np.random.default_rng(0).uniform(0, 560, (300, 2))
+        boxes = np.hstack([corners, corners + 40]).tolist()
+        drawn = draw_detections(
+            np.zeros((600, 600, 3), np.uint8),
+            detections(*boxes),
+            palette=[RED],
+            line_width=1,
+        )
+        mask = pixels_of(drawn, RED).astype(np.uint8)
+        chips = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+        chips = cv2.morphologyEx(chips, cv2.MORPH_OPEN, np.ones((9, 9), np.uint8))
+        assert 0.02 < chips.mean() < 0.3
+
+
+class TestFaint:
+    def test_thinner_paler_and_below(self):
+        boxes = [20, 40, 100, 100], [20, 40, 100, 100]
+        options = dict(palette=[RED, GREEN], line_width=3, font_size=12)
+        drawn = draw_detections(
+            grey(),
+            detections(*boxes, scores=[0.9, 0.4], labels=[0, 1]),
+            faint=[0],
+            **options,
+        )
+        assert tuple(drawn[70, 20]) == GREEN
+        alone = draw_detections(grey(), detections(boxes[0]), faint=[0], **options)
+        assert pixels_of(alone, RED)[70, :60].sum() == 1
+        assert pixels_of(alone, (255, 127, 127)).sum() > 200
+
+    def test_numbers_are_on_the_labels(self):
+        plain, numbered, other = (
+            draw_detections(grey(), detections([20, 40, 100, 90]), numbers=numbers)
+            for numbers in ({}, {0: 2}, {1: 2})
+        )
+        assert not np.array_equal(plain, numbered)
+        assert np.array_equal(plain, other)
+
+
+@pytest.mark.parametrize("box", [[np.nan, 0, 9, 9], [500, 9, 600, 40]])
+def test_outlines_off_the_image_are_left_out(box):
+    drawn = grey()
+    outline_boxes(drawn, [np.array(box)])
+    assert np.array_equal(drawn, grey())
+    outline_boxes(drawn, [np.array([20, 30, 60, 70])])
+    assert pixels_of(drawn, (255, 255, 255))[30:70, 20].all()
+    assert pixels_of(drawn, (0, 0, 0))[30:70, 19].all()
 
 
 class TestColors:

@@ -11,14 +11,12 @@ from mmengine.visualization import Visualizer
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.records import Activation, Detections, VisSample
-from mmyolo_vis_hooks.render import featmap_panel as explainer_module
+from mmyolo_vis_hooks.render import featmap_panel as panel_module
 from mmyolo_vis_hooks.render import montage as montage_module
-from mmyolo_vis_hooks.render.featmap_panel import (
-    FeatMapPanel,
-    overlay_feature_map,
-    resized_frame,
-)
+from mmyolo_vis_hooks.render.colorbar import ColorScale
+from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel, overlay_feature_map
 from mmyolo_vis_hooks.render.heatmap import color_heatmap
+from mmyolo_vis_hooks.render.overview import resized_frame
 
 CASES = [
     # feature map, image
@@ -269,14 +267,14 @@ def cells(monkeypatch):
     seen = []
 
     def spy(given, *args):
-        seen.append(list(given))
+        seen.append([replace(c, note=c.note.replace("\u00a0", " ")) for c in given])
         return montage_module.montage(given, *args)
 
-    monkeypatch.setattr(explainer_module, "montage", spy)
+    monkeypatch.setattr(panel_module, "montage", spy)
     return seen
 
 
-class TestExplainer:
+class TestPanel:
     def test_one_cell_per_layer_with_its_caption(self, cells):
         panel = FeatMapPanel()(sample(layers=("backbone", "neck", "neck.out")))
         assert panel.dtype == np.uint8
@@ -286,10 +284,11 @@ class TestExplainer:
         assert row[0].note == "330 x 240 px · 2 boxes with score > 0.3"
         for i, cell in enumerate(row[1:]):
             feature_map = random_map(8, 6, 7, seed=i)
-            assert "(8, 6, 7) · channel " in cell.note
+            assert cell.note.startswith("8 channels of 7 x 6 cells · channel ")
             channel = int(cell.note.split("channel ")[1].split(" ")[0])
-            low, high = feature_map[channel].min(), feature_map[channel].max()
+            low, high = (float(v) for v in feature_map[channel].aminmax())
             assert cell.note.endswith(f"values {low:.3g} to {high:.3g}")
+            assert cell.scale == ColorScale("jet", low, high)
 
     def test_cell_is_the_bare_overlay(self, cells):
         # At this size nothing is resized.
@@ -352,13 +351,9 @@ class TestExplainer:
         assert np.array_equal(cells[0][0].image_rgb, given.image_rgb)
 
     def test_class_names_and_palette_reach_the_boxes(self, cells):
-        explainers = [
-            FeatMapPanel(),
-            FeatMapPanel(class_names=["cat", "dog"]),
-            FeatMapPanel(palette=[(1, 2, 3), (4, 5, 6)]),
-        ]
-        for explainer in explainers:
-            explainer(sample())
+        FeatMapPanel()(sample())
+        FeatMapPanel(class_names=["cat", "dog"])(sample())
+        FeatMapPanel(palette=[(1, 2, 3), (4, 5, 6)])(sample())
         first = [row[0].image_rgb for row in cells]
         assert not np.array_equal(first[0], first[1])
         assert not np.array_equal(first[0], first[2])
@@ -397,7 +392,9 @@ class TestExplainer:
 
     def test_picture_of_three_channels(self, cells):
         FeatMapPanel(channel_reduction=None, topk=-1)(sample(channels=3))
-        assert cells[0][1].note.startswith("(3, 6, 7) · as a picture · values ")
+        assert cells[0][1].note.startswith(
+            "3 channels of 7 x 6 cells · as a picture · values "
+        )
 
     @pytest.mark.parametrize(
         ("image_hw", "cell_hw"),
@@ -441,8 +438,7 @@ class TestExplainer:
                 np.array([0]),
             ),
         )
-        explainer = FeatMapPanel(palette=[(255, 0, 0)])
-        explainer(given)
+        FeatMapPanel(palette=[(255, 0, 0)])(given)
         first = cells[0][0].image_rgb
         scale = 320 / 120
         red = (first == (255, 0, 0)).all(axis=2)[round(41 * scale) :]
@@ -486,40 +482,33 @@ class TestExplainer:
         assert len(cells[0]) == 2
 
     def test_error_names_the_layer(self):
-        explainer = FeatMapPanel(channel_reduction=None, topk=-1)
+        panel = FeatMapPanel(channel_reduction=None, topk=-1)
         with pytest.raises(VisConfigError, match=r"layer .backbone.: .*has 8"):
-            explainer(sample())
+            panel(sample())
         flat = Activation("head.fc", 0, (), torch.zeros(8))
         with pytest.raises(FeatureShapeError, match=r"head\.fc.*\(8,\)"):
             FeatMapPanel()(replace(sample(), activations=(flat,)))
 
 
-class TestOptions:
-    @pytest.mark.parametrize(
-        ("options", "parts"),
-        [
-            (dict(channel_reduction="max"), ["channel_reduction='max'", "select_max"]),
-            (dict(channel_reduction=None, topk=9), ["topk=9", "arrangement"]),
-            (dict(arrangement=4), ["arrangement=4"]),
-            (dict(alpha=2), ["alpha=2"]),
-            (dict(colormap="jett"), ["colormap='jett'", "'jet'"]),
-            (dict(score_thr="0.3"), ["score_thr='0.3'"]),
-            (dict(score_thr=None), ["score_thr=None", "1 draws no box"]),
-            (dict(score_thr=30), ["score_thr=30", "0 to 1"]),
-            (dict(score_thr=float("nan")), ["score_thr=nan", "0 to 1"]),
-            (dict(max_cell_size=10), ["max_cell_size=10", "1024"]),
-            (dict(max_cell_size=512.0), ["max_cell_size=512.0"]),
-        ],
-    )
-    def test_bad_values_name_argument_and_remedy(self, options, parts):
-        with pytest.raises(VisConfigError) as caught:
-            FeatMapPanel(**options)
-        for part in parts:
-            assert part in str(caught.value)
+def test_bars_without_a_range(cells):
+    """Tiles have a range each, a constant map has none."""
+    FeatMapPanel(channel_reduction=None, topk=3)(sample())
+    assert cells[0][1].scale == ColorScale("jet", None, None)
+    given = sample(layers=("neck",))
+    flat = replace(given.activations[0], feature_map=torch.full((4, 3, 3), 0.3))
+    FeatMapPanel()(replace(given, activations=(flat,)))
+    assert cells[1][1].scale is None
 
-    def test_keyword_only(self):
-        with pytest.raises(TypeError):
-            FeatMapPanel("select_max")
+
+def test_a_note_on_the_picture(cells):
+    FeatMapPanel()(replace(sample(), note="one channel, grey"))
+    assert cells[0][0].note.startswith("330 x 240 px · one channel, grey · 2 boxes")
+
+
+def test_an_arrangement_that_nobody_could_open():
+    panel = FeatMapPanel(channel_reduction=None, topk=4, arrangement=(1000, 1000))
+    with pytest.raises(VisConfigError, match=r"arrangement=\(1000, 1000\)"):
+        panel(sample())
 
 
 def test_resized_frame_covers_the_same_network_pixels():

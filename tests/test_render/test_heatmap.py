@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import warnings
-
 import cv2
 import matplotlib
 import numpy as np
@@ -13,6 +11,7 @@ from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.render.heatmap import (
     color_heatmap,
     colormap_lut,
+    fade_heatmap,
     overlay_heatmap,
     stretch_to_levels,
     validate_overlay_options,
@@ -142,8 +141,20 @@ class TestOverlay:
         with pytest.raises(VisConfigError, match="alpha="):
             validate_overlay_options(alpha, "jet")
 
-    def test_good_options(self):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for alpha in (0, 0.5, 1, np.float32(0.5)):
-                validate_overlay_options(alpha, "magma")
+
+class TestFade:
+    def test_by_hand(self):
+        saliency = np.array([[0.0, 0.25, 0.6, 1.0]], np.float32)
+        drawn = fade_heatmap(saliency, np.full((1, 4, 3), 100, np.uint8), alpha=0.5)[0]
+        lut = colormap_lut("plasma")[:, 0].astype(float)
+        assert drawn[0].tolist() == [100, 100, 100]
+        for pixel, level, share in ((1, 64, 0.25), (2, 153, 0.5), (3, 255, 0.5)):
+            expected = 100 + (lut[level] - 100) * share
+            assert np.abs(drawn[pixel] - expected).max() <= 0.5
+
+    def test_without_heat_it_is_the_grey_image(self):
+        photo = image(5, 6)
+        grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
+        for saliency, alpha in ((np.zeros((5, 6)), 1.0), (np.ones((5, 6)), 0.0)):
+            drawn = fade_heatmap(saliency.astype(np.float32), photo, alpha=alpha)
+            assert np.array_equal(drawn, np.dstack([grey] * 3))

@@ -3,7 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.render import montage as montage_module
+from mmyolo_vis_hooks.render.colorbar import ColorScale, colorbar
 from mmyolo_vis_hooks.render.montage import (
     Cell,
     cell_size_hw,
@@ -72,13 +74,18 @@ class TestArrangement:
         [
             (1, (1, 1), (1, 1)),
             (2, (1, 1), (1, 2)),
+            (3, (2, 3), (1, 3)),
+            (3, (9, 16), (1, 3)),
             (4, (1, 1), (2, 2)),
-            (5, (1, 1), (2, 3)),
+            (4, (16, 9), (1, 4)),
+            (4, (20, 1024), (4, 1)),
             (5, (3, 4), (2, 3)),
             (5, (9, 16), (2, 3)),
             (6, (1, 1), (2, 3)),
-            (4, (16, 9), (1, 4)),
-            (4, (20, 1024), (4, 1)),
+            (7, (2, 3), (2, 4)),
+            (7, (1, 2), (2, 4)),
+            (10, (3, 4), (2, 5)),
+            (13, (3, 4), (3, 5)),
         ],
     )
     def test_suits_a_screen(self, count, cell_hw, expected):
@@ -88,6 +95,14 @@ class TestArrangement:
     def test_every_cell_has_a_place_and_no_row_is_empty(self, count):
         rows, columns = grid_arrangement(count)
         assert rows * columns >= count > (rows - 1) * columns
+
+    @pytest.mark.parametrize(
+        "cell_hw", [(1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3)]
+    )
+    def test_no_cell_is_alone(self, cell_hw):
+        for count in range(3, 60):
+            _, columns = grid_arrangement(count, cell_hw)
+            assert columns == 1 or count % columns != 1
 
 
 class TestMontage:
@@ -142,8 +157,12 @@ class TestMontage:
 
         monkeypatch.setattr(montage_module, "draw_text", spy)
         montage([Cell(plain(300, width, (0, 0, 0)), LONG_TITLE, NOTE)])
-        expected = (LONG_TITLE + NOTE).replace(" ", "")
-        assert "".join(drawn).replace(" ", "") == expected
+        # A separator at the end of a line is left out.
+        expected, found = (
+            text.replace(" ", "").replace("·", "")
+            for text in (LONG_TITLE + NOTE, "".join(drawn))
+        )
+        assert found == expected
 
     def test_captions_stay_in_their_column(self):
         cells = [Cell(plain(300, 300, (0, 0, 255)), LONG_TITLE, NOTE)] * 2
@@ -186,6 +205,37 @@ class TestMontage:
             montage([])
         with pytest.raises(ValueError, match="do not fit"):
             montage([Cell(plain(9, 9, 0))] * 5, (2, 2))
+        with pytest.raises(VisConfigError, match="65500 on a side"):
+            montage([Cell(plain(9, 400, 0))] * 200, (1, 200))
+
+    @pytest.mark.parametrize("count", [2, 3, 4])
+    def test_one_bar_in_a_row_beside_its_last_picture(self, count):
+        scale = ColorScale("viridis", 0.0, 2.0)
+        cells = [Cell(plain(120, 210, color_of(0)), "image")]
+        cells += [
+            Cell(plain(120, 210, color_of(i)), "map", "", scale) for i in (1, 2, 3)
+        ]
+        panel = montage(cells[:count], (2, 2))
+        bar = colorbar(120, scale)
+        for place in {1, count - 1}:
+            _, y, x, _ = positions(panel, color_of(place))
+            found = panel[y : y + 120, x + 8 : x + 8 + bar.shape[1]]
+            assert np.array_equal(found, bar)
+        if count == 4:  # nothing between the two of the second row
+            _, y, x, _ = positions(panel, color_of(2))
+            assert (
+                panel[y : y + 120, x : positions(panel, color_of(3))[0]] == 255
+            ).all()
+
+    def test_a_bar_for_different_ranges_has_no_numbers(self):
+        cells = [
+            Cell(plain(120, 210, color_of(i)), scale=ColorScale("jet", 0.0, high))
+            for i, high in enumerate((1.0, 2.0))
+        ]
+        panel = montage(cells, (1, 2))
+        _, y, x, _ = positions(panel, color_of(1))
+        bar = colorbar(120, ColorScale("jet", None, None))
+        assert np.array_equal(panel[y : y + 120, x + 8 : x + 8 + bar.shape[1]], bar)
 
 
 class TestTileBlock:
@@ -218,3 +268,7 @@ class TestTileBlock:
     def test_too_many_tiles(self):
         with pytest.raises(ValueError, match="do not fit"):
             tile_block([plain(9, 9, 0)] * 5, [""] * 5, (2, 2))
+
+    def test_too_large(self):
+        with pytest.raises(VisConfigError, match=r"arrangement=\(1000, 1000\).*268"):
+            tile_block([plain(9, 20, 0)], [""], (1000, 1000), gap=4)

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 
 from mmyolo_vis_hooks.render import text as text_module
 from mmyolo_vis_hooks.render.text import (
@@ -10,7 +16,6 @@ from mmyolo_vis_hooks.render.text import (
     is_drawable,
     line_height,
     shorten_text,
-    text_mask,
     text_width,
     wrap_text,
 )
@@ -18,97 +23,112 @@ from mmyolo_vis_hooks.render.text import (
 TITLE = "neck.bottom_up_blocks[1].blocks[0].final_conv.activate (call 2)"
 
 
-def white(height: int = 60, width: int = 200) -> np.ndarray:
-    return np.full((height, width, 3), 255, dtype=np.uint8)
+def ink(text: str, xy=(0, 0), shape=(60, 400), **options) -> np.ndarray:
+    canvas = np.full((*shape, 3), 255, dtype=np.uint8)
+    draw_text(canvas, text, xy, **{"size": 20, "color": (0, 0, 0), **options})
+    return 255 - canvas
 
 
-class TestMask:
+@pytest.fixture
+def fonts(monkeypatch):
+    """Gives the machine other fonts, besides the shipped one."""
+
+    def clear() -> None:
+        text_module._undrawable.clear()
+        for value in vars(text_module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+    def install(*paths: str) -> None:
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(paths))
+        clear()
+
+    yield install
+    monkeypatch.undo()
+    clear()
+
+
+class TestDraw:
     def test_lines_share_height_and_baseline(self):
-        heights = {text_mask(t, 16).shape[0] for t in ("a", "Ag", "...", "Äß{}")}
-        assert heights == {line_height(16)}
-        # 'x' and 'xg' have their x in the same rows.
-        x, xg = text_mask("x", 16), text_mask("xg", 16)
-        width = x.shape[1] - 1
+        x, xg = ink("x"), ink("xg")
+        width = text_width("x", 20) - 1
         assert np.array_equal(x[:, :width], xg[:, :width])
+        assert not ink("Äß{}g")[line_height(20) :].any()
 
     @pytest.mark.parametrize("text", ["é", "Ω", "ж", "→", "naïve café"])
     def test_unicode_is_drawn(self, text):
         assert is_drawable(text)
-        assert text_mask(text, 16).any()
-        assert not np.array_equal(text_mask(text, 16), text_mask("\uffff", 16))
+        assert ink(text).any()
+        assert not np.array_equal(ink(text), ink("?" * len(text)))
 
     def test_bold_is_heavier(self):
-        regular, bold = text_mask("neck", 20), text_mask("neck", 20, True)
-        assert bold.astype(int).sum() > regular.astype(int).sum()
+        assert ink("neck", bold=True).sum() > ink("neck").sum()
 
-    def test_line_breaks_become_spaces(self):
+    def test_width_holds_all_of_the_ink(self):
+        for text in ("WAV", "fj", TITLE, "1.0"):
+            columns = np.nonzero(ink(text, shape=(40, 900)).any(axis=(0, 2)))[0]
+            assert 0 <= text_width(text, 20) - 1 - columns.max() <= 3
+
+    def test_control_characters_become_spaces(self):
         assert clean_text("a\nb\tc\x00") == "a b c "
-        assert text_mask("a\nb", 16).shape == text_mask("a b", 16).shape
+        assert np.array_equal(ink("a\nb"), ink("a b"))
 
-    def test_missing_glyphs(self, monkeypatch):
-        monkeypatch.setattr(text_module, "_fallback_paths", tuple)
-        text_module._font_path.cache_clear()
-        try:
-            assert not is_drawable("狗")
-            assert text_mask("狗", 16).any()
-        finally:
-            text_module._font_path.cache_clear()
-
-    def test_fallback_font_is_used(self, monkeypatch):
-        # A bold face stands in for an installed font with more characters.
-        fallback = str(text_module._shipped_font_folder() / "STIXGeneral.ttf")
-        only = next(iter(text_module._glyphs(fallback) - _dejavu_glyphs()))
-        monkeypatch.setattr(text_module, "_fallback_paths", lambda: (fallback,))
-        text_module._font_path.cache_clear()
-        try:
-            assert text_module._font_path(chr(only), False) == fallback
-            assert is_drawable(chr(only))
-        finally:
-            text_module._font_path.cache_clear()
-
-
-def _dejavu_glyphs() -> frozenset[int]:
-    folder = text_module._shipped_font_folder()
-    return text_module._glyphs(str(folder / "DejaVuSans.ttf"))
-
-
-class TestDraw:
     def test_ink_has_the_colour(self):
-        canvas = white()
+        canvas = np.full((60, 200, 3), 255, dtype=np.uint8)
         draw_text(canvas, "I", (10, 10), size=30, color=(200, 10, 30))
         assert (canvas == (200, 10, 30)).all(axis=2).any()
-        mask = text_mask("I", 30)
-        untouched = np.ones(canvas.shape[:2], dtype=bool)
-        untouched[10 : 10 + mask.shape[0], 10 : 10 + mask.shape[1]] = False
-        assert (canvas[untouched] == 255).all()
 
-    def test_known_paper_gives_the_same_pixels(self):
-        canvases = [np.full((60, 200, 3), (12, 200, 90), np.uint8) for _ in range(2)]
-        for canvas, paper in zip(canvases, (None, (12, 200, 90))):
-            draw_text(
-                canvas, "dog 0.87", (9, 7), size=20, color=(250, 3, 4), paper=paper
-            )
-        assert np.array_equal(*canvases)
-        assert (canvases[0] == (250, 3, 4)).all(axis=2).any()
-
-    @pytest.mark.parametrize("xy", [(-5, -5), (190, 50), (-500, 3), (3, 500)])
+    @pytest.mark.parametrize("xy", [(-5, -5), (190, 50), (-500, 3), (3, 500), (3, -40)])
     def test_cut_off_at_the_edge(self, xy):
-        canvas = white()
-        draw_text(canvas, "channel: 7", xy, size=16, color=(0, 0, 0))
-        full = np.full((1200, 1200, 3), 255, dtype=np.uint8)
-        draw_text(
-            full, "channel: 7", (xy[0] + 550, xy[1] + 550), size=16, color=(0,) * 3
+        full = ink("channel: 7", (xy[0] + 550, xy[1] + 550), (1200, 1200))
+        cut = ink("channel: 7", xy, (60, 200))
+        assert np.array_equal(cut, full[550:610, 550:750])
+
+
+class TestFonts:
+    def test_a_missing_font_is_said_once(self, fonts, caplog, monkeypatch):
+        fonts()
+        lines = []
+        monkeypatch.setattr(
+            text_module,
+            "print_log",
+            lambda text, **options: lines.append((text, options)),
         )
-        assert np.array_equal(canvas, full[550:610, 550:750])
+        assert not is_drawable("狗")
+        assert not is_drawable("猫")
+        [(text, options)] = lines
+        assert "'狗'" in text
+        assert "fonts-noto-cjk" in text
+        assert options["level"] == logging.WARNING
+        # What can be read stays.
+        assert np.array_equal(ink("狗 12"), ink("? 12"))
+
+    def test_an_installed_font_is_used(self, fonts, tmp_path):
+        folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+        shipped, other = (
+            set(FT2Font(str(folder / name)).get_charmap())
+            for name in ("DejaVuSans.ttf", "STIXGeneral.ttf")
+        )
+        only = chr(min(c for c in other - shipped if chr(c).isprintable()))
+        fonts()
+        assert not is_drawable(only)
+        broken, path = tmp_path / "wqy.ttf", tmp_path / "NotoSansCJK.ttf"
+        broken.write_bytes(b"no font")
+        path.write_bytes((folder / "STIXGeneral.ttf").read_bytes())
+        fonts(str(broken), str(path))
+        assert is_drawable(only)
+        assert not np.array_equal(ink(only), ink("?"))
 
 
 class TestWrap:
     @pytest.mark.parametrize("width", [30, 60, 100, 200, 400])
-    @pytest.mark.parametrize("text", [TITLE, "a" * 70, "(64, 20, 20) · -0.5 to 3.25"])
+    @pytest.mark.parametrize("text", [TITLE, "a" * 70, "64 x 20 cells · -0.5 to 3.25"])
     def test_nothing_is_lost_and_every_line_fits(self, text, width):
         lines = wrap_text(text, width, 14)
         assert all(text_width(line, 14) <= width for line in lines)
-        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        kept = "".join(lines).replace(" ", "").replace("·", "")
+        assert kept == text.replace(" ", "").replace("·", "")
+        assert not any(line.endswith("·") for line in lines)
 
     def test_breaks_after_punctuation(self):
         lines = wrap_text("neck.blocks[0].conv", text_width("neck.blocks[0].c", 14), 14)
@@ -116,21 +136,17 @@ class TestWrap:
 
     def test_does_not_break_numbers(self):
         for width in range(60, 200, 7):
-            lines = wrap_text("values -0.278 to -3.125", width, 14)
+            lines = wrap_text("values -0.278 to -3.125e-05", width, 12)
             assert not any(line.endswith(("-", "0.", "3.")) for line in lines)
 
-    def test_short_and_empty(self):
+    def test_short_empty_and_too_narrow(self):
         assert wrap_text("neck", 100, 14) == ["neck"]
         assert wrap_text("", 100, 14) == []
-
-    def test_narrower_than_a_character(self):
         assert wrap_text("abc", 1, 14) == ["a", "b", "c"]
 
 
-class TestShorten:
-    def test_fits(self):
-        for width in range(0, 120, 5):
-            short = shorten_text("potted plant", width, 14)
-            assert text_width(short, 14) <= width
-        assert shorten_text("cat", 100, 14) == "cat"
-        assert shorten_text("potted plant", 60, 14).endswith("…")
+def test_shorten():
+    for width in range(0, 120, 5):
+        assert text_width(shorten_text("potted plant", width, 14), 14) <= width
+    assert shorten_text("cat", 100, 14) == "cat"
+    assert shorten_text("potted plant", 60, 14).endswith("…")

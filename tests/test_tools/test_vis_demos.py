@@ -159,6 +159,11 @@ def to_xyxy(outline: Sequence[float], size_wh: Sequence[int]) -> np.ndarray:
     return corners / 100 * np.array([*size_wh, *size_wh])
 
 
+def sizes(note: str) -> tuple[int, ...]:
+    """Channels, width and height that the caption of a feature map gives."""
+    return tuple(map(int, re.findall(r"\d+", note.split(" · ")[0])))
+
+
 def find_places(picture: np.ndarray) -> list[tuple[int, int, int, int]]:
     """Top, left, height and width of what lies on the white ground of a montage.
 
@@ -306,10 +311,10 @@ def blocks_of(tiles: list, rows: int, columns: int) -> list[list]:
 def test_alignments(drawn, real, alignment):
     run = drawn(featmap_tool, "--target-layers", "neck", "--alignment", alignment)
     assert {name for name, _ in run.boxes} >= {"bicycle", "dog"}
-    assert [note.split(" · ")[0] for note in run.notes] == [
-        "(64, 52, 52)",
-        "(64, 26, 26)",
-        "(64, 13, 13)",
+    assert [sizes(note) for note in run.notes] == [
+        (64, 52, 52),
+        (64, 26, 26),
+        (64, 13, 13),
     ]
     if alignment == "letterbox":
         assert run.entry["size"] == [768, 576]
@@ -378,8 +383,8 @@ def test_each_box_has_a_map_with_its_peak_inside(drawn, real):
 def test_classes_topk_scopes_and_shapes(drawn):
     run = drawn(boxam_tool, "--topk", "2", "--max-shape", "10", "10")
     assert [title.split()[0] for title in run.titles] == ["2", "bicycle", "dog"]
-    shapes = [re.findall(r"\d+x\d+", note) for note in run.notes[1:]]
-    assert shapes == [["10x10"], ["10x10"]]
+    notes = [note.replace("\u00a0", " ") for note in run.notes[1:]]
+    assert ["10 x 10 cells" in note for note in notes] == [True, True]
     # All boxes are drawn nevertheless.
     assert len(run.boxes) == 5
     run = drawn(boxam_tool, "--classes", "dog", "2", "--scope", "class")
@@ -707,13 +712,10 @@ def test_the_layers_of_the_guide_in_mmyolos_families(family, run, tmp_path_facto
     cells = find_cells(read_rgb("picture.png"))
     # A small image is enlarged.
     assert [cell.shape for cell in cells] == [(213, 320, 3)] * 6
-    shapes = [
-        tuple(map(int, re.findall(r"\d+", panel["note"].split(" · ")[0])))
-        for panel in entry["panels"]
-    ]
+    shapes = [sizes(panel["note"]) for panel in entry["panels"]]
     strides = [32, 8, 16, 32, 32]
-    heights = {shape[1] * stride for shape, stride in zip(shapes, strides)}
-    widths = {shape[2] * stride for shape, stride in zip(shapes, strides)}
+    widths = {shape[1] * stride for shape, stride in zip(shapes, strides)}
+    heights = {shape[2] * stride for shape, stride in zip(shapes, strides)}
     assert len(heights) == len(widths) == 1
     assert shapes[3] == shapes[4]
     (height,), (width,) = heights, widths
