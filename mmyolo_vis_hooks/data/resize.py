@@ -83,15 +83,18 @@ class AlignedResize(BaseTransform):
         """Resize ``results['img']`` and what belongs to it."""
         image_hw = results["img"].shape[:2]
         height, width = self.size_hw(image_hw)
-        shrinks = height * width < image_hw[0] * image_hw[1]
+        # What MMYOLO's own resize does, so that the network sees alike pixels; OpenCV
+        # has it for at most four channels.
+        by_area = height * width < image_hw[0] * image_hw[1] and (
+            results["img"].ndim == 2 or results["img"].shape[2] <= 4
+        )
         # It imports matplotlib; importing the package shall cost little.
         from mmdet.datasets.transforms import Resize
 
         resize = Resize(
             scale=(width, height),
             keep_ratio=False,
-            # What MMYOLO's own resize does, so that the network sees alike pixels.
-            interpolation="area" if shrinks else "bilinear",
+            interpolation="area" if by_area else "bilinear",
         )
         return resize(results)
 

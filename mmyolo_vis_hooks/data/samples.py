@@ -1,4 +1,4 @@
-"""Reads images and detections out of what MMDetection's pipeline and heads give."""
+"""Reads detections and classes out of what MMDetection's heads and data sets give."""
 
 from __future__ import annotations
 
@@ -6,61 +6,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import mmcv
 import numpy as np
-import torch
-from mmengine.fileio import get
 
-from ..errors import VisConfigError, VisError
+from ..errors import VisConfigError
 from ..records import Detections
-
-
-def load_image_rgb(img_path: str, backend_args: dict | None = None) -> np.ndarray:
-    """Load an image as the test pipelines do.
-
-    Args:
-        img_path (str): Path or URL that MMEngine's file backends understand.
-        backend_args (dict, optional): Arguments of the file backend.
-
-    Returns:
-        np.ndarray: ``(H, W, 3)`` uint8, RGB.
-
-    Raises:
-        VisError: If the file holds no image.
-    """
-    try:
-        image = mmcv.imfrombytes(get(img_path, backend_args=backend_args))
-    except OSError as error:
-        raise VisError(f"cannot read the image {img_path!r}: {error}") from error
-    if image is None:
-        raise VisError(f"{img_path!r} is no image that OpenCV can decode")
-    return mmcv.bgr2rgb(image)
-
-
-def network_image_rgb(inputs: torch.Tensor, preprocessor: Any) -> np.ndarray:
-    """Turn one normalised network input back into a picture.
-
-    Args:
-        inputs (Tensor): ``(3, H, W)``, as the data preprocessor gave it.
-        preprocessor (ImgDataPreprocessor): What normalised it.
-
-    Returns:
-        np.ndarray: ``(H, W, 3)`` uint8, RGB.
-    """
-    image = inputs.detach().float()
-    if getattr(preprocessor, "_enable_normalize", False):
-        mean, std = preprocessor.mean.to(image), preprocessor.std.to(image)
-        image = image * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
-    elif image.min() < 0 or image.max() <= 16:
-        # The test pipeline has normalised it, nobody knows how: full contrast.
-        image = (image - image.min()) * (255 / (image.max() - image.min() + 1e-12))
-    pixels = image.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    if pixels.shape[2] == 1:
-        pixels = pixels.repeat(3, axis=2)
-    # Images are loaded as BGR; without a conversion the network sees them so.
-    if not getattr(preprocessor, "_channel_conversion", False):
-        pixels = pixels[..., ::-1]
-    return np.ascontiguousarray(pixels)
 
 
 def detections_of(data_sample: Any) -> Detections:

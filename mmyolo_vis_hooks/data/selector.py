@@ -6,11 +6,9 @@ import bisect
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
-
-import numpy as np
 
 from ..errors import VisConfigError
 
@@ -25,19 +23,16 @@ class SelectedImage:
     Attributes:
         image_id: Unique within the selection; letters, digits, ``_`` and ``-``.
         img_id: What the dataset calls it.
-        img_path: Its file, or None for a dataset that holds images in memory.
+        img_path: Its file, or files, or None for a dataset that holds images in memory.
         dataset: The dataset that loads it, below all wrappers.
         index: Its index in ``dataset``.
-        image_rgb: ``(H, W, 3)`` uint8, RGB, where it is decoded already; None is
-            read from ``img_path``.
     """
 
     image_id: str
     img_id: Any
-    img_path: str | None
+    img_path: Any
     dataset: Any
     index: int
-    image_rgb: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 class ImageSelector:
@@ -67,13 +62,14 @@ class ImageSelector:
                     f"{len(dataset)} images; remove {outside}"
                 )
             indices = image_indices
-        self._by_key: dict[tuple[Any, str | None], SelectedImage] = {}
+        self._by_key: dict[tuple[Any, Any], SelectedImage] = {}
         taken: set[str] = set()
         for index in indices:
             leaf, leaf_index = resolve_index(dataset, index)
             info = leaf.get_data_info(leaf_index)
             img_id, img_path = info.get("img_id"), info.get("img_path")
-            key = (img_id, img_path)
+            # Multispectral images have a list of files.
+            key = (img_id, _hashable(img_path))
             if key in self._by_key:  # an image that a wrapper repeats
                 continue
             image_id = _unique(make_image_id(img_id, img_path, index), taken)
@@ -94,11 +90,13 @@ class ImageSelector:
                 or one of them.
         """
         if "img_id" in metainfo and "img_path" in metainfo:
-            return self._by_key.get((metainfo["img_id"], metainfo["img_path"]))
+            return self._by_key.get(
+                (metainfo["img_id"], _hashable(metainfo["img_path"]))
+            )
         for position, key in enumerate(("img_id", "img_path")):
             if key in metainfo:
                 for known, image in self._by_key.items():
-                    if known[position] == metainfo[key]:
+                    if known[position] == _hashable(metainfo[key]):
                         return image
         return None
 
@@ -163,12 +161,14 @@ def leaf_datasets(dataset: Any) -> list[Any]:
     return leaves
 
 
-def make_image_id(img_id: Any, img_path: str | None, index: int) -> str:
+def make_image_id(img_id: Any, img_path: Any, index: int) -> str:
     """Name an image for tags and file names.
 
     The name holds the dataset's id and the file's stem. Characters that a file
     name or a tag cannot hold are replaced and a short hash keeps it unique.
     """
+    if isinstance(img_path, (list, tuple)):
+        img_path = img_path[0] if img_path else None
     parts = [
         str(part)
         for part in (img_id, img_path and PurePath(img_path).stem)
@@ -179,6 +179,10 @@ def make_image_id(img_id: Any, img_path: str | None, index: int) -> str:
     if safe != name:
         safe += "-" + hashlib.sha1(name.encode()).hexdigest()[:8]
     return safe
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -311,6 +311,20 @@ def test_files_are_read_as_the_loader_reads_them(tmp_path, options, values, dtyp
     np.testing.assert_array_equal(entered.results["img"], values.squeeze())
 
 
+def test_multispectral_images(tmp_path):
+    paths = []
+    for i in range(5):
+        paths.append(str(tmp_path / f"{i}.png"))
+        cv2.imwrite(paths[-1], np.full((400, 600), 40 * i, np.uint8))
+    loader = TRANSFORMS.build(dict(type="LoadMultiChannelImageFromFiles"))
+    pipeline = packed(loader)
+    loaded = pipeline.load(dict(img_path=paths, img_id=1, instances=[]))
+    assert loaded.image_rgb[0, 0].tolist() == [80, 40, 0]
+    for step in (pipeline, pipeline.resize_only(loaded, divisor=32, stride=32)):
+        inputs = step.pack(loaded)["inputs"]
+        assert inputs[:, 5, 5].tolist() == [0, 40, 80, 120, 160]
+
+
 @pytest.mark.parametrize("kind", ["array", "pillow", "path"])
 def test_kinds_of_images(tmp_path, kind):
     path = tmp_path / "image.png"

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from mmdet.models import DetDataPreprocessor
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.structures import InstanceData
@@ -13,7 +12,6 @@ from mmengine.structures import InstanceData
 from mmyolo_vis_hooks.data.samples import (
     class_names_of,
     detections_of,
-    network_image_rgb,
     palette_of,
 )
 
@@ -73,23 +71,3 @@ def test_class_names():
     assert class_names_of(dict(CLASSES=("cat",))) == ("cat",)
     assert class_names_of(dict(classes="cat")) == ("cat",)
     assert class_names_of(dict(classes=None)) == ()
-
-
-def test_the_networks_input_becomes_the_picture_again():
-    picture = np.random.RandomState(0).randint(0, 256, (6, 8, 3)).astype(np.uint8)
-    bgr = torch.from_numpy(picture[..., ::-1].copy()).permute(2, 0, 1)
-    preprocessor = DetDataPreprocessor(
-        mean=[60.0, 50.0, 40.0], std=[50.0, 60.0, 70.0], bgr_to_rgb=True
-    )
-    data = preprocessor(dict(inputs=[bgr], data_samples=[DetDataSample()]))
-    found = network_image_rgb(data["inputs"][0], preprocessor)
-    np.testing.assert_array_equal(found, picture)
-    plain = DetDataPreprocessor()
-    data = plain(dict(inputs=[bgr], data_samples=[DetDataSample()]))
-    np.testing.assert_array_equal(network_image_rgb(data["inputs"][0], plain), picture)
-
-
-def test_an_input_that_the_pipeline_normalised_is_not_black():
-    normalised = torch.linspace(-2, 2, 3 * 4 * 5).reshape(3, 4, 5)
-    found = network_image_rgb(normalised, DetDataPreprocessor())
-    assert (found.min(), found.max()) == (0, 255)

@@ -17,8 +17,8 @@ from mmyolo_vis_hooks.errors import VisConfigError
 from tests.toy import SIZES, write_dataset
 
 
-def coco(root, **kwargs) -> CocoDataset:
-    return CocoDataset(
+def coco(root, kind=CocoDataset, **kwargs) -> CocoDataset:
+    return kind(
         data_root=str(root),
         ann_file="annotations.json",
         data_prefix=dict(img=""),
@@ -110,6 +110,19 @@ def test_image_ids_are_safe_and_unique():
         assert not set(name) - set(
             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
         )
+
+
+def test_images_of_several_files(root):
+    class Bands(CocoDataset):
+        def get_data_info(self, idx):
+            info = super().get_data_info(idx)
+            return {**info, "img_path": [info["img_path"], "nir.tif"]}
+
+    data = coco(root, kind=Bands)
+    (first, _) = ImageSelector(data, 2, None).images
+    assert first.image_id == "1_image"
+    metainfo = dict(img_id=1, img_path=list(first.img_path))
+    assert ImageSelector(data, 2, None).find(metainfo) == first
 
 
 def test_dataset_without_data_info_is_named():
