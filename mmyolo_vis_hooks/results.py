@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,10 @@ from typing import Any, Generic, TypeVar, overload
 import cv2
 import numpy as np
 
-from .attribution.methods import caption_of
 from .attribution.saliency import box_saliency
 from .declare import read_options
 from .errors import VisConfigError
-from .options import BoxAMOptions, FeatMapOptions
+from .options import BoxAMOptions
 from .publish.entries import page_entry
 from .publish.files import PICTURE_SUFFIXES, write_image
 from .publish.html_page import HtmlPage, PageEntry
@@ -36,47 +35,6 @@ _BOXAM_DRAWING = (
 _FEATMAP_DRAWING = (
     "channel_reduction", "topk", "arrangement", "alpha", "colormap", "score_thr",
 )  # fmt: skip
-
-
-def make_featmap_panel(
-    options: FeatMapOptions, class_names: Sequence[str], palette: Sequence[Any] | None
-) -> FeatMapPanel:
-    """Make what draws feature maps.
-
-    Args:
-        options (FeatMapOptions): How.
-        class_names (Sequence[str]): Names of the classes; may be empty.
-        palette (Sequence, optional): Their RGB colours.
-    """
-    return FeatMapPanel(
-        channel_reduction=options.channel_reduction,
-        topk=options.topk,
-        arrangement=options.arrangement,
-        alpha=options.alpha,
-        colormap=options.colormap,
-        score_thr=options.score_thr,
-        class_names=class_names,
-        palette=palette,
-    )
-
-
-def make_boxam_panel(
-    options: BoxAMOptions, class_names: Sequence[str], palette: Sequence[Any] | None
-) -> BoxAMPanel:
-    """Make what draws explained boxes; arguments as for the other panel."""
-    return BoxAMPanel(
-        scope=options.scope,
-        fusion=options.fusion,
-        normalize_layers=options.normalize_layers,
-        smooth=options.sigma,
-        norm_in_bbox=options.norm_in_bbox,
-        alpha=options.alpha,
-        colormap=options.colormap,
-        score_thr=options.score_thr,
-        caption=caption_of(options.method, options.target),
-        class_names=class_names,
-        palette=palette,
-    )
 
 
 @dataclass(frozen=True)
@@ -175,7 +133,7 @@ class _Result(Sequence[Item], Generic[Item]):
     _look: Look
     _drawing: tuple[str, ...]
     _fades: bool
-    _make_panel: Callable[..., Any]
+    _panel_kind: type
 
     @property
     def image_id(self) -> str:
@@ -313,7 +271,7 @@ class _Result(Sequence[Item], Generic[Item]):
             )
         changed = dataclasses.replace(self._look.options, **options)
         look = self._look
-        return self._make_panel(changed, look.class_names, look.palette)
+        return self._panel_kind(changed, look.class_names, look.palette)
 
     def _subset(self, indices: Sequence[int]) -> Any:
         raise NotImplementedError
@@ -338,7 +296,7 @@ class Explanations(_Result[Explanation]):
 
     _drawing = _BOXAM_DRAWING
     _fades = True
-    _make_panel = staticmethod(make_boxam_panel)
+    _panel_kind = BoxAMPanel
 
     def __init__(self, sample: BoxSample, look: Look) -> None:
         self._sample = sample
@@ -413,7 +371,7 @@ class FeatureMaps(_Result[FeatureMap]):
 
     _drawing = _FEATMAP_DRAWING
     _fades = False
-    _make_panel = staticmethod(make_featmap_panel)
+    _panel_kind = FeatMapPanel
 
     def __init__(self, sample: VisSample, look: Look) -> None:
         self._sample = sample

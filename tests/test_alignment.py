@@ -31,6 +31,7 @@ from mmyolo_vis_hooks.detector import (
 )
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from mmyolo_vis_hooks.options import FeatMapOptions
 from mmyolo_vis_hooks.records import VisSample
 from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel
 from mmyolo_vis_hooks.samples import SampleMaker
@@ -213,13 +214,13 @@ def panel_levels(explainer: FeatMapPanel, sample: VisSample) -> list[np.ndarray]
 
 
 def make_explainer(score_thr: float = 1.0) -> FeatMapPanel:
-    return FeatMapPanel(
+    options = FeatMapOptions(
         channel_reduction="squeeze_mean",
         alpha=1.0,
         colormap="gray",
         score_thr=score_thr,
-        max_cell_size=MAX_SIZE,
     )
+    return FeatMapPanel(options, max_cell_size=MAX_SIZE)
 
 
 def cells_off(drawn: Drawn) -> np.ndarray:

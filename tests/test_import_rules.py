@@ -41,7 +41,8 @@ def check_package(root: Path) -> list[str]:
         for line, problem in check_module(relative, tree):
             found.append(f"{relative}:{line}: {problem}")
         room = room_of(relative)
-        for line, module in imports(relative, tree):
+        only_types = set(type_imports(relative, tree))
+        for line, module in set(imports(relative, tree)) - only_types:
             other = inner_room(module)
             if room != "__init__" and other and other != room:
                 edges.setdefault((room, other), f"{relative}:{line}")
@@ -57,7 +58,10 @@ def check_module(relative: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
     level = LEVELS.get(room, 0)
     if len(relative.parts) > 1 and room not in LEVELS:
         yield 1, f"the folder {room} has no level in tests/test_import_rules.py"
+    only_types = set(type_imports(relative, tree))
     for line, module in imports(relative, tree):
+        if (line, module) in only_types and inner_room(module) == "options":
+            continue  # what options an object has is no dependency when it runs
         top = module.split(".")[0]
         other = inner_room(module)
         if LEVELS.get(other, 0) > level and room != "__init__":
@@ -106,6 +110,14 @@ def imports(relative: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, str(first.value)
 
 
+def type_imports(relative: Path, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Those of the imports that only type checkers see."""
+    for node in ast.walk(tree):
+        name = getattr(node.test, "id", "") if isinstance(node, ast.If) else ""
+        if name == "TYPE_CHECKING":
+            yield from imports(relative, ast.Module(node.body, []))
+
+
 def room_of(relative: Path) -> str:
     """The folder of a module, or its own name where it lies in none."""
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
@@ -133,6 +145,11 @@ def test_the_package_keeps_the_rules() -> None:
         ("render/deep/a.py", "from ...hooks.b import X", "render imports hooks"),
         ("records.py", "from .network import x", "records imports network"),
         ("data/a.py", "def f():\n    import mmyolo_vis_hooks.api", "data imports api"),
+        (
+            "render/a.py",
+            "if TYPE_CHECKING:\n    from ..api import x",
+            "render imports api",
+        ),
         ("api.py", "from mmengine.runner import Runner", "sees a Runner"),
         ("render/a.py", "def draw(image, runner): ...", "takes a runner"),
         ("hooks/a.py", "import mmyolo.models", "imports mmyolo"),
@@ -188,7 +205,8 @@ def test_what_is_allowed_passes(tmp_path: Path) -> None:
         "attribution/methods.py": "import pytorch_grad_cam",
         "publish/publisher.py": "from mmengine.visualization import WandbVisBackend"
         "\ndef f(v): return v._vis_backends",
-        "render/a.py": "from ..geometry import g\nfrom ..records import VisImage",
+        "render/a.py": "from ..geometry import g\nfrom ..records import VisImage\n"
+        "if TYPE_CHECKING:\n    from ..options import O",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

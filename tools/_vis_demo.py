@@ -291,9 +291,9 @@ class Demo:
             page = HtmlPage(
                 self.args.out_dir,
                 title=f"{self.args.title} · {os.path.basename(self.args.config)}",
-                colormap=panel.colormap,
+                colormap=panel.options.colormap,
                 fade=self.args.fade,
-                alpha=panel.alpha,
+                alpha=panel.options.alpha,
             )
         done = 0
         interrupted = False

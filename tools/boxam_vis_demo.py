@@ -11,7 +11,7 @@ from _vis_demo import Demo, logger, make_demo_parser, run_demo
 from mmyolo_vis_hooks.api import make_box_mapper
 from mmyolo_vis_hooks.declare import add_arguments, options_from
 from mmyolo_vis_hooks.options import BoxAMOptions
-from mmyolo_vis_hooks.results import make_boxam_panel
+from mmyolo_vis_hooks.render.boxam_panel import BoxAMPanel
 from mmyolo_vis_hooks.samples import BoxSampleMaker
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         demo.preview(detector)
         return
     maker = _sample_maker(demo, detector, options)
-    panel = make_boxam_panel(options, demo.class_names, demo.palette)
+    panel = BoxAMPanel(options, demo.class_names, demo.palette)
     sys.exit(demo.run(maker, panel))
 
 

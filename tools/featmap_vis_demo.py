@@ -9,7 +9,7 @@ from _vis_demo import Demo, make_demo_parser, run_demo
 from mmyolo_vis_hooks.declare import add_arguments, options_from
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.options import FeatMapOptions
-from mmyolo_vis_hooks.results import make_featmap_panel
+from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel
 from mmyolo_vis_hooks.samples import SampleMaker
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         resolve_layers(detector, options.target_layers),
         channels=options.image_channels,
     )
-    panel = make_featmap_panel(options, demo.class_names, demo.palette)
+    panel = FeatMapPanel(options, demo.class_names, demo.palette)
     sys.exit(demo.run(maker, panel))
 
 

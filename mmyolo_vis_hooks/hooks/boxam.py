@@ -13,7 +13,7 @@ from torch import nn
 from ..api import make_box_mapper
 from ..declare import read_options, takes_options
 from ..options import BoxAMOptions, RunOptions
-from ..results import make_boxam_panel
+from ..render.boxam_panel import BoxAMPanel
 from ..samples import BoxSampleMaker, SampleMaker
 from .base import BaseVisHook, Panel
 
@@ -71,4 +71,4 @@ class BoxAMVisHook(BaseVisHook):
         self, class_names: Sequence[str], palette: Sequence[Any] | None
     ) -> Panel:
         """Give what draws a sample, with the options of this hook."""
-        return make_boxam_panel(self.options, class_names, palette)
+        return BoxAMPanel(self.options, class_names, palette)

@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 
 from ..declare import read_options, takes_options
 from ..options import FeatMapOptions, RunOptions
-from ..results import make_featmap_panel
+from ..render.featmap_panel import FeatMapPanel
 from .base import BaseVisHook, Panel
 
 
@@ -50,4 +50,4 @@ class FeatMapVisHook(BaseVisHook):
         self, class_names: Sequence[str], palette: Sequence[Any] | None
     ) -> Panel:
         """Give what draws a sample, with the options of this hook."""
-        return make_featmap_panel(self.options, class_names, palette)
+        return FeatMapPanel(self.options, class_names, palette)

@@ -34,7 +34,7 @@ def page_entry(
         title (str, optional): Heading. Defaults to the image's name.
     """
     found = sample.detections
-    shown = np.flatnonzero(found.scores > panel.score_thr).tolist()
+    shown = np.flatnonzero(found.scores > panel.options.score_thr).tolist()
     boxes = tuple(
         PageBox(
             class_name(int(found.labels[i]), class_names),
@@ -46,7 +46,7 @@ def page_entry(
     places: dict[int | None, int] = {index: n for n, index in enumerate(shown)}
     image_h, image_w = sample.image_rgb.shape[:2]
     size_hw = cell_size_hw((image_h, image_w), _PAGE_IMAGE_SIZE, 1)
-    none = "" if boxes else f"no box with score > {panel.score_thr:g}"
+    none = "" if boxes else f"no box with score > {panel.options.score_thr:g}"
     return PageEntry(
         name=sample.image_id,
         title=title or sample.image_id,

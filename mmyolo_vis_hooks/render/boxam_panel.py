@@ -6,10 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
+from ..attribution.methods import caption_of
 from ..attribution.saliency import box_saliency, saliency_range
 from ..geometry import FrameTransform
 from ..records import BoxExplanation, BoxSample, OverlayMap
@@ -29,6 +31,9 @@ from .overview import (
     resized_frame,
 )
 
+if TYPE_CHECKING:
+    from ..options import BoxAMOptions
+
 _UNIT = "share of the map's maximum"
 _MIN_PICTURE_SIZE = 640
 # Many boxes need room for their labels, and for their panels below.
@@ -36,7 +41,7 @@ _MANY_PANELS = 12
 _MIN_PICTURE_SIZE_OF_MANY = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class BoxAMPanel:
     """Draws where the network looked for each of its boxes.
 
@@ -51,46 +56,23 @@ class BoxAMPanel:
     height, of images in pixels and of maps in cells.
 
     Args:
-        scope (str): ``'box'`` adds a panel per box, cut out around it; ``'class'``
-            one per class, with the strongest of its boxes' maps at each pixel;
-            ``'image'`` none. Defaults to ``'box'``.
-        fusion (str): How the maps of several layers become one: ``'max'``,
-            ``'mean'``, ``'sum'`` or ``'product'``. Defaults to ``'max'``.
-        normalize_layers (bool): Divide the map of each layer by its maximum before
-            the fusion. Defaults to True.
-        smooth (float): Sigma of the Gaussian that smooths a map, in units of the
-            box (the square root of its area), 0 to 1. Defaults to 0.1.
-        norm_in_bbox (bool): Only show what lies inside the box, and divide by the
-            maximum there. Defaults to False.
-        alpha (float): Share of the heat map in the blend where the map is strong,
-            0 to 1. Defaults to 0.6.
-        colormap (str | int): Name of an OpenCV or matplotlib colour map. Defaults
-            to ``'plasma'``, which people with any colour vision can read.
-        score_thr (float): Boxes with a higher score are drawn on the first
-            picture; 1 draws none. Defaults to 0.3.
-        max_cell_size (int): Longest side of a picture in the panel, pixels; a
-            small image is enlarged to 640. Defaults to 1024.
-        caption (str): Method and target, such as ``'boxam · score'``, for the
-            notes. Defaults to ''.
-        class_names (Sequence[str], optional): Names of the classes. Defaults to
-            None.
+        options (BoxAMOptions): What is drawn and how.
+        class_names (Sequence[str]): Names of the classes. Defaults to none.
         palette (Sequence, optional): RGB of the classes, as in a data set's
             ``dataset_meta``. Defaults to None, colours that are easy to tell
             apart.
+        max_cell_size (int): Longest side of a picture in the panel, pixels; a
+            small image is enlarged. Defaults to 1024.
     """
 
-    scope: str = "box"
-    fusion: str = "max"
-    normalize_layers: bool = True
-    smooth: float = 0.1
-    norm_in_bbox: bool = False
-    alpha: float = 0.6
-    colormap: str | int = "plasma"
-    score_thr: float = 0.3
-    max_cell_size: int = 1024
-    caption: str = ""
-    class_names: Sequence[str] | None = None
+    options: BoxAMOptions
+    class_names: Sequence[str] = ()
     palette: Sequence[Sequence[int]] | None = None
+    max_cell_size: int = 1024
+
+    @property
+    def _caption(self) -> str:
+        return caption_of(self.options.method, self.options.target)
 
     def __call__(self, sample: BoxSample) -> np.ndarray:
         """Draw one image.
@@ -104,7 +86,7 @@ class BoxAMPanel:
             image, whose caption says so.
         """
         groups = self._groups(sample)
-        num_panels = 0 if self.scope == "image" else len(groups)
+        num_panels = 0 if self.options.scope == "image" else len(groups)
         many = num_panels > _MANY_PANELS
         least = _MIN_PICTURE_SIZE_OF_MANY if many else _MIN_PICTURE_SIZE
         image_hw = sample.image_rgb.shape[:2]
@@ -114,7 +96,7 @@ class BoxAMPanel:
         first = overview_cell(
             sample,
             drawing.picture_rgb,
-            score_thr=self.score_thr,
+            score_thr=self.options.score_thr,
             class_names=self.class_names,
             palette=self.palette,
             explained={e.index for e in sample.explanations},
@@ -162,11 +144,11 @@ class BoxAMPanel:
         for group in self._groups(sample):
             group_map, silent = self._group_map(group, drawing)
             np.maximum(joint_map, group_map, out=joint_map)
-            if self.scope != "image":
+            if self.options.scope != "image":
                 title, note = self._group_texts(group, silent, drawing)
                 maps.append(OverlayMap(title, note, _levels(group_map), group[0].index))
         title = _explained(len(sample.explanations))
-        return (OverlayMap(title, self.caption, _levels(joint_map)), *maps)
+        return (OverlayMap(title, self._caption, _levels(joint_map)), *maps)
 
     def _groups(self, sample: BoxSample) -> list[list[BoxExplanation]]:
         """The explanations that share a panel, in the order of their best box.
@@ -174,7 +156,7 @@ class BoxAMPanel:
         One at a time is turned into a map: a hundred maps at the size of the
         picture would take hundreds of megabytes.
         """
-        if self.scope != "class":
+        if self.options.scope != "class":
             return [[explanation] for explanation in sample.explanations]
         by_class: dict[int, list[BoxExplanation]] = {}
         for explanation in sample.explanations:
@@ -186,12 +168,15 @@ class BoxAMPanel:
         found, image_hw = sample.detections, sample.image_rgb.shape[:2]
         explained = [e.index for e in sample.explanations]
         written = [(int(c), f"{s:.2f}") for c, s in zip(found.labels, found.scores)]
-        visible = {*explained, *np.flatnonzero(found.scores > self.score_thr).tolist()}
+        visible = {
+            *explained,
+            *np.flatnonzero(found.scores > self.options.score_thr).tolist(),
+        }
         alike = Counter(written[index] for index in visible)
         numbers = {
             index: number
             for number, index in enumerate(explained, 1)
-            if self.scope == "box" and alike[written[index]] > 1
+            if self.options.scope == "box" and alike[written[index]] > 1
         }
         return _Drawing(
             sample,
@@ -212,10 +197,10 @@ class BoxAMPanel:
                 explanation,
                 drawing.frame,
                 drawing.boxes_xyxy[explanation.index],
-                smooth=self.smooth,
-                fusion=self.fusion,
-                normalize_layers=self.normalize_layers,
-                norm_in_bbox=self.norm_in_bbox,
+                smooth=self.options.sigma,
+                fusion=self.options.fusion,
+                normalize_layers=self.options.normalize_layers,
+                norm_in_bbox=self.options.norm_in_bbox,
             )
             silent += not box_map.any()
             np.maximum(group_map, box_map, out=group_map)
@@ -231,14 +216,18 @@ class BoxAMPanel:
         whose = "the map" if count == 1 else "each box's map"
         how = (
             "inside its box divided by its maximum there"
-            if self.norm_in_bbox
+            if self.options.norm_in_bbox
             else "divided by its maximum"
         )
-        notes = [self.caption, f"{whose} {how}"]
+        notes = [self._caption, f"{whose} {how}"]
         if count > 1:
             notes.append("the largest at each pixel")
         notes.append(_silence(num_silent, count))
-        scale = ColorScale(self.colormap, label=_UNIT) if num_silent < count else None
+        scale = (
+            ColorScale(self.options.colormap, label=_UNIT)
+            if num_silent < count
+            else None
+        )
         return Cell(overlay, _explained(count), joined(notes), scale)
 
     def _panel(
@@ -255,7 +244,7 @@ class BoxAMPanel:
         boxes = [sample.detections.boxes_xyxy[e.index] for e in group]
         alone = layout.columns == 1
         window = (0, 0, image_hw[1], image_hw[0])
-        if self.scope == "box":
+        if self.options.scope == "box":
             shown = drawing.with_heat(boxes[0], group_map) if alone else boxes[0]
             window = crop_window(shown, image_hw)
         x1, y1, x2, y2 = window
@@ -268,7 +257,7 @@ class BoxAMPanel:
             [resized_boxes(b - (x1, y1, x1, y1), window_hw, size_hw) for b in boxes],
         )
         scale = (
-            ColorScale(self.colormap, label=_UNIT if alone else "")
+            ColorScale(self.options.colormap, label=_UNIT if alone else "")
             if num_silent < len(group)
             else None
         )
@@ -276,7 +265,10 @@ class BoxAMPanel:
 
     def _overlay(self, saliency: np.ndarray, image_rgb: np.ndarray) -> np.ndarray:
         return fade_heatmap(
-            saliency, image_rgb, alpha=self.alpha, colormap=self.colormap
+            saliency,
+            image_rgb,
+            alpha=self.options.alpha,
+            colormap=self.options.colormap,
         )
 
     def _group_texts(
@@ -285,8 +277,8 @@ class BoxAMPanel:
         """Title and note of a box or class."""
         sample, first = drawing.sample, group[0]
         name = class_name(int(sample.detections.labels[first.index]), self.class_names)
-        notes = [self.caption]
-        if self.scope == "class":
+        notes = [self._caption]
+        if self.options.scope == "class":
             if len(group) > 1:
                 notes.append("the largest of their maps at each pixel")
             notes.append(_silence(num_silent, len(group)))
@@ -315,16 +307,16 @@ class BoxAMPanel:
         shown = f"{low:.3g} to {high:.3g}".replace(" ", NO_BREAK)
         if len(ranges) == 1:
             return [layers, f"map{NO_BREAK}{shown}"]
-        each = "normalised " if self.normalize_layers else ""
-        return [f"{self.fusion} of {each}{layers}", f"maps{NO_BREAK}{shown}"]
+        each = "normalised " if self.options.normalize_layers else ""
+        return [f"{self.options.fusion} of {each}{layers}", f"maps{NO_BREAK}{shown}"]
 
     def _why_silent(self, explanation: BoxExplanation) -> str:
         """Why a map is zero everywhere, where whoever made it gave no reason."""
         if not any(m.saliency.any() for m in explanation.maps):
             return "no layer has any influence on this box"
-        if self.norm_in_bbox:
+        if self.options.norm_in_bbox:
             return "the map is zero inside the box"
-        if self.fusion == "product" and len(explanation.maps) > 1:
+        if self.options.fusion == "product" and len(explanation.maps) > 1:
             return "the product of the layers is zero on the image"
         return "the map is zero on the image; its heat lies in the padding"
 

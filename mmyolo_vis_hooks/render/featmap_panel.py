@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,10 +25,13 @@ from .montage import (
 )
 from .overview import MAX_OVERLAY_SIZE, cells_text, overview_cell, resized_frame
 
+if TYPE_CHECKING:
+    from ..options import FeatMapOptions
+
 _TILE_GAP = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FeatMapPanel:
     """Draws the image with its boxes and each layer's feature map in one panel.
 
@@ -37,40 +41,23 @@ class FeatMapPanel:
     has the range of its map, or none where several maps have one each.
 
     Args:
-        channel_reduction (str, optional): ``'squeeze_mean'`` shows the mean of a
-            layer's channels, ``'select_max'`` the most active channel, None the
-            ``topk`` most active ones. Defaults to ``'select_max'``.
-        topk (int): Number of channels to show if ``channel_reduction`` is None;
-            -1 takes a layer of 1 or 3 channels as a picture. Defaults to 4.
-        arrangement (Sequence[int]): Rows and columns of the ``topk`` tiles.
-            Defaults to (2, 2).
-        alpha (float): Share of the heat map in the blend, 0 to 1. Defaults to 0.5.
-        colormap (str | int): Name of an OpenCV or matplotlib colour map. Defaults
-            to ``'jet'``.
-        score_thr (float): Boxes with a higher score are drawn; 1 draws none.
-            Defaults to 0.3.
-        max_cell_size (int): Longest side of a picture in the panel, pixels; a
-            small image is enlarged to 320. Defaults to 1024.
-        class_names (Sequence[str], optional): Names of the classes. Defaults to
-            None.
+        options (FeatMapOptions): What is drawn and how.
+        class_names (Sequence[str]): Names of the classes. Defaults to none.
         palette (Sequence, optional): RGB of the classes, as in a data set's
             ``dataset_meta``. Defaults to None, colours that are easy to tell
             apart.
+        max_cell_size (int): Longest side of a picture in the panel, pixels; a
+            small image is enlarged. Defaults to 1024.
     """
 
-    channel_reduction: str | None = "select_max"
-    topk: int = 4
-    arrangement: Sequence[int] = (2, 2)
-    alpha: float = 0.5
-    colormap: str | int = "jet"
-    score_thr: float = 0.3
-    max_cell_size: int = 1024
-    class_names: Sequence[str] | None = None
+    options: FeatMapOptions
+    class_names: Sequence[str] = ()
     palette: Sequence[Sequence[int]] | None = None
+    max_cell_size: int = 1024
 
     @property
     def _has_tiles(self) -> bool:
-        return self.channel_reduction is None and self.topk > 0
+        return self.options.channel_reduction is None and self.options.topk > 0
 
     def __call__(self, sample: VisSample) -> np.ndarray:
         """Draw one image.
@@ -94,7 +81,7 @@ class FeatMapPanel:
         first = overview_cell(
             sample,
             resize_image(sample.image_rgb, picture_hw),
-            score_thr=self.score_thr,
+            score_thr=self.options.score_thr,
             class_names=self.class_names,
             palette=self.palette,
         )
@@ -136,7 +123,7 @@ class FeatMapPanel:
         if not self._has_tiles:
             cell_hw = cell_size_hw(image_hw, self.max_cell_size)
             return cell_hw, cell_hw
-        rows, columns = self.arrangement
+        rows, columns = self.options.arrangement
         most = max(rows, columns)
         room = (self.max_cell_size - (most - 1) * _TILE_GAP) // most
         tile_hw = cell_size_hw(
@@ -160,9 +147,9 @@ class FeatMapPanel:
             reduced,
             background,
             map_frame,
-            self.alpha,
-            self.colormap,
-            self.arrangement if self._has_tiles else None,
+            self.options.alpha,
+            self.options.colormap,
+            self.options.arrangement if self._has_tiles else None,
             _TILE_GAP,
         )
         note = self._note(reduced)
@@ -173,9 +160,9 @@ class FeatMapPanel:
             return reduce_feature_map(
                 activation.feature_map,
                 sample.frame,
-                channel_reduction=self.channel_reduction,
-                topk=self.topk,
-                arrangement=self.arrangement,
+                channel_reduction=self.options.channel_reduction,
+                topk=self.options.topk,
+                arrangement=self.options.arrangement,
             )
         except ValueError as error:
             # Both errors of the reduction derive from ValueError; only the layer's
@@ -185,9 +172,9 @@ class FeatMapPanel:
     def _note(self, reduced: ReducedMaps) -> str:
         if self._has_tiles:
             shown = f"top {len(reduced.channels)} channels"
-        elif self.channel_reduction == "select_max":
+        elif self.options.channel_reduction == "select_max":
             shown = f"channel {reduced.channels[0]}"
-        elif self.channel_reduction == "squeeze_mean":
+        elif self.options.channel_reduction == "squeeze_mean":
             shown = "mean of channels"
         else:
             shown = "as a picture"
@@ -200,8 +187,8 @@ class FeatMapPanel:
         if not varied:
             return None
         if len(reduced.value_ranges) > 1 or len(reduced.maps) > 1:
-            return ColorScale(self.colormap, None, None)
-        return ColorScale(self.colormap, varied[0].low, varied[0].high)
+            return ColorScale(self.options.colormap, None, None)
+        return ColorScale(self.options.colormap, varied[0].low, varied[0].high)
 
 
 def overlay_feature_map(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmyolo_vis_hooks.geometry import FrameTransform
+from mmyolo_vis_hooks.options import BoxAMOptions
 from mmyolo_vis_hooks.records import BoxExplanation, BoxSample, Detections, LayerMap
 from mmyolo_vis_hooks.render import boxam_panel as panel_module
 from mmyolo_vis_hooks.render import montage as montage_module
@@ -60,6 +61,10 @@ def sample(image_rgb=None, boxes=BOXES, labels=(1, 0, 1), silent=()) -> BoxSampl
     )
 
 
+def boxam_panel(class_names=(), palette=None, max_cell_size=1024, **options):
+    return BoxAMPanel(BoxAMOptions(**options), class_names, palette, max_cell_size)
+
+
 def with_maps(given: BoxSample, *maps: np.ndarray, warning: str = "") -> BoxSample:
     """The sample with the first box only, explained by these maps."""
     layers = tuple(LayerMap(f"neck[{i}]", m) for i, m in enumerate(maps))
@@ -79,8 +84,8 @@ def draw(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(panel_module, "montage", spy)
-            options = {"class_names": NAMES, "caption": "boxam · score", **options}
-            panel = BoxAMPanel(**options)(given)
+            options = {"class_names": NAMES, **options}
+            panel = boxam_panel(**options)(given)
         assert panel.dtype == np.uint8
         cells = [cell for part in seen for cell in part]
         for cell in cells if located else ():
@@ -164,7 +169,7 @@ class TestCaptions:
         titles = ["dog 0.70 #1", "dog 0.70 #2", "cat 0.70"]
         cells = draw(given)
         assert [cell.title for cell in cells[2:]] == titles
-        maps = BoxAMPanel(class_names=NAMES).overlay_maps(given)
+        maps = boxam_panel(class_names=NAMES).overlay_maps(given)
         assert [overlay.title for overlay in maps[1:]] == titles
         # The number is on the label in the first picture, too.
         detections = replace(given.detections, scores=scores + 0.1 * (1 + np.arange(3)))
@@ -466,7 +471,7 @@ class TestLayout:
     def test_panels_are_in_line_with_the_pictures_above(self, count):
         boxes = [BOXES[i % 3] for i in range(count)]
         given = sample(np.zeros((480, 640, 3), np.uint8), boxes, [0] * count)
-        black = (BoxAMPanel(alpha=0, score_thr=1)(given) == 0).all(axis=2)
+        black = (boxam_panel(alpha=0, score_thr=1)(given) == 0).all(axis=2)
         lefts, rights = zip(
             *[np.flatnonzero(row)[[0, -1]] for row in black if row.mean() > 0.6]
         )
@@ -485,7 +490,7 @@ class TestLayout:
             ),
         )
         boxes = [BOXES[i % 3] for i in range(count)]
-        BoxAMPanel()(sample(photo(*image_hw), boxes, [0] * count))
+        boxam_panel()(sample(photo(*image_hw), boxes, [0] * count))
         assert seen[1][1] == columns
 
     def test_a_bar_in_each_row(self, draw):
@@ -505,7 +510,7 @@ class TestLayout:
         boxes = [np.array(BOXES[i % 3]) * scale for i in range(count)]
         given = sample(photo(*image_hw), boxes, [i % 3 for i in range(count)])
         for scope in ("box", "class", "image"):
-            panel = BoxAMPanel(scope=scope)(given)
+            panel = boxam_panel(scope=scope)(given)
             assert panel.ndim == 3
             assert panel.shape[1] < 2 * 1024 + 300
 
@@ -533,7 +538,7 @@ class TestLayout:
         assert cells[0].image_rgb.shape == (768, 1024, 3)
         widths = {cell.image_rgb.shape[1] for cell in cells[2:]}
         assert min(widths) >= 200
-        panel = BoxAMPanel()(given)
+        panel = boxam_panel()(given)
         assert panel.shape[0] * panel.shape[1] < 12e6
 
 
@@ -541,7 +546,7 @@ class TestLayout:
 def test_sample_is_left_alone(scope):
     given = sample(silent=[1])
     before = copy.deepcopy(given)
-    BoxAMPanel(scope=scope, norm_in_bbox=True)(given)
+    boxam_panel(scope=scope, norm_in_bbox=True)(given)
     assert np.array_equal(given.image_rgb, before.image_rgb)
     assert np.array_equal(given.detections.boxes_xyxy, before.detections.boxes_xyxy)
     assert np.array_equal(given.detections.scores, before.detections.scores)
@@ -556,7 +561,7 @@ def test_read_only_arrays_can_be_drawn():
     arrays += [m.saliency for e in given.explanations for m in e.maps]
     for array in arrays:
         array.flags.writeable = False
-    BoxAMPanel()(given)
+    boxam_panel()(given)
 
 
 class TestOptions:

@@ -10,6 +10,7 @@ from mmengine.visualization import Visualizer
 
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError
 from mmyolo_vis_hooks.geometry import FrameTransform
+from mmyolo_vis_hooks.options import FeatMapOptions
 from mmyolo_vis_hooks.records import Activation, Detections, VisSample
 from mmyolo_vis_hooks.render import featmap_panel as panel_module
 from mmyolo_vis_hooks.render import montage as montage_module
@@ -28,6 +29,11 @@ CASES = [
     ((3, 7, 9), (50, 51)),
     ((1, 5, 5), (64, 37)),
 ]
+
+
+def featmap_panel(class_names=(), palette=None, max_cell_size=1024, **options):
+    options = {"channel_reduction": "select_max", **options}
+    return FeatMapPanel(FeatMapOptions(**options), class_names, palette, max_cell_size)
 
 
 def random_map(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -276,7 +282,7 @@ def cells(monkeypatch):
 
 class TestPanel:
     def test_one_cell_per_layer_with_its_caption(self, cells):
-        panel = FeatMapPanel()(sample(layers=("backbone", "neck", "neck.out")))
+        panel = featmap_panel()(sample(layers=("backbone", "neck", "neck.out")))
         assert panel.dtype == np.uint8
         (row,) = cells
         titles = [cell.title for cell in row]
@@ -293,13 +299,13 @@ class TestPanel:
     def test_cell_is_the_bare_overlay(self, cells):
         # At this size nothing is resized.
         given = sample()
-        FeatMapPanel()(given)
+        featmap_panel()(given)
         for cell, activation in zip(cells[0][1:], given.activations):
             expected = overlay_feature_map(activation.feature_map, given.image_rgb)
             assert np.array_equal(cell.image_rgb, expected)
 
     def test_every_cell_is_on_the_panel(self, cells):
-        panel = FeatMapPanel()(sample(layers=tuple("abcd")))
+        panel = featmap_panel()(sample(layers=tuple("abcd")))
         assert len(cells[0]) == 5
         for cell in cells[0]:
             assert _contains(panel, cell.image_rgb)
@@ -315,12 +321,12 @@ class TestPanel:
                 Activation("neck", 1, (0,), feature_map),
             ),
         )
-        FeatMapPanel()(given)
+        featmap_panel()(given)
         titles = [cell.title for cell in cells[0][1:]]
         assert titles == ["neck[0]", "neck[1]", "neck[0] (call 2)"]
 
     def test_no_activation(self, cells):
-        FeatMapPanel()(sample(layers=()))
+        featmap_panel()(sample(layers=()))
         assert len(cells[0]) == 1
 
     @pytest.mark.parametrize(
@@ -334,7 +340,7 @@ class TestPanel:
     )
     def test_score_thr(self, cells, score_thr, count, note):
         given = sample()
-        FeatMapPanel(score_thr=score_thr, palette=[(255, 0, 0), (0, 255, 0)])(given)
+        featmap_panel(score_thr=score_thr, palette=[(255, 0, 0), (0, 255, 0)])(given)
         first = cells[0][0]
         assert first.note == note
         changed = (first.image_rgb != given.image_rgb).any(axis=2)
@@ -347,13 +353,13 @@ class TestPanel:
             given,
             detections=replace(given.detections, scores=np.ones(2, np.float32)),
         )
-        FeatMapPanel(score_thr=1)(given)
+        featmap_panel(score_thr=1)(given)
         assert np.array_equal(cells[0][0].image_rgb, given.image_rgb)
 
     def test_class_names_and_palette_reach_the_boxes(self, cells):
-        FeatMapPanel()(sample())
-        FeatMapPanel(class_names=["cat", "dog"])(sample())
-        FeatMapPanel(palette=[(1, 2, 3), (4, 5, 6)])(sample())
+        featmap_panel()(sample())
+        featmap_panel(class_names=["cat", "dog"])(sample())
+        featmap_panel(palette=[(1, 2, 3), (4, 5, 6)])(sample())
         first = [row[0].image_rgb for row in cells]
         assert not np.array_equal(first[0], first[1])
         assert not np.array_equal(first[0], first[2])
@@ -363,12 +369,12 @@ class TestPanel:
         [("squeeze_mean", "mean of channels"), (None, "top 3 channels")],
     )
     def test_caption_of_other_reductions(self, cells, reduction, part):
-        FeatMapPanel(channel_reduction=reduction, topk=3)(sample())
+        featmap_panel(channel_reduction=reduction, topk=3)(sample())
         assert part in cells[0][1].note
 
     def test_topk_is_a_block_of_the_arrangement(self, cells):
         given = sample(image_hw=(240, 320))
-        FeatMapPanel(channel_reduction=None, topk=5, arrangement=(2, 3))(given)
+        featmap_panel(channel_reduction=None, topk=5, arrangement=(2, 3))(given)
         image, *blocks = (cell.image_rgb for cell in cells[0])
         # Tiles of 240x320 with gaps of 4.
         for block in blocks:
@@ -391,7 +397,7 @@ class TestPanel:
             assert np.array_equal(tile, alone[40:])
 
     def test_picture_of_three_channels(self, cells):
-        FeatMapPanel(channel_reduction=None, topk=-1)(sample(channels=3))
+        featmap_panel(channel_reduction=None, topk=-1)(sample(channels=3))
         assert cells[0][1].note.startswith(
             "3 channels of 7 x 6 cells · as a picture · values "
         )
@@ -401,12 +407,12 @@ class TestPanel:
         [((1500, 2000), (768, 1024)), ((96, 48), (320, 160)), ((400, 500), (400, 500))],
     )
     def test_cell_size(self, cells, image_hw, cell_hw):
-        FeatMapPanel()(sample(image_hw))
+        featmap_panel()(sample(image_hw))
         assert {cell.image_rgb.shape[:2] for cell in cells[0]} == {cell_hw}
 
     def test_large_image_looks_like_its_reduced_overlay(self, cells):
         given = sample((1500, 2000))
-        FeatMapPanel(alpha=1)(given)
+        featmap_panel(alpha=1)(given)
         full = overlay_feature_map(
             given.activations[0].feature_map, given.image_rgb, alpha=1
         )
@@ -426,7 +432,7 @@ class TestPanel:
             (Activation("neck", 0, (), feature_map),),
             Detections(),
         )
-        FeatMapPanel()(given)
+        featmap_panel()(given)
         assert "channel 0" in cells[0][1].note
 
     def test_boxes_follow_the_resized_image(self, cells):
@@ -438,7 +444,7 @@ class TestPanel:
                 np.array([0]),
             ),
         )
-        FeatMapPanel(palette=[(255, 0, 0)])(given)
+        featmap_panel(palette=[(255, 0, 0)])(given)
         first = cells[0][0].image_rgb
         scale = 320 / 120
         red = (first == (255, 0, 0)).all(axis=2)[round(41 * scale) :]
@@ -457,7 +463,7 @@ class TestPanel:
             (Activation("neck", 0, (), feature_map),),
             Detections(),
         )
-        FeatMapPanel(alpha=1)(given)
+        featmap_panel(alpha=1)(given)
         heat = cells[0][1].image_rgb
         rows, columns = np.nonzero((heat == (128, 0, 0)).all(axis=2))
         # Cell centre: network pixel (36, 44), image (25, 55), cell four times that.
@@ -466,7 +472,7 @@ class TestPanel:
 
     def test_sample_is_left_alone(self):
         given = sample()
-        FeatMapPanel()(given)
+        featmap_panel()(given)
         again = sample()
         assert np.array_equal(given.image_rgb, again.image_rgb)
         for one, other in zip(given.activations, again.activations):
@@ -478,35 +484,35 @@ class TestPanel:
         given = sample(layers=("neck",))
         activation = given.activations[0]
         halves = replace(activation, feature_map=activation.feature_map.to(dtype))
-        FeatMapPanel()(replace(given, activations=(halves,)))
+        featmap_panel()(replace(given, activations=(halves,)))
         assert len(cells[0]) == 2
 
     def test_error_names_the_layer(self):
-        panel = FeatMapPanel(channel_reduction=None, topk=-1)
+        panel = featmap_panel(channel_reduction=None, topk=-1)
         with pytest.raises(VisConfigError, match=r"layer .backbone.: .*has 8"):
             panel(sample())
         flat = Activation("head.fc", 0, (), torch.zeros(8))
         with pytest.raises(FeatureShapeError, match=r"head\.fc.*\(8,\)"):
-            FeatMapPanel()(replace(sample(), activations=(flat,)))
+            featmap_panel()(replace(sample(), activations=(flat,)))
 
 
 def test_bars_without_a_range(cells):
     """Tiles have a range each, a constant map has none."""
-    FeatMapPanel(channel_reduction=None, topk=3)(sample())
+    featmap_panel(channel_reduction=None, topk=3)(sample())
     assert cells[0][1].scale == ColorScale("jet", None, None)
     given = sample(layers=("neck",))
     flat = replace(given.activations[0], feature_map=torch.full((4, 3, 3), 0.3))
-    FeatMapPanel()(replace(given, activations=(flat,)))
+    featmap_panel()(replace(given, activations=(flat,)))
     assert cells[1][1].scale is None
 
 
 def test_a_note_on_the_picture(cells):
-    FeatMapPanel()(replace(sample(), note="one channel, grey"))
+    featmap_panel()(replace(sample(), note="one channel, grey"))
     assert cells[0][0].note.startswith("330 x 240 px · one channel, grey · 2 boxes")
 
 
 def test_an_arrangement_that_nobody_could_open():
-    panel = FeatMapPanel(channel_reduction=None, topk=4, arrangement=(1000, 1000))
+    panel = featmap_panel(channel_reduction=None, topk=4, arrangement=(1000, 1000))
     with pytest.raises(VisConfigError, match=r"arrangement=\(1000, 1000\)"):
         panel(sample())
 
