@@ -22,13 +22,14 @@ from mmengine.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import nn
 
-from mmyolo_vis_hooks.data.alignment import ALIGNMENTS, choose_alignment
+from mmyolo_vis_hooks.data.alignment import ALIGNMENTS, Placement, choose_alignment
 from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
 from mmyolo_vis_hooks.detector import (
     build_pipeline,
     default_scope,
     read_dataset,
 )
+from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.options import FeatMapOptions
@@ -328,3 +329,43 @@ def test_the_box_is_drawn_round_the_square(family, alignment):
     assert abs(ys[-1] + 1 - true_box[3]) <= 3
     right = np.flatnonzero(changed[ys[-1] - 6 : ys[-1] + 1].any(axis=0))[-1] + 1
     assert abs(right - true_box[2]) <= 3
+
+
+def place(config: Config, image: Any, alignment: str | None) -> Placement:
+    detector = make_detector(config)
+    pipeline = build_pipeline(config, read_dataset(config))
+    return choose_alignment(
+        alignment, pipeline, [pipeline.load(image)], detector, divisor=32, stride=32
+    )
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("family", CONFIGS)
+def test_no_photo_is_refused(shared_dir, family):
+    photos = sorted((shared_dir / "data/coco128/train2017").glob("*.jpg"))[::32]
+    for photo in photos:
+        assert place(family_config(family), photo, None).alignment == "resize"
+        assert place(family_config(family), photo, "letterbox").proven
+
+
+@pytest.mark.real_data
+def test_what_the_pipeline_packs_wrongly_is_noticed(shared_dir, monkeypatch):
+    """Half a cell of stride 8, or 2 % of the size, on the network's input."""
+    config = family_config("yolov8")
+    packed = FrameTransform.from_metainfo
+    changes = [
+        lambda f: replace(f, offset_xy=(f.offset_xy[0] + 4, f.offset_xy[1])),
+        lambda f: replace(f, offset_xy=(f.offset_xy[0], f.offset_xy[1] - 4)),
+        lambda f: replace(f, scale_xy=(f.scale_xy[0] * 1.02, f.scale_xy[1])),
+    ]
+    for change in changes:
+        monkeypatch.setattr(
+            FrameTransform,
+            "from_metainfo",
+            lambda *args, change=change: change(packed(*args)),
+        )
+        photo = shared_dir / "data" / "dog.jpg"
+        with pytest.raises(VisConfigError, match="do not show the same things"):
+            place(config, photo, "letterbox")
+        # Drawn on the network's input, nothing relies on what was packed.
+        assert not place(config, photo, "network").proven
