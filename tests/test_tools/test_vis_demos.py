@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 from urllib.parse import quote, unquote
 
 import cv2
@@ -30,8 +29,6 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hub import get_config
-from mmengine.model import BaseModule
 from mmengine.visualization import Visualizer
 
 from mmyolo_vis_hooks.detector import build_detector, load_weights
@@ -252,60 +249,6 @@ def test_all_outputs_of_a_layer_are_drawn(drawn, real, shared_dir, layer, reduct
     assert differs(maps[0], maps[1]) > 5
 
 
-def is_empty(cell: np.ndarray) -> bool:
-    return bool((cell == cell[-1, -1]).all())
-
-
-@real_data
-@pytest.mark.parametrize(("topk", "rows", "columns"), [(3, 2, 2), (5, 2, 3)])
-def test_channels_are_laid_out_within_each_layer(
-    drawn, shared_dir, topk, rows, columns
-):
-    layers = ["backbone.stage3", "backbone.stage4"]
-    run = drawn(
-        *(featmap_tool, "--target-layers", *layers, "--channel-reduction", "None"),
-        *("--topk", topk, "--arrangement", rows, columns),
-    )
-    levels = network_maps(shared_dir)["backbone"][1:]
-    strongest = [level.sum(dim=(1, 2)).topk(topk).indices.tolist() for level in levels]
-    assert run.titles == [
-        f"{layer} · channel {channel}"
-        for layer, channels in zip(layers, strongest)
-        for channel in channels
-    ]
-    _, *tiles = find_places(run.picture)
-    # The image, then a block of tiles per layer.
-    assert len(tiles) == 2 * rows * columns
-    sizes = {(h, w) for _, _, h, w in tiles}
-    assert len(sizes) == 1
-    for block in blocks_of(tiles, rows, columns):
-        empty = [is_empty(run.picture[y : y + h, x : x + w]) for y, x, h, w in block]
-        # Filled by rows, the rest stays grey.
-        assert empty == [False] * topk + [True] * (rows * columns - topk)
-        y0, x0, height, width = block[0]
-        for number, (y, x, _, _) in enumerate(block):
-            row, column = divmod(number, columns)
-            assert (y - y0, x - x0) == (row * (height + 4), column * (width + 4))
-
-
-def blocks_of(tiles: list, rows: int, columns: int) -> list[list]:
-    """Tiles that are 4 pixels apart belong to one layer; by rows within each."""
-    blocks: list[list] = []
-    for tile in tiles:
-        y, x, height, width = tile
-        for block in blocks:
-            if any(
-                abs(y - other[0]) <= height + 4 and abs(x - other[1]) <= width + 4
-                for other in block
-            ):
-                block.append(tile)
-                break
-        else:
-            blocks.append([tile])
-    assert [len(block) for block in blocks] == [rows * columns] * len(blocks)
-    return blocks
-
-
 @real_data
 @pytest.mark.parametrize("alignment", ["letterbox", "network"])
 def test_alignments(drawn, real, alignment):
@@ -392,29 +335,6 @@ def test_classes_topk_scopes_and_shapes(drawn):
     run = drawn(boxam_tool, "--method", "odam", "--classes", "16", "--scope", "image")
     assert run.titles == ["1 explained box"]
     assert all(note.startswith("odam") for note in run.notes)
-
-
-@real_data
-def test_ablationcam_may_look_elsewhere_unless_it_is_cut_to_the_box(drawn):
-    plain = drawn(boxam_tool, "--method", "ablationcam", "--topk", "2")
-    cut = drawn(boxam_tool, "--method", "ablationcam", "--topk", "2", "--norm-in-bbox")
-    assert all(note.startswith("ablationcam") for note in plain.notes + cut.notes)
-    size = plain.entry["size"]
-    union = np.zeros(plain.maps[0].shape, bool)
-    for i in (0, 1):
-        xyxy = np.array(plain.xyxy[i])
-        # Cells at the edge, and the blur of JPEG.
-        outside = ~inside(xyxy + np.array([-14, -14, 14, 14]), size, union.shape)
-        union |= ~outside
-        assert plain.maps[1 + i][outside].max() > 40
-        assert cut.maps[1 + i][outside].max() <= 3
-        assert cut.maps[1 + i].max() > 250
-    # The pixels of the picture: grey wherever no box is.
-    heat = np.ptp(cut.cells[1], axis=2)
-    union = cv2.resize(union.astype(np.uint8), heat.shape[::-1]).astype(bool)
-    assert heat[~union].max() == 0
-    assert heat[union].max() > 100
-    assert np.ptp(plain.cells[1], axis=2)[~union].max() > 30
 
 
 @real_data
@@ -669,59 +589,6 @@ def test_list_layers(run, capsys):
     assert run(layers_tool, CONFIG, "--img", "tall.png", "--cfg-options", option) == 0
     rows = rows_of(capsys.readouterr().out)
     assert rows["backbone"] == pyramid((64, 128, 256), 192, 64)
-
-
-# ------------------------------------------------------------------ MMYOLO's families
-
-FAMILIES = {
-    "yolov8": "yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py",
-    "ppyoloe": "ppyoloe/ppyoloe_plus_s_fast_8xb8-80e_coco.py",
-}
-
-
-def save_random_weights(name: str, path: Path) -> None:
-    torch.manual_seed(0)
-    detector: Any = build_detector(get_config(name), torch.device("cpu"))
-    # Heads then know that most of an image is background. It would log two lines
-    # for each parameter, and fetch the weights of a backbone.
-    detector.backbone.init_cfg = None
-    with mock.patch.object(BaseModule, "_dump_init_info"):
-        detector.init_weights()
-    torch.save({"state_dict": detector.state_dict(), "meta": {}}, path)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_layers_of_the_guide_in_mmyolos_families(family, run, tmp_path_factory):
-    name = f"mmyolo::{FAMILIES[family]}"
-    weights = tmp_path_factory.mktemp(family) / "weights.pth"
-    save_random_weights(name, weights)
-    assert cv2.imwrite("image.png", small_image(hw=(120, 180)))
-    status = run(
-        *(featmap_tool, "image.png", name, weights, "--out-dir", "out"),
-        *("--out-file", "picture.png"),
-        *("--target-layers", "backbone.stage4", "neck", "neck.out_layers[2]"),
-    )
-    assert status == 0
-    (entry,), _ = read_page("out")
-    titles = [
-        "backbone.stage4",
-        *(f"neck[{i}]" for i in range(3)),
-        "neck.out_layers[2]",
-    ]
-    assert [panel["title"] for panel in entry["panels"]] == titles
-    cells = find_cells(read_rgb("picture.png"))
-    # A small image is enlarged.
-    assert [cell.shape for cell in cells] == [(213, 320, 3)] * 6
-    shapes = [sizes(panel["note"]) for panel in entry["panels"]]
-    strides = [32, 8, 16, 32, 32]
-    widths = {shape[1] * stride for shape, stride in zip(shapes, strides)}
-    heights = {shape[2] * stride for shape, stride in zip(shapes, strides)}
-    assert len(heights) == len(widths) == 1
-    assert shapes[3] == shapes[4]
-    (height,), (width,) = heights, widths
-    # PP-YOLOE stretches each image to a square.
-    aspect = 1 if family == "ppyoloe" else 1.5
-    assert width / height == pytest.approx(aspect, abs=0.1)
 
 
 # ------------------------------------------------------------------ mistakes, in a line
