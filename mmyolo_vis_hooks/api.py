@@ -12,7 +12,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from itertools import chain
 from logging import Logger
 from pathlib import PurePath
@@ -22,7 +21,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from .attribution.attribute import BoxMapOptions, BoxMapper
+from .attribution.attribute import BoxAttributor
 from .data.alignment import Placement, choose_alignment
 from .data.pipeline import ImagePipeline, Loaded
 from .data.resize import network_divisor, network_stride
@@ -280,7 +279,7 @@ def make_box_mapper(
     logger: Logger,
     *,
     show_progress: bool = False,
-) -> BoxMapper:
+) -> BoxAttributor:
     """Make what explains the boxes of a detector.
 
     Args:
@@ -295,17 +294,10 @@ def make_box_mapper(
         VisError: If the options do not fit the detector or the classes.
     """
     wanted: Any = options.classes
-    labels = None if wanted is None else labels_of(wanted, class_names)
-    names = [own.name for own in fields(BoxMapOptions) if hasattr(options, own.name)]
-    names.remove("classes")
-    return BoxMapper(
+    return BoxAttributor(
         detector,
-        None
-        if options.target_layers is None
-        else resolve_layers(detector, options.target_layers),
-        BoxMapOptions(
-            classes=labels, **{name: getattr(options, name) for name in names}
-        ),
+        options,
+        labels=None if wanted is None else labels_of(wanted, class_names),
         logger=logger,
         show_progress=show_progress,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from .attribution.methods import METHODS, validate
 from .attribution.saliency import FUSIONS
-from .attribution.targets import BOX_SIDES, TARGETS, validate_target
+from .attribution.targets import TARGETS, validate_target
 from .declare import Check, Options, option, refuse
 from .errors import ErrorPolicy, VisConfigError
 from .featmap import CHANNEL_REDUCTIONS, validate_reduction_options
@@ -278,14 +278,14 @@ class BoxAMOptions(_Seen):
         choices=SCOPES,
     )
     fusion: str = option(
-        "max",
+        "sum",
         choice(FUSIONS),
         "how maps of several layers become one: "
         + ", ".join(f"`{f!r}`" for f in FUSIONS),
         choices=FUSIONS,
     )
     normalize_layers: bool = option(
-        True, flag, "divide each layer's map by its maximum first"
+        False, flag, "divide each layer's map by its maximum first"
     )
     smooth: float | None = option(
         None,
@@ -334,7 +334,9 @@ class BoxAMOptions(_Seen):
         type=int,
     )
     ratio_channels_to_ablate: float = option(
-        1.0, channel_share, "share of the channels that `'ablationcam'` tries"
+        1.0,
+        channel_share,
+        "share of the channels that `'ablationcam'` tries, the most active ones",
     )
     num_masks: int = option(
         1000, count("use a positive number of masks"), "masks of `'drise'`"
@@ -347,6 +349,7 @@ class BoxAMOptions(_Seen):
     def __post_init__(self) -> None:
         super().__post_init__()
         method = validate(self.method, eigen_smooth=self.eigen_smooth)
+        target = TARGETS[self.target]
         wrong: list[tuple[str, str]] = []
         if method.kind == "black_box":
             if self.target_layers is not None:
@@ -357,10 +360,10 @@ class BoxAMOptions(_Seen):
             if self.target != "score":
                 remedy = "it sees what is found, not how; leave target='score'"
                 wrong.append(("target", remedy))
-        if method.name == "odam_combined" and self.target != "score":
-            remedy = "it joins the score and the four sides; leave target='score'"
+        if method.targets and self.target != "score":
+            remedy = "it joins several targets by itself; leave target='score'"
             wrong.append(("target", remedy))
-        if method.kind in ("ablation", "masking") and self.target in BOX_SIDES:
+        if method.kind in ("ablation", "masking") and not target.compares:
             remedy = "it compares scores; use 'score', 'logit' or 'objectness'"
             wrong.append(("target", remedy))
         for name, remedy in wrong:

@@ -13,7 +13,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.runner.amp import autocast
 from torch import nn
 
-from .attribution.attribute import BoxMapper
+from .attribution.attribute import BoxAttributor
 from .data.alignment import Placement, network_input, packed_frame
 from .data.pictures import network_picture
 from .data.pipeline import Loaded
@@ -156,7 +156,7 @@ class BoxSampleMaker(SampleMaker):
 
     Args:
         detector (nn.Module): The detector, without wrappers.
-        mapper (BoxMapper): Explains the detections.
+        mapper (BoxAttributor): Explains the detections.
         channels (Sequence[int], optional): Which channels a picture of the network's
             input shows.
     """
@@ -164,7 +164,7 @@ class BoxSampleMaker(SampleMaker):
     def __init__(
         self,
         detector: nn.Module,
-        mapper: BoxMapper,
+        mapper: BoxAttributor,
         *,
         channels: Sequence[int] | None = None,
     ) -> None:

@@ -149,14 +149,14 @@ def test_a_command_line_says_what_keywords_say() -> None:
         target_layers=["a", "b[1]"],
     )
     words = "--max-shape 20 30 --classes dog 3 --norm-in-bbox --smooth 0.2 --topk 2 "
-    words += "--no-normalize-layers --image-channels 4 2 0 --batch-size 3"
+    words += "--normalize-layers --image-channels 4 2 0 --batch-size 3"
     assert parsed(BoxAMOptions, *words.split()) == BoxAMOptions(
         max_shape=(20, 30),
         classes=["dog", 3],
         norm_in_bbox=True,
         smooth=0.2,
         topk=2,
-        normalize_layers=False,
+        normalize_layers=True,
         image_channels=(4, 2, 0),
         batch_size=3,
     )

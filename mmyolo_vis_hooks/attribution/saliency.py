@@ -187,9 +187,9 @@ def box_saliency(
     frame: FrameTransform,
     box_xyxy: np.ndarray,
     *,
-    smooth: float = 0.1,
-    fusion: str = "max",
-    normalize_layers: bool = True,
+    smooth: float | None = None,
+    fusion: str | None = None,
+    normalize_layers: bool = False,
     norm_in_bbox: bool = False,
 ) -> np.ndarray:
     """The map of one box over the image.
@@ -201,10 +201,12 @@ def box_saliency(
         explanation (BoxExplanation): Its maps are not modified.
         frame (FrameTransform): The image at the resolution of the drawing.
         box_xyxy (np.ndarray): ``(4,)``, pixels of that image.
-        smooth (float): Sigma of the Gaussian, in units of the box. Defaults to 0.1.
-        fusion (str): See :func:`fuse_saliency`. Defaults to ``'max'``.
+        smooth (float, optional): Sigma of the Gaussian, in units of the box. None
+            takes the method's own, as the explanation says. Defaults to None.
+        fusion (str, optional): See :func:`fuse_saliency`. None takes the method's own.
+            Defaults to None.
         normalize_layers (bool): Divide each layer's map by its maximum before the
-            fusion. Defaults to True.
+            fusion. Defaults to False.
         norm_in_bbox (bool): See ``box_xyxy`` of :func:`normalize_saliency`.
             Defaults to False.
 
@@ -214,7 +216,7 @@ def box_saliency(
     """
     if not explanation.maps:
         return np.zeros(frame.image_hw, dtype=np.float32)
-    sigma_px = box_sigma(box_xyxy, smooth)
+    sigma_px = box_sigma(box_xyxy, explanation.smooth if smooth is None else smooth)
     maps = [
         render_saliency(layer.saliency, frame, sigma_px=sigma_px)
         for layer in explanation.maps
@@ -222,7 +224,9 @@ def box_saliency(
     fused = (
         maps[0]
         if len(maps) == 1
-        else fuse_saliency(maps, fusion, normalize=normalize_layers)
+        else fuse_saliency(
+            maps, fusion or explanation.fusion, normalize=normalize_layers
+        )
     )
     normalized = normalize_saliency(fused, box_xyxy=box_xyxy if norm_in_bbox else None)
     return normalized.astype(np.float32, copy=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,9 +18,9 @@ from ..errors import FeatureShapeError, VisError
 from .nested import OutputIndex, flatten_tensors, map_tensors
 from .recorder import image_tensors
 
-# After so many detections a raw output that no score depended on is taken for one
-# that none can depend on; a saturated one would have shown itself in a low score.
-_ENOUGH_DETECTIONS = 50
+
+class NoGradientError(VisError):
+    """Detections have no gradient at the layers."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,14 @@ class TapPoint:
         module: The module.
         side: ``'output'`` or ``'input'``: the first argument of the module, seen by
             this module alone.
+        cut: Whether the graph begins anew here, so that no gradient leads to taps
+            before this one.
     """
 
     layer: str
     module: nn.Module
     side: str = "output"
+    cut: bool = False
 
 
 class TapKey(NamedTuple):
@@ -60,14 +63,6 @@ class HeadKey(NamedTuple):
     path: str
     call_index: int
     output_index: OutputIndex
-
-
-_Kind = tuple[str, OutputIndex]
-
-
-def _kind(path: str, output_index: OutputIndex) -> _Kind:
-    """A head's kind of output, such as its class scores at all levels."""
-    return path, output_index[:1]
 
 
 @dataclass
@@ -98,9 +93,9 @@ class GraphForward:
     """Runs ``predict`` with a graph that begins at the earliest tap.
 
     No parameter takes part in the graph, so what lies before the taps costs what it
-    costs without gradients. No loss, no
-    ground truth and nothing that depends on the kind of head is needed; two habits
-    of heads would cut the graph, and are undone after the head's own forward only:
+    costs without gradients. No loss, no ground truth and nothing that depends on the
+    kind of head is needed; two habits of heads would cut the graph, and are undone
+    after the head's own forward only:
 
     - Heads with objectness multiply scores in place in a view that autograd
       protects. The product is then made out of place, with the same values.
@@ -117,24 +112,11 @@ class GraphForward:
         self._taps = tuple(taps)
         self.heads = head_modules(detector)
         self._keep_graph = False
-        self._detections_seen = 0
-        self._touched: set[_Kind] = set()
-        self._idle: frozenset[_Kind] = frozenset()
-        self._no_gradients = (
-            f"the scores of {type(detector).__name__} carry no gradients back to the "
-            "layers: its post-processing cuts the graph (soft-NMS does), or the layers "
-            "take no part in them; use method='drise', which needs none, or another "
-            "layer"
-        )
 
     def run(
         self,
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
-        *,
-        attach: Callable[[], Iterator[Any]] | None = None,
-        from_heads: bool = False,
-        scores_only: bool = False,
     ) -> PredictionGraph:
         """Predict the detections of one image.
 
@@ -143,77 +125,26 @@ class GraphForward:
         Args:
             inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
             metainfo (Mapping): Of the image's data sample.
-            attach (Callable, optional): Registers further forward hooks and gives
-                their handles. Defaults to None.
-            from_heads (bool): Begin the graph at the raw outputs of the heads; the
-                taps are then recorded without one. Defaults to False.
-            scores_only (bool): With ``from_heads``, leave raw outputs out of the
-                graph of which it is known by then that no score depends on them, as
-                those that make boxes; boxes may carry no gradients then. Defaults to
-                False.
 
         Raises:
-            VisError: If the detections carry no gradients.
+            NoGradientError: If the detections carry no gradients.
             FeatureShapeError: If a tap did not run or holds no map.
         """
-        idle = self._idle if from_heads and scores_only else frozenset()
-        graph = self._run_once(inputs, metainfo, attach, from_heads, idle)
-        predictions = graph.predictions
-        if len(predictions.scores) and not predictions.scores.requires_grad:
-            if not self._keep_graph and self.heads:
-                self._keep_graph = True
-                graph = self._run_once(inputs, metainfo, attach, from_heads, idle)
-            if not graph.predictions.scores.requires_grad:
-                raise VisError(self._no_gradients)
-        if self._detections_seen < _ENOUGH_DETECTIONS:
-            self._look_back(graph)
+        graph = self._run_once(inputs, metainfo, self._keep_graph)
+        if not _has_graph(graph) and not self._keep_graph and self.heads:
+            graph = self._run_once(inputs, metainfo, True)
+            self._keep_graph = _has_graph(graph)
+        if not _has_graph(graph):
+            raise NoGradientError(
+                _NO_GRADIENTS.format(f"the scores of {type(self._detector).__name__}")
+            )
         return graph
-
-    def _look_back(self, graph: PredictionGraph) -> None:
-        """See which raw outputs the scores depend on, and that there is a way back.
-
-        Soft-NMS of MMCV makes a graph that cannot be walked back.
-        """
-        scores = graph.predictions.scores
-        nodes: dict[Any, torch.Tensor] = {**graph.taps, **graph.head_outputs}
-        nodes = {key: node for key, node in nodes.items() if node.requires_grad}
-        if not len(scores) or not nodes:
-            return
-        # Unequal shares, so that no influence cancels another.
-        shares = torch.arange(1, len(scores) + 1, device=scores.device)
-        try:
-            gradients = torch.autograd.grad(
-                (scores * shares).sum(),
-                list(nodes.values()),
-                retain_graph=True,
-                allow_unused=True,
-            )
-        except NotImplementedError as error:
-            raise VisError(self._no_gradients) from error
-        self._detections_seen += len(scores)
-        for key, gradient in zip(nodes, gradients):
-            if isinstance(key, HeadKey) and gradient is not None and gradient.any():
-                self._touched.add(_kind(key.path, key.output_index))
-        if self._detections_seen >= _ENOUGH_DETECTIONS:
-            sizes: dict[_Kind, set[torch.Size]] = {}
-            for key, output in graph.head_outputs.items():
-                kind = _kind(key.path, key.output_index)
-                sizes.setdefault(kind, set()).add(output.shape[2:])
-            # A level on which no box was found yet is no kind.
-            everywhere = set().union(*sizes.values())
-            self._idle = frozenset(
-                kind
-                for kind, own in sizes.items()
-                if kind not in self._touched and own == everywhere
-            )
 
     def _run_once(
         self,
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
-        attach: Callable[[], Iterator[Any]] | None,
-        from_heads: bool,
-        idle: Collection[_Kind],
+        keep_graph: bool,
     ) -> PredictionGraph:
         # Tensors of inference mode take part in no graph; their copies do.
         inputs = inputs.clone() if inputs.is_inference() else inputs.detach()
@@ -223,15 +154,13 @@ class GraphForward:
         data_sample = DetDataSample(metainfo=dict(metainfo))
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [handle.remove() for handle in handles])
-            stack.enter_context(torch.set_grad_enabled(not from_heads))
-            mode = _KeepGraph(self._keep_graph)
+            stack.enter_context(torch.enable_grad())
+            mode = _KeepGraph(keep_graph)
             for tap in self._taps:
-                handles.append(_attach_tap(tap, graph, calls, not from_heads))
+                handles.append(_attach_tap(tap, graph, calls))
             for path, head in self.heads.items():
-                hook = _head_hook(path, graph, mode, calls, from_heads, idle)
+                hook = _head_hook(path, graph, mode, calls)
                 handles.append(head.register_forward_hook(hook))
-            if attach is not None:
-                handles.extend(attach())
             stack.callback(mode.leave)
             (output,) = self._detector(graph.inputs, [data_sample], mode="predict")
         graph.predictions = output.pred_instances
@@ -264,9 +193,61 @@ def head_modules(detector: nn.Module) -> dict[str, nn.Module]:
     return heads
 
 
-def _attach_tap(
-    tap: TapPoint, graph: PredictionGraph, calls: Counter[str], with_graph: bool
-) -> Any:
+def gradients(
+    scalar: torch.Tensor | Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    *,
+    slopes: Sequence[torch.Tensor] | None = None,
+    create_graph: bool = False,
+) -> list[torch.Tensor | None]:
+    """Gradients at tensors of a graph, which is kept; nobody's ``.grad`` is touched.
+
+    Args:
+        scalar (Tensor | Sequence[Tensor]): What is differentiated.
+        tensors (Sequence[Tensor]): Where the gradients are wanted.
+        slopes (Sequence[Tensor], optional): Derivatives of something by each tensor
+            in ``scalar``, where these are no scalars. Defaults to None.
+        create_graph (bool): Make a graph of the gradients too. Defaults to False.
+
+    Returns:
+        list: None where a tensor has no influence.
+
+    Raises:
+        NoGradientError: If something on the way cannot be differentiated.
+    """
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    outputs = [scalar] if isinstance(scalar, torch.Tensor) else list(scalar)
+    if not wanted or not all(output.requires_grad for output in outputs):
+        return [None] * len(tensors)
+    try:
+        found = torch.autograd.grad(
+            outputs,
+            wanted,
+            grad_outputs=slopes,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    except NotImplementedError as error:
+        # Operations such as MMCV's soft-NMS put nodes without a derivative in a graph.
+        raise NoGradientError(_NO_GRADIENTS.format("the scores")) from error
+    by_id = dict(zip(map(id, wanted), found))
+    return [by_id.get(id(tensor)) for tensor in tensors]
+
+
+_NO_GRADIENTS = (
+    "{} carry no gradients back to the layers: the post-processing cuts the graph "
+    "(soft-NMS does), or the layers take no part in them; use method='drise', which "
+    "needs none, or another layer"
+)
+
+
+def _has_graph(graph: PredictionGraph) -> bool:
+    scores = graph.predictions.scores
+    return not len(scores) or scores.requires_grad
+
+
+def _attach_tap(tap: TapPoint, graph: PredictionGraph, calls: Counter[str]) -> Any:
     def store(value: Any) -> Any:
         call_index = calls["tap " + tap.layer]
         calls["tap " + tap.layer] += 1
@@ -275,14 +256,14 @@ def _attach_tap(
         def change(index: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
             if index not in wanted:
                 return tensor
-            if with_graph and not tensor.requires_grad:
+            if tap.cut or not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
-            elif with_graph:
+            else:
                 # A node of its own: the module may have gone on with the tensor.
                 tensor = tensor.view_as(tensor)
             graph.taps[TapKey(tap.layer, call_index, index)] = tensor
             # A copy, so that in-place operations that follow leave the node alone.
-            return tensor.clone() if with_graph else tensor
+            return tensor.clone()
 
         return map_tensors(value, change)
 
@@ -294,29 +275,15 @@ def _attach_tap(
 
 
 def _head_hook(
-    path: str,
-    graph: PredictionGraph,
-    mode: _KeepGraph,
-    calls: Counter[str],
-    from_heads: bool,
-    idle: Collection[_Kind],
+    path: str, graph: PredictionGraph, mode: _KeepGraph, calls: Counter[str]
 ) -> Callable:
-    def begun(index: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        return tensor.detach().requires_grad_(_kind(path, index) not in idle)
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
         call_index = calls["head " + path]
         calls["head " + path] += 1
-        if from_heads:
-            torch.set_grad_enabled(True)
-            output = map_tensors(output, begun)
         for index, tensor in flatten_tensors(output):
             if tensor.is_floating_point():
                 graph.head_outputs[HeadKey(path, call_index, index)] = tensor
         mode.enter()
-        return output
 
     return hook
 

@@ -21,6 +21,7 @@ from .graph import (
     PredictionGraph,
     TapKey,
     TapPoint,
+    gradients,
 )
 from .layer_path import bracketed
 from .nested import flatten_tensors
@@ -56,10 +57,13 @@ class Pyramid:
     Attributes:
         points: Where to tap for all levels.
         levels: In the order of the network.
+        separate: Whether no raw output of one level has a gradient at the map of
+            another.
     """
 
     points: tuple[TapPoint, ...]
     levels: tuple[Level, ...]
+    separate: bool = True
 
     def level_of(self, outputs: Iterable[HeadKey]) -> Level | None:
         """The level on which all the raw outputs depend, None if that is not one."""
@@ -99,7 +103,8 @@ def survey(
 
     A head of 1x1 convolutions decides on a single cell, and a map of single cells
     says nothing. There the input of the block that made the level's map is taken
-    instead.
+    instead, as the beginning of a graph: what leads from there to other levels is
+    not theirs.
 
     Args:
         detector (nn.Module): The detector; must be ``frozen``.
@@ -128,11 +133,13 @@ def survey(
         _producer(detector, calls, level) if level.radius == 0 else None
         for level in levels
     ]
-    points = [producer[0] for producer in moved if producer is not None]
-    if any(producer is None for producer in moved):
-        points.append(point)
     if not any(moved):
         return Pyramid((point,), tuple(levels))
+    points = [producer[0] for producer in moved if producer is not None]
+    separate = all(moved)
+    if not separate:
+        # A graph that began at one level's block would be cut off from its map.
+        points = [*(replace(moved_point, cut=False) for moved_point in points), point]
     graph = GraphForward(detector, points).run(inputs, metainfo)
     levels = [
         level
@@ -147,7 +154,7 @@ def survey(
         )
         for level, producer in zip(levels, moved)
     ]
-    return Pyramid(tuple(points), tuple(levels))
+    return Pyramid(tuple(points), tuple(levels), separate)
 
 
 def _own_outputs(graph: PredictionGraph, tap: TapKey) -> frozenset[HeadKey]:
@@ -185,13 +192,8 @@ def _central_gradients(
     graph: PredictionGraph, key: HeadKey
 ) -> dict[TapKey, torch.Tensor | None]:
     output = graph.head_outputs[key]
-    if not output.requires_grad:
-        return dict.fromkeys(graph.taps)
     centre = output[..., output.shape[-2] // 2, output.shape[-1] // 2].sum()
-    gradients = torch.autograd.grad(
-        centre, list(graph.taps.values()), retain_graph=True, allow_unused=True
-    )
-    return dict(zip(graph.taps, gradients))
+    return dict(zip(graph.taps, gradients(centre, list(graph.taps.values()))))
 
 
 def _producer(
@@ -215,7 +217,10 @@ def _producer(
         ]
         if given == [(0,)]:
             point = TapPoint(
-                f"input of {bracketed(key.path)}", modules[key.path], side="input"
+                f"input of {bracketed(key.path)}",
+                modules[key.path],
+                side="input",
+                cut=True,
             )
             return point, ReplayTarget(key, (0,), "input")
     return None

@@ -209,9 +209,6 @@ class ReplayEngine:
         )
         return Replay(job, self._decisions, self._logger)
 
-    def attach_recording(self, recorded: dict[Any, Any]) -> Iterator[Any]:
-        yield from ()
-
     def trace(
         self, forward: Callable[[], Any], copied: Collection[CallKey] = ()
     ) -> CallTrace:
@@ -443,6 +440,9 @@ class _Pass:
             position > self._target and self._is_recorded(key, args, kwargs)
         ):
             output = trace.output(key)
+            if key in self._held:
+                # A head may reshape it by the number of its rows.
+                output = _rows_for_all(output, len(self._batch))
         else:
             if key == target.call:
                 args = self._replaced(args)
@@ -603,6 +603,16 @@ def _widened(args: tuple, kwargs: dict, size: int) -> tuple[tuple, dict]:
     if size == 1 or not {1, size} <= {rows(v) for v in (*args, *kwargs.values())}:
         return args, kwargs
     return tuple(map(expanded, args)), {k: expanded(v) for k, v in kwargs.items()}
+
+
+def _rows_for_all(output: Any, size: int) -> Any:
+    """What a call that is not computed would give for a batch."""
+
+    def expanded(_: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
+        is_image = tensor.ndim > 1 and tensor.shape[0] == 1
+        return tensor.expand(size, *tensor.shape[1:]) if is_image else tensor
+
+    return map_tensors(output, expanded)
 
 
 @contextlib.contextmanager

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import nn
 from torchvision.ops import box_iou
 
-from mmyolo_vis_hooks.attribution import attribute as module
-from mmyolo_vis_hooks.attribution.attribute import BoxMapOptions, BoxMapper
-from mmyolo_vis_hooks.attribution.methods import METHODS
-from mmyolo_vis_hooks.errors import VisConfigError, VisError
-from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
+from mmyolo_vis_hooks.attribution.augment import (
+    mirror_boxes,
+    mirror_image,
+    mirror_map,
+)
+from mmyolo_vis_hooks.attribution.blackbox import rise_masks
+from mmyolo_vis_hooks.attribution.methods import METHODS, register_method
+from mmyolo_vis_hooks.attribution.perturb import ablationcam, scorecam
+from mmyolo_vis_hooks.attribution.targets import TARGETS, register_target
+from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
+from mmyolo_vis_hooks.options import BoxAMOptions
 from tests.families import (
     FAMILIES,
     Family,
@@ -26,6 +36,7 @@ from tests.families import (
     plain_predict,
     reference_gradients,
 )
+from tests.toy_boxes import ToyBoxDetector
 
 LOGGER = logging.getLogger("test_box_mapper")
 # The block whose input is explained, since the head is a 1x1 convolution.
@@ -41,21 +52,28 @@ TRANSFORMERS = ("detr", "deformable_detr", "dino")
 TWO_STAGE = ("faster_rcnn", "cascade_rcnn", "mask_rcnn")
 
 
-def mapper(
+def attributor(
     family: Family, layers: list[str] | None = None, **options: Any
-) -> BoxMapper:
-    options = {"score_thr": 0.0, "topk": 3, **options}
-    return BoxMapper(
-        family.detector,
-        None if layers is None else resolve_layers(family.detector, layers),
-        BoxMapOptions(**options),
-        logger=LOGGER,
-    )
+) -> BoxAttributor:
+    options = {"score_thr": 0.0, "topk": 3, "target_layers": layers, **options}
+    labels = options.pop("labels", None)
+    own = BoxAMOptions(**options)
+    return BoxAttributor(family.detector, own, labels=labels, logger=LOGGER)
 
 
 def explain(family: Family, layers: list[str] | None = None, **options: Any) -> tuple:
-    own = mapper(family, layers, **options)
+    own = attributor(family, layers, **options)
     return own.explain(family.inputs, family.data_samples[0].metainfo)
+
+
+@pytest.fixture
+def registry():
+    """Methods and targets that a test registers are gone after it."""
+    methods, targets = dict(METHODS), dict(TARGETS)
+    yield
+    for known, before in ((METHODS, methods), (TARGETS, targets)):
+        known.clear()
+        known.update(before)
 
 
 @contextmanager
@@ -128,7 +146,6 @@ def agrees(found: np.ndarray, expected: np.ndarray) -> bool:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("topk", [3, 10])
 def test_the_map_of_each_box_is_that_of_plain_autograd(name, topk):
-    """Few boxes go through passes of their own, many of a level through crops."""
     family = build_family(name)
     predictions, explanations = explain(family, topk=topk)
     plain = plain_predict(family)
@@ -148,43 +165,6 @@ def test_the_map_of_each_box_is_that_of_plain_autograd(name, topk):
         # What passes could not be off by a cell, nor by a thousandth.
         assert not agrees(np.roll(found.saliency, 1, axis=1), expected)
         assert not agrees(found.saliency * 1.001, expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "cropped"),
-    [
-        ("yolov5", True),
-        ("yolov6", True),
-        ("yolov7", True),
-        ("yolov8", True),
-        ("yolox", True),
-        ("rtmdet", True),
-        ("rtmdet_ins", True),
-        ("retinanet", True),
-        ("ppyoloe", False),  # its head pools over the whole map
-        ("fcos", False),  # group norm
-        ("atss", False),
-    ],
-)
-def test_many_boxes_of_a_level_take_one_pass_through_crops(name, cropped, monkeypatch):
-    family = build_family(name)
-    in_crops: set[int] = set()
-    original = BoxMapper._cropped_maps
-
-    def spy(self, *args):
-        maps = original(self, *args)
-        in_crops.update(maps)
-        return maps
-
-    monkeypatch.setattr(BoxMapper, "_cropped_maps", spy)
-    _, explanations = explain(family, topk=10)
-    levels = [e.maps[0].layer for e in explanations if e.maps]
-    # The finest: a crop of a map of a few cells is the map.
-    common = min(level for level in levels if levels.count(level) >= 3)
-    shown = [k for k, e in enumerate(explanations) if e.maps]
-    for k, level in zip(shown, levels):
-        if level == common:
-            assert (k in in_crops) == cropped
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -311,33 +291,41 @@ def ablated_score(raw: RawOutputs, place: tuple, level: int, channel: int) -> fl
     return float(raw.score(scores, factors, place))
 
 
+def spy_on(function: Any) -> tuple[str, list]:
+    """Name of a method that is another one and keeps the weights of its channels."""
+    kept: list[np.ndarray] = []
+
+    kind = METHODS[function.__name__].kind
+
+    @register_method("spied", kind=kind, summary="", formula="")
+    def spied(layer: Any) -> torch.Tensor:
+        weights = function(layer)
+        kept.append(weights.numpy())
+        return weights
+
+    return "spied", kept
+
+
 @pytest.mark.parametrize("name", ["yolox", "yolov8", "ppyoloe", "retinanet", "fcos"])
 @pytest.mark.parametrize("topk", [1, 10])
-def test_ablation_weighs_by_what_the_box_loses(name, topk, monkeypatch):
+def test_ablation_weighs_by_what_the_box_loses(name, topk, registry):
     family = build_family(name)
     raw = RawOutputs(family)
-    weights: list[np.ndarray] = []
-    original = module.weigh_channels
-
-    def spy(activations, given, **options):
-        weights.append(given)
-        return original(activations, given, **options)
-
-    monkeypatch.setattr(module, "weigh_channels", spy)
-    _, explanations = explain(family, method="ablationcam", topk=topk)
+    method, weights = spy_on(ablationcam)
+    _, explanations = explain(family, method=method, topk=topk)
     plain = plain_predict(family)
     first = explanations[0]
     place = raw.place(first.index)
     score = float(plain.scores[first.index])
     neck: list = []
     raw.run((family.detector.neck, lambda output: neck.extend(output)))
-    channels = range(0, neck[place[0]].shape[1], 5)
+    channels = list(range(0, neck[place[0]].shape[1], 5))
     expected = [
         (score - ablated_score(raw, place, place[0], c)) / score for c in channels
     ]
     # The best box is the first of its level.
-    own = next(w for w in weights if np.allclose(w[0, list(channels)], expected,
-                                                 rtol=1e-3, atol=1e-5))  # fmt: skip
+    close = partial(np.allclose, b=expected, rtol=1e-3, atol=1e-5)
+    own = next(w for w in weights if close(w[0, channels]))
     cam = np.einsum("c,chw->hw", own[0], neck[place[0]][0].detach().numpy()).clip(0)
     assert first.maps[0].layer == f"neck[{place[0]}]"
     assert agrees(first.maps[0].saliency, cam.astype(np.float32))
@@ -355,53 +343,99 @@ def test_ablation_of_other_heads(name):
     assert found.saliency.std() > 0
 
 
-def test_the_ratio_limits_the_ablated_channels(monkeypatch):
+@pytest.mark.parametrize(("ratio", "count"), [(0.25, 4), (0.5, 8), (0.01, 1), (1, 16)])
+def test_the_ratio_is_the_share_of_channels_that_are_tried(ratio, count, registry):
     family = build_family("yolox")
-    tried = []
-    original = module.channels_to_ablate
-    monkeypatch.setattr(
-        module,
-        "channels_to_ablate",
-        lambda *args: tried.append(original(*args)) or tried[-1],
-    )
-    explain(family, method="ablationcam", ratio_channels_to_ablate=0.25)
-    num_channels = build_family("yolox").detector.neck.out_channels
-    assert all(len(set(own)) <= num_channels // 2 for own in tried)
-    tried.clear()
-    explain(family, method="ablationcam")
-    assert all(len(own) > num_channels * 0.9 for own in tried)
+    method, weights = spy_on(ablationcam)
+    options = dict(method=method, topk=1, ratio_channels_to_ablate=ratio)
+    explain(family, ["backbone.stem"], **options)
+    with torch.no_grad():
+        output = family.detector.backbone.stem(family.inputs)[0]
+    order = output.abs().mean(dim=(1, 2)).argsort(descending=True).tolist()
+    ((own,),) = weights
+    assert own.shape == (16,)
+    # The most active ones, and almost each of them counts for something.
+    assert set(np.flatnonzero(own)) <= set(order[:count])
+    assert len(np.flatnonzero(own)) >= 0.7 * count
 
 
-def test_score_cam_masks_the_input(monkeypatch):
+def test_score_cam_masks_the_input(registry):
     family = build_family("yolox")
     raw = RawOutputs(family)
-    weights: list[np.ndarray] = []
-    original = module.weigh_channels
-    monkeypatch.setattr(
-        module,
-        "weigh_channels",
-        lambda a, w, **k: weights.append(w) or original(a, w, **k),
-    )
-    _, (explanation,) = explain(family, method="scorecam", topk=1)
+    method, weights = spy_on(scorecam)
+    _, (explanation,) = explain(family, method=method, topk=1)
     place = raw.place(explanation.index)
     neck: list = []
     raw.run((family.detector.neck, lambda output: neck.extend(output)))
     maps = neck[place[0]].detach()
     scores = []
-    inputs = family.inputs
     for channel in range(maps.shape[1]):
         mask = torch.nn.functional.interpolate(
-            maps[:, channel : channel + 1], inputs.shape[-2:], mode="bilinear"
+            maps[:, channel : channel + 1], family.inputs.shape[-2:], mode="bilinear"
         )
         mask = (mask - mask.min()) / (mask.max() - mask.min() + 1e-8)
-        masked = RawOutputs(
-            Family(family.name, family.detector, inputs * mask, family.data_samples)
-        )
-        with torch.no_grad():
-            scores.append(float(masked.score(*masked.run(), place)))
+        scores.append(masked_score(family, mask, place))
     expected = torch.tensor(scores).softmax(dim=0).numpy()
     assert np.allclose(weights[0][0], expected, rtol=1e-4)
     assert np.ptp(scores) > 0.01
+
+
+def masked_score(family: Family, mask: torch.Tensor, place: tuple) -> float:
+    """What an anchor scores on the image under a mask."""
+    masked = dataclasses.replace(family, inputs=family.inputs * mask)
+    raw = RawOutputs(masked)
+    with torch.no_grad():
+        return float(raw.score(*raw.run(), place))
+
+
+@pytest.mark.parametrize("name", ["yolox", "fcos"])
+def test_drise_scores_at_the_own_anchor(name, monkeypatch):
+    family = build_family(name)
+    places = [RawOutputs(family).place(index) for index in range(2)]
+    total, count = np.zeros((2, *family.inputs.shape[-2:])), 12
+    for (mask,) in rise_masks(count, tuple(family.inputs.shape[-2:]), batch_size=1):
+        scores = [masked_score(family, mask[None], place) for place in places]
+        total += np.array(scores)[:, None, None] * mask[0].numpy()
+    # Neither NMS nor anything else follows the raw outputs of masked images.
+    calls = []
+    head = family.detector.bbox_head
+    original = head.predict_by_feat
+    monkeypatch.setattr(
+        head, "predict_by_feat", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    own = attributor(family, method="drise", num_masks=count, topk=2)
+    own.explain(family.inputs, family.data_samples[0].metainfo)
+    first = len(calls)
+    _, found = own.explain(family.inputs, family.data_samples[0].metainfo)
+    assert len(calls) - first < 6 <= count
+    for explanation, expected in zip(found, total / (count * 0.5)):
+        assert explanation.note == ""
+        difference = explanation.maps[0].saliency - (expected - expected.min())
+        assert np.abs(difference).max() < 1e-4 * expected.max()
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "detr"])
+def test_drise_of_regions_and_queries_goes_by_final_detections(name, caplog):
+    family = build_family(name)
+    own = attributor(family, method="drise", num_masks=4, topk=2)
+    with caplog.at_level(logging.WARNING, LOGGER.name):
+        for _ in range(2):
+            _, found = own.explain(family.inputs, family.data_samples[0].metainfo)
+    assert caplog.text.count("scored by the final detections") == 1
+    plain = plain_predict(family)
+    total = np.zeros((2, *family.inputs.shape[-2:]))
+    for (mask,) in rise_masks(4, tuple(family.inputs.shape[-2:]), batch_size=1):
+        masked = dataclasses.replace(family, inputs=family.inputs * mask)
+        others = plain_predict(masked)
+        for k in range(2):
+            overlaps = box_iou(plain.bboxes[k][None], others.bboxes)[0]
+            kept = (others.labels == plain.labels[k]) * others.scores * overlaps
+            total[k] += float(kept.max() if len(kept) else 0) * mask[0].numpy()
+    assert total.max() > 0
+    for explanation, expected in zip(found, total / 2):
+        assert "final detections" in explanation.note
+        if explanation.maps:
+            assert agrees(explanation.maps[0].saliency, expected - expected.min())
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
@@ -520,7 +554,7 @@ def test_detections_are_chosen_by_score_class_and_number():
     _, found = explain(family, topk=-1, score_thr=threshold)
     assert [e.index for e in found] == order[:3]
     label = int(plain.labels[order[2]])
-    _, found = explain(family, topk=2, classes=[label])
+    _, found = explain(family, topk=2, labels=[label])
     assert [e.index for e in found] == [i for i in order if plain.labels[i] == label][
         :2
     ]
@@ -545,53 +579,87 @@ def test_eigen_smooth_changes_the_map():
     assert not agrees(smooth.maps[0].saliency, plain.maps[0].saliency)
 
 
-def test_augmented_maps_are_the_mean_over_mirrors_and_brightnesses():
-    family = build_family("yolox")
-    network_hw = tuple(family.inputs.shape[-2:])
-    # Without a scale, so that boxes can be mirrored as they are.
-    meta = {**family.data_samples[0].metainfo, "img_shape": network_hw,
-            "ori_shape": network_hw, "scale_factor": (1.0, 1.0)}  # fmt: skip
-    predictions, explanations = mapper(family, aug_smooth=True, topk=5).explain(
-        family.inputs, meta
-    )
-    everything = mapper(family, topk=-1)
+@pytest.mark.parametrize("left", [0, 8])
+def test_augmented_maps_are_the_mean_over_mirrors_and_brightnesses(left):
+    """Padding beside the image stays where it is."""
+    family = bright_squares(left)
+    meta = family.data_samples[0].metainfo
+    part = slice(left, left + 144)  # of the 160 columns
+    predictions, explanations = explain(family, aug_smooth=True, topk=5)
+    everything = attributor(family, topk=-1)
     sums: list[list[np.ndarray]] = [[] for _ in explanations]
     for mirrored in (False, True):
         for factor in (1.0, 0.9, 1.1):
-            inputs = family.inputs.flip(-1) if mirrored else family.inputs
+            inputs = family.inputs.clone()
+            if mirrored:
+                inputs[..., part] = inputs[..., part].flip(-1)
             others, maps = everything.explain(inputs * factor, meta)
             boxes = others.bboxes.clone()
-            if mirrored:
-                boxes[:, 0] = network_hw[1] - others.bboxes[:, 2]
-                boxes[:, 2] = network_hw[1] - others.bboxes[:, 0]
+            if mirrored:  # in pixels of the original image
+                boxes[:, 0] = 180 - others.bboxes[:, 2]
+                boxes[:, 2] = 180 - others.bboxes[:, 0]
             by_index = {e.index: e for e in maps}
             for own, explanation in zip(sums, explanations):
-                overlaps = box_iou(predictions.bboxes[explanation.index][None], boxes)[
-                    0
-                ]
+                box = predictions.bboxes[explanation.index][None]
                 same = others.labels == predictions.labels[explanation.index]
-                best = int((overlaps * same).argmax())
-                if overlaps[best] * same[best] < 0.5:
-                    continue
-                for layer_map in by_index[best].maps:
-                    if layer_map.layer == explanation.maps[0].layer:
-                        saliency = layer_map.saliency / layer_map.saliency.max()
-                        own.append(saliency[:, ::-1] if mirrored else saliency)
-    assert max(len(own) for own in sums) > 1
+                overlaps = box_iou(box, boxes)[0] * same
+                best = int(overlaps.argmax())
+                for layer_map in by_index[best].maps if overlaps[best] >= 0.5 else ():
+                    if layer_map.layer != explanation.maps[0].layer:
+                        continue
+                    saliency = layer_map.saliency / layer_map.saliency.max()
+                    own.append(turned(saliency, left) if mirrored else saliency)
+    assert len(sums) >= 3
+    assert min(len(own) for own in sums) == 6
     for own, explanation in zip(sums, explanations):
         mean = np.mean(own, axis=0, dtype=np.float32)
         assert np.abs(explanation.maps[0].saliency - mean).max() < 1e-4
 
 
-def test_levels_that_cannot_be_cropped_take_other_ways(monkeypatch):
+def bright_squares(left: int) -> Family:
+    """Three squares beside padding, found by a detector that looks for them."""
+    torch.manual_seed(0)
+    detector = ToyBoxDetector(data_preprocessor=None).eval().requires_grad_(False)
+    inputs = torch.zeros(1, 3, 128, 160)
+    inputs[..., left : left + 144] = -0.5
+    for top, x in ((8, 16), (72, 96), (40, 48)):
+        inputs[..., top : top + 24, left + x : left + x + 24] = 2.5
+    sample = DetDataSample(
+        metainfo=dict(
+            ori_shape=(160, 180),
+            img_shape=(128, 160),
+            batch_input_shape=(128, 160),
+            scale_factor=(0.8, 0.8),
+            pad_param=(0, 0, left, 16 - left),
+        )
+    )
+    return Family("toy", detector, inputs, [sample])
+
+
+def turned(saliency: np.ndarray, left: int) -> np.ndarray:
+    """Turn a map about the middle of 144 of its 160 columns of pixels, cell by cell."""
+    stride = 160 // saliency.shape[1]
+    centres = (np.arange(saliency.shape[1]) + 0.5) * stride
+    # A map is piecewise linear between the centres of its cells, and zero beyond.
+    knots = np.concatenate([[-stride / 2], centres, [160 + stride / 2]])
+    padded = np.pad(saliency, ((0, 0), (1, 1)))
+    places = 2 * left + 144 - centres
+    return np.stack([np.interp(places, knots, row, 0, 0) for row in padded])
+
+
+def test_a_view_that_is_mirrored_finds_the_same_boxes_again():
+    """As the image itself: only the padding would make a difference."""
     family = build_family("yolox")
-    _, expected = explain(family, topk=10)
-    monkeypatch.setattr(module, "_agrees", lambda found, expected: False)
-    own = mapper(family, topk=10)
-    _, found = own.explain(family.inputs, family.data_samples[0].metainfo)
-    assert own._no_crops
-    for one, other in zip(found, expected):
-        assert agrees(one.maps[0].saliency, other.maps[0].saliency)
+    half = family.inputs[..., :72]
+    symmetric = torch.cat([half, half.flip(-1), family.inputs[..., 144:] * 0], dim=-1)
+    columns = (0, 144)
+    assert torch.equal(mirror_image(symmetric, columns), symmetric)
+    boxes = torch.tensor([[10.0, 5.0, 30.0, 25.0]])
+    assert mirror_boxes(boxes, columns).tolist() == [[114.0, 5.0, 134.0, 25.0]]
+    saliency = np.arange(20, dtype=np.float32)[None].repeat(2, axis=0)
+    found = mirror_map(saliency, columns, (16, 160))
+    assert found[0, :18].tolist() == list(range(17, -1, -1))
+    assert found[0, 18:].tolist() == [0, 0]
 
 
 def test_the_detector_is_left_as_it_was():
@@ -603,11 +671,8 @@ def test_the_detector_is_left_as_it_was():
     parameter.grad = torch.ones_like(parameter)
     state = {k: v.clone() for k, v in detector.state_dict().items()}
     modes = [m.training for m in detector.modules()]
-    own = BoxMapper(
-        detector,
-        None,
-        BoxMapOptions(score_thr=0.0, method="ablationcam"),
-        logger=LOGGER,
+    own = attributor(
+        dataclasses.replace(family, detector=detector), method="ablationcam"
     )
     rng = torch.get_rng_state()
     with torch.no_grad():
@@ -628,7 +693,7 @@ def test_works_in_inference_mode():
     _, expected = explain(family)
     with torch.inference_mode():
         inputs = family.inputs + 0
-        own = mapper(family)
+        own = attributor(family)
         _, found = own.explain(inputs, family.data_samples[0].metainfo)
     for one, other in zip(found, expected):
         assert agrees(one.maps[0].saliency, other.maps[0].saliency)
@@ -636,7 +701,7 @@ def test_works_in_inference_mode():
 
 def test_a_second_image_of_another_size():
     family = build_family("yolox")
-    own = mapper(family, topk=10)
+    own = attributor(family, topk=10)
     own.explain(family.inputs, family.data_samples[0].metainfo)
     larger = torch.nn.functional.interpolate(
         family.inputs, (192, 160), mode="bilinear", align_corners=False
@@ -645,7 +710,7 @@ def test_a_second_image_of_another_size():
     meta = {**family.data_samples[0].metainfo, "img_shape": network_hw,
             "batch_input_shape": network_hw}  # fmt: skip
     _, found = own.explain(larger, meta)
-    fresh = mapper(family, topk=10)
+    fresh = attributor(family, topk=10)
     _, expected = fresh.explain(larger, meta)
     assert any(e.maps for e in found)
     for one, other in zip(found, expected):
@@ -681,8 +746,8 @@ def test_a_detector_of_another_make():
     inputs = torch.randn(1, 3, 32, 32)
 
     def run(**options: Any) -> Any:
-        own = BoxMapper(
-            detector, None, BoxMapOptions(score_thr=0.0, **options), logger=LOGGER
+        own = BoxAttributor(
+            detector, BoxAMOptions(score_thr=0.0, **options), logger=LOGGER
         )
         return own.explain(inputs, meta)[1]
 
@@ -702,27 +767,90 @@ def test_a_detector_of_another_make():
     assert run(method="drise", num_masks=4)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        (dict(method="boxcam"), "method='boxcam'"),
-        (dict(target="class"), "target='class'"),
-        (dict(method="odam_combined", target="logit"), "odam_combined"),
-        (dict(method="drise", target="logit"), "drise"),
-        (dict(method="ablationcam", target="x1"), "compares scores"),
-        (dict(score_thr=1.5), "score_thr=1.5"),
-        (dict(topk=0), "topk=0"),
-        (dict(batch_size=0), "batch_size=0"),
-        (dict(num_masks=-1), "num_masks=-1"),
-        (dict(max_shape=0), "max_shape=0"),
-        (dict(max_shape=(1, 2, 3)), "max_shape="),
-        (dict(ratio_channels_to_ablate=0), "ratio_channels_to_ablate=0"),
-        (dict(eigen_smooth="yes"), "eigen_smooth='yes'"),
-        (dict(aug_smooth=1), "aug_smooth=1"),
-        (dict(method="drise", aug_smooth=True), "aug_smooth=True"),
-        (dict(method="eigencam", eigen_smooth=True), "eigen_smooth=True"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(options, match):
-    with pytest.raises(VisConfigError, match=match):
-        BoxMapOptions(**options)
+def test_a_method_and_a_target_of_ones_own(registry):
+    @register_method("mine", kind="gradient", summary="Mine.", formula="max_c g * A")
+    def mine(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        return (gradients * activations).amax(1)
+
+    @register_target("margin", summary="how far the logit is above zero")
+    def margin(boxes: Any) -> torch.Tensor:
+        return boxes.scores.logit()
+
+    family = build_family("yolox")
+    _, explanations = explain(family, method="mine", target="margin")
+    scores = plain_predict(family).scores
+    for explanation, maps in zip(explanations, references(family, 3)):
+        activation, gradient = most_influential(maps)
+        score = scores[explanation.index]
+        expected = (gradient * activation).amax(dim=0).relu() / (score * (1 - score))
+        assert explanation.layer == explanation.maps[0].layer
+        assert (explanation.method, explanation.target) == ("mine", "margin")
+        assert agrees(explanation.maps[0].saliency, expected.numpy())
+    with pytest.raises(VisConfigError, match="compares scores"):
+        BoxAMOptions(method="ablationcam", target="margin")
+    with pytest.raises(VisConfigError, match="kind='colour' is unknown"):
+        register_method("mine", kind="colour", summary="", formula="")
+
+
+def test_a_method_brings_its_own_layers(registry):
+    register_method(
+        "deep",
+        kind="gradient",
+        summary="",
+        formula="",
+        default_layers=("backbone.stage4",),
+        default_smooth=0.2,
+    )(lambda activations, gradients: (gradients * activations).sum(1))
+    _, explanations = explain(build_family("yolox"), method="deep")
+    assert {e.layer for e in explanations} == {"backbone.stage4"}
+    assert {e.smooth for e in explanations} == {0.2}
+
+
+def test_soft_nms_is_refused_before_the_run_and_drise_works():
+    family = copy.deepcopy(build_family("retinanet"))
+    family.detector.bbox_head.test_cfg.nms = dict(type="soft_nms", iou_threshold=0.5)
+    meta = family.data_samples[0].metainfo
+    with pytest.raises(VisError, match=r"carry no gradients.*method='drise'"):
+        attributor(family).prepare(family.inputs, meta)
+    _, found = explain(family, method="drise", num_masks=6)
+    assert len(found) == 3
+    assert all("final detections" in e.note for e in found)
+
+
+def test_a_map_of_a_single_cell_is_refused():
+    family = copy.deepcopy(build_family("yolov8"))
+    family.detector.backbone.stage4.add_module("attention", ChannelAttention())
+    own = attributor(family, ["backbone.stage4.attention.pool"])
+    for run in (own.prepare, own.explain):
+        with pytest.raises(FeatureShapeError, match=r"pool gives.*a single cell"):
+            run(family.inputs, family.data_samples[0].metainfo)
+
+
+class ChannelAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.pool(x).sigmoid()
+
+
+def test_each_box_without_influence_has_a_line_in_the_log():
+    """A filter drops a second record with an equal template, as MMEngine's does."""
+    family = build_family("yolox")
+    seen: set = set()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: (  # type: ignore[method-assign]
+        None
+        if record.msg in seen
+        else (seen.add(record.msg), lines.append(record.getMessage()))
+    )
+    LOGGER.addHandler(handler)
+    try:
+        _, explanations = explain(family, ["neck.out_layers[0]"], topk=-1)
+    finally:
+        LOGGER.removeHandler(handler)
+    silent = [e.index for e in explanations if e.warning]
+    assert len(silent) >= 5
+    assert len([line for line in lines if "no influence" in line]) == len(silent)

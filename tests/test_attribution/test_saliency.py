@@ -40,7 +40,9 @@ def slowly(saliency: np.ndarray, frame: FrameTransform, sigma_px: float) -> np.n
 
 def explanation(*maps: np.ndarray) -> BoxExplanation:
     return BoxExplanation(
-        0, tuple(LayerMap(f"neck[{i}]", m) for i, m in enumerate(maps))
+        0,
+        tuple(LayerMap(f"neck[{i}]", m) for i, m in enumerate(maps)),
+        smooth=0.1,
     )
 
 

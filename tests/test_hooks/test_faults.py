@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS, VISBACKENDS
 from mmengine.runner import Runner
 from mmengine.visualization import LocalVisBackend, Visualizer
 
-from mmyolo_vis_hooks.attribution.attribute import BoxMapper
+from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.network import recorder
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
@@ -347,7 +347,7 @@ def test_an_explanation_that_is_cut_off_anywhere_leaves_nothing(
 def test_a_failing_explanation_is_counted_and_the_run_goes_on(
     tmp_path, toy_data, monkeypatch, alignment, error
 ):
-    explain, calls = BoxMapper.explain, []
+    explain, calls = BoxAttributor.explain, []
 
     def failing(self, inputs, metainfo):
         calls.append(metainfo["img_id"])
@@ -355,7 +355,7 @@ def test_a_failing_explanation_is_counted_and_the_run_goes_on(
             raise error
         return explain(self, inputs, metainfo)
 
-    monkeypatch.setattr(BoxMapper, "explain", failing)
+    monkeypatch.setattr(BoxAttributor, "explain", failing)
     runner = explaining_runner(tmp_path, toy_data, alignment=alignment, num_images=4)
     before = set(Path(toy_data).rglob("*"))
     assert runner.test()["coco/bbox_mAP"] > 0.05

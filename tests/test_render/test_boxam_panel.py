@@ -201,7 +201,7 @@ class TestCaptions:
         low, high = 0.0, given.explanations[0].maps[1].saliency.max()
         note = plain(draw(given)[1].note)
         assert note == (
-            "boxam · score · max of normalised neck[0] 52 x 52 cells, "
+            "boxam · score · sum of neck[0] 52 x 52 cells, "
             "neck[1] 26 x 26 cells · "
             f"maps {low:.3g} to {high:.3g}"
         )
@@ -571,9 +571,9 @@ class TestOptions:
             draw(given, scope="image", **options)[1].image_rgb
             for options in (
                 {},
-                dict(fusion="sum"),
+                dict(fusion="max"),
                 dict(fusion="product"),
-                dict(normalize_layers=False),
+                dict(normalize_layers=True),
                 dict(smooth=0.5),
                 dict(colormap="viridis"),
                 dict(alpha=0.3),

@@ -41,13 +41,11 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mmyolo_vis_hooks.attribution.attribute import (  # noqa: E402
-    BoxMapOptions,
-    BoxMapper,
-)
+from mmyolo_vis_hooks.attribution.anchors import locate_anchors  # noqa: E402
+from mmyolo_vis_hooks.attribution.attribute import BoxAttributor  # noqa: E402
 from mmyolo_vis_hooks.attribution.methods import METHODS, weigh  # noqa: E402
 from mmyolo_vis_hooks.attribution.saliency import box_saliency  # noqa: E402
-from mmyolo_vis_hooks.attribution.targets import class_logits, locate_anchors  # noqa: E402
+from mmyolo_vis_hooks.attribution.targets import class_logits  # noqa: E402
 from mmyolo_vis_hooks.geometry import FrameTransform  # noqa: E402
 from mmyolo_vis_hooks.metrics.pointing_game import (  # noqa: E402
     energy_inside,
@@ -60,6 +58,7 @@ from mmyolo_vis_hooks.network.graph import (  # noqa: E402
     TapPoint,
 )
 from mmyolo_vis_hooks.network.state import frozen  # noqa: E402
+from mmyolo_vis_hooks.options import BoxAMOptions  # noqa: E402
 
 CONFIG = ROOT / "configs" / "coco128" / "yolox_nano_coco128.py"
 SLOW = ("ablationcam", "scorecam", "drise", "eigengradcam", "kpcacam", "shapleycam")
@@ -199,25 +198,22 @@ def measure_methods(
 ) -> dict[str, Scores]:
     logger = logging.getLogger("boxam_quality")
     logger.setLevel(logging.ERROR)
-    options = dict(score_thr=0.0, topk=-1, batch_size=16, num_masks=600)
-    mappers: dict[str, tuple[BoxMapper, float]] = {}
+    options: dict = dict(score_thr=0.0, topk=-1, batch_size=16, num_masks=600)
+    mappers: dict[str, tuple[BoxAttributor, float]] = {}
     for method in methods:
-        own = BoxMapOptions(method=method, **options)  # type: ignore[arg-type]
+        own = BoxAMOptions(method=method, **options)
         smooth = METHODS[method].default_smooth
-        mappers[method] = (BoxMapper(detector, None, own, logger=logger), smooth)
-    fixed = BoxMapOptions(method="gradcam", **options)  # type: ignore[arg-type]
-    layers = {"neck": detector.neck}
-    mappers[FIXED_LAYER] = (BoxMapper(detector, layers, fixed, logger=logger), 0.0)
+        mappers[method] = (BoxAttributor(detector, own, logger=logger), smooth)
+    fixed = BoxAMOptions(method="gradcam", target_layers=["neck"], **options)
+    mappers[FIXED_LAYER] = (BoxAttributor(detector, fixed, logger=logger), 0.0)
+    none = BoxAttributor(detector, BoxAMOptions(score_thr=1.0), logger=logger)
     scores: dict[str, Scores] = {
         name: Scores() for name in (*mappers, "box", "Gaussian on the box")
     }
     for index in track(range(min(num_images, len(dataset))), transient=True):
         inputs, metainfo = inputs_of(detector, dataset, index)
         frame = FrameTransform.from_metainfo(metainfo)
-        with torch.no_grad():
-            plain, _ = BoxMapper(
-                detector, None, BoxMapOptions(score_thr=1.0), logger=logger
-            ).explain(inputs, metainfo)
+        plain, _ = none.explain(inputs, metainfo)
         chosen = matches(plain, objects_of(coco, dataset, index), frame.image_hw)
         for found in chosen:
             scores["box"].add(
@@ -287,7 +283,7 @@ def sanity(detector: Any, dataset: Any, num_images: int) -> Iterator[tuple[str, 
                     (gradient,) = torch.autograd.grad(
                         output[place], tap, retain_graph=True
                     )
-                    maps.append(weigh("boxam", tap.detach(), gradient)[0])
+                    maps.append(weigh("boxam", tap.detach(), gradient)[0].numpy())
             first = first or maps
             found[name] += [
                 spearman(a[b + a > 0], b[b + a > 0]) for a, b in zip(first, maps)

@@ -1,0 +1,146 @@
+"""Test-time augmentation: the mean over mirrored, darker and brighter inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.structures.bbox import bbox_overlaps
+from mmengine.structures import InstanceData
+
+from ..geometry import FrameTransform, cells_per_pixel
+from ..records import BoxExplanation, LayerMap
+
+# Those of pytorch-grad-cam: mirrored or not, three brightnesses. The first is the plain
+# input, which is explained already.
+_VIEWS = tuple((flip, gain) for flip in (False, True) for gain in (1.0, 0.9, 1.1))[1:]
+_SAME_BOX_IOU = 0.5
+
+Choose = Callable[[InstanceData], list[int]]
+"""Which of some detections are explained."""
+
+
+def smoothed(
+    inputs: torch.Tensor,
+    predictions: InstanceData,
+    explanations: Sequence[BoxExplanation],
+    metainfo: Mapping[str, Any],
+    explain: Callable[[torch.Tensor, Choose], list[BoxExplanation]],
+) -> list[BoxExplanation]:
+    """Mean of the normalised maps of a box over the views in which it is found.
+
+    Args:
+        inputs (Tensor): ``(1, 3, H, W)``, the network's input.
+        predictions (InstanceData): What was found on it.
+        explanations (Sequence): Of some of these detections.
+        metainfo (Mapping): Of the image's data sample.
+        explain (Callable): Explains other inputs, those detections that are chosen.
+    """
+    frame = FrameTransform.from_metainfo(
+        {
+            "batch_input_shape": tuple(inputs.shape[-2:]),
+            **metainfo,
+        }
+    )
+    columns = image_columns(frame)
+    boxes = _network_boxes(predictions, frame)
+    labels = predictions.labels.tolist()
+    found: list[dict[str, list[np.ndarray]]] = [
+        {m.layer: [m.saliency / m.saliency.max()] for m in explanation.maps}
+        for explanation in explanations
+    ]
+    for mirrored, gain in _VIEWS:
+        pairs: dict[int, int] = {}
+
+        def choose(
+            others: InstanceData, mirrored: bool = mirrored, pairs: dict = pairs
+        ) -> list[int]:
+            seen = _network_boxes(others, frame)
+            if mirrored:
+                seen = mirror_boxes(seen, columns)
+            for k, explanation in enumerate(explanations):
+                own = boxes[explanation.index], labels[explanation.index]
+                match = _same_box(*own, seen, others.labels.cpu())
+                if match is not None:
+                    pairs[k] = match
+            return list(pairs.values())
+
+        view = mirror_image(inputs, columns) if mirrored else inputs
+        for k, explanation in zip(pairs, explain(view * gain, choose)):
+            for layer, saliency in ((m.layer, m.saliency) for m in explanation.maps):
+                if layer in found[k]:
+                    saliency = saliency / saliency.max()
+                    if mirrored:
+                        saliency = mirror_map(saliency, columns, frame.network_hw)
+                    found[k][layer].append(saliency)
+    return [
+        replace(explanation, maps=tuple(map(_mean_map, own, own.values())))
+        for explanation, own in zip(explanations, found)
+    ]
+
+
+def image_columns(frame: FrameTransform) -> tuple[int, int]:
+    """First and one past the last column of the image within the network's input."""
+    left = frame.offset_xy[0]
+    right = left + frame.image_hw[1] * frame.scale_xy[0]
+    width = frame.network_hw[1]
+    return max(round(left), 0), min(round(right), width)
+
+
+def mirror_image(inputs: torch.Tensor, columns: tuple[int, int]) -> torch.Tensor:
+    """Turn the image left to right and leave the padding beside it where it is."""
+    mirrored = inputs.clone()
+    part = slice(*columns)
+    mirrored[..., part] = inputs[..., part].flip(-1)
+    return mirrored
+
+
+def mirror_boxes(boxes_xyxy: torch.Tensor, columns: tuple[int, int]) -> torch.Tensor:
+    """Boxes ``(N, 4)`` of the mirrored image, in pixels of the network's input."""
+    x1, y1, x2, y2 = boxes_xyxy.unbind(dim=1)
+    return torch.stack([sum(columns) - x2, y1, sum(columns) - x1, y2], dim=1)
+
+
+def mirror_map(
+    saliency: np.ndarray, columns: tuple[int, int], network_hw: tuple[int, int]
+) -> np.ndarray:
+    """A map ``(h, w)`` of the mirrored image, turned back.
+
+    The axis of the mirror may lie anywhere between cells: a column is interpolated from
+    the two nearest to its mirror image.
+    """
+    height, width = saliency.shape
+    pitch = cells_per_pixel((height, width), network_hw)[1]
+    position = sum(columns) * pitch - 1 - np.arange(width)
+    lower = np.floor(position).astype(np.int64)
+    upper_weight = (position - lower).astype(saliency.dtype)
+    # What lies off the map on the other side says nothing.
+    padded = np.pad(saliency, ((0, 0), (1, 1)))
+    near, far = (padded[:, (lower + i).clip(-1, width) + 1] for i in (0, 1))
+    return near * (1 - upper_weight) + far * upper_weight
+
+
+def _mean_map(layer: str, maps: list[np.ndarray]) -> LayerMap:
+    return LayerMap(layer, np.stack(maps).mean(axis=0, dtype=np.float32))
+
+
+def _network_boxes(predictions: InstanceData, frame: FrameTransform) -> torch.Tensor:
+    """Final boxes ``(N, 4)`` in the network's frame, on the CPU."""
+    boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)
+    return torch.from_numpy(
+        frame.boxes_to_network(boxes.detach().float().cpu().numpy())
+    )
+
+
+def _same_box(
+    box: torch.Tensor, label: int, others: torch.Tensor, other_labels: torch.Tensor
+) -> int | None:
+    if not len(others):
+        return None
+    overlaps = bbox_overlaps(box[None], others)[0]
+    overlaps[other_labels != label] = 0
+    best = int(overlaps.argmax())
+    return best if overlaps[best] >= _SAME_BOX_IOU else None

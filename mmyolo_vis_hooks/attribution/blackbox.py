@@ -1,0 +1,186 @@
+"""Methods that look at no layer: D-RISE, and the random masks that it lays on images.
+
+Sources: RISE (Petsiuk et al. 2018) for the masks and their weighted mean, D-RISE
+(Petsiuk et al. 2021) for the similarity of detections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox_overlaps
+from mmengine.structures import InstanceData
+from torch import nn
+
+from ..data.samples import detections_of
+from ..records import Detections
+from .methods import register_method, require_finite
+from .progress import track
+
+CELLS = 16
+KEEP = 0.5
+
+
+@dataclass(frozen=True)
+class MaskedImage:
+    """What a method may ask of an image and the K boxes that are explained on it.
+
+    Attributes:
+        inputs: ``(1, 3, H, W)``, the network's input.
+        score: Gives what the boxes score ``(n, K)`` on images ``(n, 3, H, W)``.
+        num_masks: How many masks shall be tried.
+        batch_size: How many images run at once.
+        show_progress: Whether a bar is shown on a terminal.
+    """
+
+    inputs: torch.Tensor
+    score: Callable[[torch.Tensor], torch.Tensor]
+    num_masks: int
+    batch_size: int
+    show_progress: bool = False
+
+    def masked_scores(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Random masks ``(n, 1, H, W)`` and what the boxes score under them."""
+        height, width = self.inputs.shape[-2:]
+        batches = rise_masks(
+            self.num_masks,
+            (height, width),
+            batch_size=self.batch_size,
+            device=self.inputs.device,
+            dtype=self.inputs.dtype,
+        )
+        count = -(-self.num_masks // self.batch_size)
+        for masks in track(batches, "random masks", self.show_progress, count):
+            scores = self.score(self.inputs * masks)
+            require_finite(scores, "the scores under a mask")
+            yield masks, scores
+
+
+@register_method(
+    "drise",
+    kind="black_box",
+    summary="D-RISE: which random masks of the image leave the detection as it was.",
+    formula="sum_i s_i * M_i / (N * keep), s_i = the score at the box's own anchor on "
+    "the image times mask M_i",
+    takes_eigen_smooth=False,
+)
+def drise(image: MaskedImage) -> torch.Tensor:
+    """RISE (eq. 6). Departure: what does not matter has the mean of the weights there,
+    and zero here."""
+    total = torch.zeros(())
+    for masks, scores in image.masked_scores():
+        # Autocast would take the product in half precision.
+        with torch.autocast(masks.device.type, enabled=False):
+            part = torch.tensordot(scores.float().T, masks[:, 0].float(), dims=1)
+        total = total.to(part) + part
+    maps = total / (image.num_masks * KEEP)
+    return maps - maps.amin((1, 2), keepdim=True)
+
+
+def rise_masks(
+    num_masks: int,
+    image_hw: tuple[int, int],
+    *,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[torch.Tensor]:
+    """Random smooth masks, one batch after the other.
+
+    A mask is a coarse grid of zeros and ones, half of each, upsampled bilinearly to one
+    cell more than the image and cut out at a random place, so that the cells' borders
+    differ from mask to mask. The random numbers come from a generator of their own on
+    the CPU, a mask's at a time: the masks are the same in every run, on every device
+    and for every ``batch_size``. Only the grids travel to the device.
+
+    Args:
+        num_masks (int): How many masks in all.
+        image_hw (tuple[int, int]): Height and width of the masks, pixels.
+        batch_size (int): Masks that exist at a time. Defaults to 16.
+        device (torch.device | str): Where the masks are made. Defaults to 'cpu'.
+        dtype (torch.dtype): Defaults to float32.
+
+    Yields:
+        Tensor: ``(b, 1, H, W)`` in [0, 1], ``b`` at most ``batch_size``.
+
+    Examples:
+        >>> [len(masks) for masks in rise_masks(20, (48, 64), batch_size=8)]
+        [8, 8, 4]
+    """
+    generator = torch.Generator().manual_seed(0)
+    height, width = image_hw
+    cell_hw = (-(-height // CELLS), -(-width // CELLS))
+    size_hw = ((CELLS + 1) * cell_hw[0], (CELLS + 1) * cell_hw[1])
+    for start in range(0, num_masks, batch_size):
+        count = min(batch_size, num_masks - start)
+        drawn = torch.stack(
+            [torch.rand(CELLS**2 + 2, generator=generator) for _ in range(count)]
+        )
+        grids = (drawn[:, 2:] < KEEP).float().view(count, 1, CELLS, CELLS)
+        large = F.interpolate(
+            grids.to(device), size_hw, mode="bilinear", align_corners=False
+        )
+        masks = torch.empty((count, 1, height, width), dtype=dtype, device=device)
+        shifts = (drawn[:, :2] * torch.tensor(cell_hw)).long().tolist()
+        for index, (top, left) in enumerate(shifts):
+            masks[index] = large[index, :, top : top + height, left : left + width]
+        yield masks
+
+
+def final_scores(
+    detector: nn.Module,
+    predictions: InstanceData,
+    chosen: list[int],
+    metainfo: Mapping[str, Any],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What scores boxes by the final detections on other images.
+
+    Args:
+        detector (nn.Module): The detector.
+        predictions (InstanceData): Its detections on the image.
+        chosen (list[int]): Which of them are explained.
+        metainfo (Mapping): Of the image's data sample.
+    """
+    sample = DetDataSample()
+    sample.pred_instances = predictions[chosen]
+    wanted = detections_of(sample)
+
+    def score(batch: torch.Tensor) -> torch.Tensor:
+        samples = [DetDataSample(metainfo=dict(metainfo)) for _ in batch]
+        outputs = detector(batch, samples, mode="predict")
+        found = [detection_similarities(wanted, detections_of(o)) for o in outputs]
+        return torch.from_numpy(np.stack(found)).to(batch.device)
+
+    return score
+
+
+def detection_similarities(wanted: Detections, found: Detections) -> np.ndarray:
+    """How much of each explained detection is left on a masked image.
+
+    D-RISE (eq. 6): the best, over all detections, of IoU * similarity of the class
+    vectors * objectness. Departure: final detections carry one class and one score, so
+    the similarity of the classes is 1 or 0, and the score, in which heads with
+    objectness include it, stands for the objectness.
+
+    Args:
+        wanted (Detections): The K detections that are explained.
+        found (Detections): Found on the masked image, in the same frame.
+
+    Returns:
+        np.ndarray: ``(K,)`` float32 in [0, 1]; 0 where nothing is left.
+    """
+    if not len(found) or not len(wanted):
+        return np.zeros(len(wanted), dtype=np.float32)
+    boxes, others = (
+        torch.from_numpy(np.asarray(d.boxes_xyxy, dtype=np.float32))
+        for d in (wanted, found)
+    )
+    same_label = wanted.labels[:, None] == found.labels[None]
+    similarities = bbox_overlaps(boxes, others).numpy() * same_label * found.scores
+    return similarities.max(axis=1).astype(np.float32)

@@ -1,0 +1,116 @@
+"""Methods that weigh a channel by what boxes score without it, or behind it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .methods import register_method, require_finite
+from .scoring import Scorer
+from .spots import View
+
+
+@dataclass(frozen=True)
+class PerturbedLayer:
+    """What a method may ask of a layer, and of the K boxes that it led to.
+
+    Attributes:
+        activations: ``(C, h, w)``.
+        ratio: Share of the channels that shall be tried.
+    """
+
+    activations: torch.Tensor
+    ratio: float
+    view: View
+    scorer: Scorer
+    inputs: torch.Tensor
+
+    def scores(self) -> torch.Tensor:
+        """What the boxes score as they are, ``(K,)`` float64."""
+        return self.scorer.recorded_scores()
+
+    def scores_times(self, factors: torch.Tensor) -> torch.Tensor:
+        """What they score with each channel multiplied by a factor.
+
+        Args:
+            factors (Tensor): ``(n, C)``.
+
+        Returns:
+            Tensor: ``(n, K)`` float64.
+        """
+        return self.scorer.scores_of_many(
+            len(factors),
+            lambda part: self.view.scaled(factors[part]),
+            f"channels of {self.view.title}",
+        )
+
+    def scores_behind(self, maps: torch.Tensor) -> torch.Tensor:
+        """What they score on the image behind each map, normalised to 0 to 1.
+
+        Args:
+            maps (Tensor): ``(n, h, w)``.
+
+        Returns:
+            Tensor: ``(n, K)`` float64.
+        """
+
+        def masked(part: slice) -> torch.Tensor:
+            size = self.inputs.shape[-2:]
+            masks = F.interpolate(maps[part, None], size, mode="bilinear")
+            low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), True)
+            return self.inputs * ((masks - low) / (high - low + 1e-8))
+
+        title = f"image behind {self.view.title}"
+        return self.scorer.scores_of_many(len(maps), masked, title)
+
+
+@register_method(
+    "ablationcam",
+    kind="ablation",
+    summary="Ablation-CAM: channels weighed by what the target loses without them.",
+    formula="relu(sum_c w_c * A), w_c = (y - y_c) / |y|, y_c = target without channel "
+    "c",
+)
+def ablationcam(layer: PerturbedLayer) -> torch.Tensor:
+    """Desai and Ramaswamy 2020, eq. 3. Departure: divided by ``|y|``, so that a channel
+    whose loss lowers the target has a positive weight for negative targets too."""
+    channels = most_active(layer.activations, layer.ratio)
+    factors = layer.activations.new_ones(len(channels), len(layer.activations))
+    factors.scatter_(1, channels[:, None], 0)
+    scores, without = layer.scores(), layer.scores_times(factors)
+    require_finite(without, "the scores")
+    weights = scores.new_zeros(len(scores), len(layer.activations))
+    size = torch.where(scores == 0, 1, scores.abs())
+    weights[:, channels] = ((scores - without) / size).T
+    return weights
+
+
+@register_method(
+    "scorecam",
+    kind="masking",
+    summary="Score-CAM: channels weighed by the target's value when only what lies "
+    "under the channel is shown.",
+    formula="relu(sum_c w_c * A), w = softmax over channels of the target on the image "
+    "times the normalised channel",
+)
+def scorecam(layer: PerturbedLayer) -> torch.Tensor:
+    scores = layer.scores_behind(layer.activations)
+    require_finite(scores, "the scores")
+    return scores.softmax(dim=0).T
+
+
+def most_active(activations: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The channels with the largest mean size of their activations.
+
+    Args:
+        activations (Tensor): ``(C, h, w)``.
+        ratio (float): Share of the channels, above 0; at least one is taken.
+
+    Returns:
+        Tensor: ``(n,)`` int64, in the order of the channels.
+    """
+    count = max(1, round(len(activations) * ratio))
+    sizes = activations.float().abs().mean(dim=(1, 2))
+    return sizes.topk(count).indices.sort().values

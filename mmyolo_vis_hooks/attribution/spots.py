@@ -1,0 +1,293 @@
+"""Where boxes are explained: the maps of a layer, and the boxes' gradients on them.
+
+The gradient of a box at the level that made it is zero farther than the level's radius
+from its anchor. So boxes of different levels, and boxes of one level whose windows do
+not overlap, share a *colour*: one backward pass of the sum of their scalars, out of
+which each window is read. That is exact, and serves every method that needs gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import FeatureShapeError
+from ..network.graph import PredictionGraph, TapKey, gradients
+from ..network.levels import Level, Pyramid
+from ..network.recorder import token_slices
+from .anchors import Anchor, wanted_outputs
+from .targets import ChosenBoxes, Target
+
+
+@dataclass(frozen=True)
+class View:
+    """One map within a tapped tensor: the tensor itself, or a level of its tokens.
+
+    Attributes:
+        title: Name for captions.
+        tap: The tensor's key.
+        tensor: ``(1, C, h, w)`` or tokens ``(1, N, C)``, a node of the graph.
+        tokens: First token, rows and columns of the map; None if the tensor is it.
+    """
+
+    title: str
+    tap: TapKey
+    tensor: torch.Tensor
+    tokens: tuple[int, int, int] | None = None
+
+    def maps(self, values: torch.Tensor) -> torch.Tensor:
+        """``(n, C, h, w)`` of values shaped as the tapped tensor, ``(n, ...)``."""
+        if self.tokens is None:
+            return values
+        start, h, w = self.tokens
+        part = values[:, start : start + h * w]
+        return part.transpose(1, 2).reshape(len(values), -1, h, w)
+
+    @property
+    def activations(self) -> torch.Tensor:
+        """``(1, C, h, w)``, without a graph."""
+        return self.maps(self.tensor.detach())
+
+    def scaled(self, factors: torch.Tensor) -> torch.Tensor:
+        """The tensor ``(n, ...)`` with the map's channels times factors ``(n, C)``."""
+        value = self.tensor.detach().repeat(len(factors), *[1] * (self.tensor.ndim - 1))
+        if self.tokens is None:
+            return value * factors[:, :, None, None]
+        start, h, w = self.tokens
+        value[:, start : start + h * w] *= factors[:, None]
+        return value
+
+
+def views_of(graph: PredictionGraph, taps: Iterable[TapKey]) -> list[View]:
+    """All maps in tapped tensors.
+
+    Raises:
+        FeatureShapeError: If tokens fit no grid over the input, or a map has a single
+            cell and so says nothing about where.
+    """
+    views = []
+    for tap in taps:
+        tensor = graph.taps[tap]
+        if tensor.ndim == 4:
+            views.append(View(tap.title, tap, tensor))
+        else:
+            slices = token_slices(tensor[0], graph.network_hw, tap.layer)
+            for level, tokens in enumerate(slices):
+                index = (*tap.output_index, level) if len(slices) > 1 else ()
+                title = tap._replace(output_index=index or tap.output_index).title
+                views.append(View(title, tap, tensor, tokens))
+        if views[-1].activations.shape[-2:] == (1, 1):
+            raise FeatureShapeError(
+                f"target_layers: {views[-1].title} gives a map of a single cell, as "
+                "layers of channel attention do, which has no place in the image; "
+                "choose another layer"
+            )
+    return views
+
+
+class Window(NamedTuple):
+    """A rectangle of cells of a map."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @classmethod
+    def around(cls, cell: Sequence[int], level: Level, map_hw: Sequence[int]) -> Window:
+        """What a box with its anchor in a cell depends on; moved into the map."""
+        if level.radius is None:
+            return cls(0, 0, *map_hw)
+        sizes = [min(2 * level.radius + 1, whole) for whole in map_hw]
+        begins = [
+            min(max(position - level.radius, 0), whole - size)
+            for position, size, whole in zip(cell, sizes, map_hw)
+        ]
+        return cls(*begins, *sizes)
+
+    def cut(self, values: torch.Tensor) -> torch.Tensor:
+        """The part ``(..., a, b)`` of values ``(..., h, w)``."""
+        rows = slice(self.top, self.top + self.height)
+        return values[..., rows, self.left : self.left + self.width]
+
+    def pad(self, part: torch.Tensor, map_hw: Sequence[int]) -> torch.Tensor:
+        """The part on the whole map, zero elsewhere."""
+        whole = part.new_zeros(*part.shape[:-2], *map_hw)
+        self.cut(whole).copy_(part)
+        return whole
+
+    def overlaps(self, other: Window) -> bool:
+        """Whether windows of one size share cells."""
+        rows, columns = abs(self.top - other.top), abs(self.left - other.left)
+        return rows < self.height and columns < self.width
+
+
+@dataclass
+class Case:
+    """One image and one target while it is being explained.
+
+    Attributes:
+        boxes: The K detections.
+        target: What is explained of them.
+        scalars: ``(K,)`` with a graph.
+        anchors: Where the head decided them; None without a head that can be asked.
+        forward: Runs ``predict`` on the image.
+        recorded: What replays keep of the image.
+    """
+
+    boxes: ChosenBoxes
+    target: Target
+    scalars: torch.Tensor
+    anchors: list[Anchor] | None
+    forward: Callable[[], Any]
+    recorded: dict
+
+    @property
+    def graph(self) -> PredictionGraph:
+        return self.boxes.graph
+
+    def gradients(self, k: int, tensors: Sequence[torch.Tensor]) -> Sequence:
+        """Those of one box, through the head alone where its anchor is known."""
+        if self.anchors is None or not self.anchors[k].entries:
+            return gradients(self.scalars[k], tensors)
+        return _through_head(self.graph, [self.anchors[k]], tensors)
+
+
+@dataclass
+class Spot:
+    """A map on which boxes are explained.
+
+    Attributes:
+        view: The map.
+        members: Numbers of the boxes.
+        gradients: ``(C, a, b)`` of each member in its window, where they are known.
+        windows: Outside of it a member has no gradient; none for the whole map.
+        level: The level that made the boxes, None for another layer.
+    """
+
+    view: View
+    members: list[int] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    level: Level | None = None
+
+
+def spots_at(case: Case, taps: Sequence[TapKey]) -> list[Spot]:
+    """The maps of given layers, each with the boxes that it has an influence on."""
+    joined: dict[str, Spot] = {}
+    for k in range(len(case.boxes.indices)):
+        for own in influences(case, k, taps):
+            spot = joined.setdefault(own.view.title, Spot(own.view))
+            spot.members += own.members
+            spot.gradients += own.gradients
+    return list(joined.values())
+
+
+def influences(case: Case, k: int, taps: Sequence[TapKey]) -> list[Spot]:
+    """The maps at which a box has a gradient."""
+    found = case.gradients(k, [case.graph.taps[tap] for tap in taps])
+    known = {tap: g for tap, g in zip(taps, found) if g is not None}
+    views = views_of(case.graph, known)
+    pairs = [(view, view.maps(known[view.tap])) for view in views]
+    return [Spot(view, [k], [g[0]]) for view, g in pairs if bool(g.any())]
+
+
+def spots_of_levels(
+    case: Case, pyramid: Pyramid, *, with_gradients: bool
+) -> list[Spot]:
+    """The maps on which the head decided the boxes.
+
+    That is the level whose raw outputs made a box, and for boxes of regions and of
+    queries the map with the greatest gradient times activation.
+
+    Args:
+        case (Case): The boxes.
+        pyramid (Pyramid): The levels.
+        with_gradients (bool): Whether the gradients at the levels are wanted too.
+    """
+    spots: dict[TapKey, Spot] = {}
+    others = []
+    placed: list[tuple[int, Spot, Window]] = []
+    for k in range(len(case.boxes.indices)):
+        anchor = case.anchors[k] if case.anchors is not None else None
+        level = pyramid.level_of(anchor.keys) if anchor is not None else None
+        if anchor is None or level is None or anchor.cell is None:
+            others += _most_influential(case, k)
+            continue
+        tensor = case.graph.taps[level.tap]
+        spot = Spot(View(level.tap.title, level.tap, tensor), level=level)
+        spot = spots.setdefault(level.tap, spot)
+        spot.members.append(k)
+        spot.windows.append(Window.around(anchor.cell, level, tensor.shape[-2:]))
+        placed.append((k, spot, spot.windows[-1]))
+    if with_gradients:
+        _add_gradients(case, placed, pyramid.separate)
+    return [*spots.values(), *others]
+
+
+def _most_influential(case: Case, k: int) -> list[Spot]:
+    spots = influences(case, k, list(case.graph.taps))
+    energies = [
+        float((spot.gradients[0] * spot.view.activations[0]).abs().sum())
+        for spot in spots
+    ]
+    return [spots[energies.index(max(energies))]] if any(energies) else []
+
+
+_Placed = tuple[int, Spot, Window]
+
+
+def _add_gradients(case: Case, placed: Sequence[_Placed], separate: bool) -> None:
+    """Give each spot the gradients of its members, by a pass per colour."""
+    anchors = case.anchors or []
+    found: dict[int, torch.Tensor] = {}
+    for group in colours(placed, separate=separate):
+        tensors = {spot.view.tap: spot.view.tensor for _, spot, _ in group}
+        own = [anchors[k] for k, _, _ in group]
+        slopes = _through_head(case.graph, own, list(tensors.values()))
+        at = dict(zip(tensors, slopes))
+        for k, spot, window in group:
+            gradient = at[spot.view.tap]
+            if gradient is None:
+                gradient = torch.zeros_like(spot.view.tensor)
+            found[k] = window.cut(gradient[0])
+    for k, spot, _ in placed:
+        spot.gradients.append(found[k])
+
+
+def colours(placed: Sequence[_Placed], *, separate: bool) -> list[list[_Placed]]:
+    """Groups of boxes no two of which have gradients in the same cells.
+
+    Args:
+        placed (Sequence): Number, spot and window of each box.
+        separate (bool): Whether boxes of different levels never collide.
+    """
+
+    def collide(one: _Placed, other: _Placed) -> bool:
+        if one[1] is not other[1]:
+            return not separate
+        return one[2].overlaps(other[2])
+
+    groups: list[list[_Placed]] = []
+    for box in placed:
+        free = (g for g in groups if not any(collide(box, other) for other in g))
+        group = next(free, None)
+        if group is None:
+            groups.append([box])
+        else:
+            group.append(box)
+    return groups
+
+
+def _through_head(
+    graph: PredictionGraph, anchors: Sequence[Anchor], tensors: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """Gradients of the sum of scalars; to first order one is its anchor's elements."""
+    outputs = {key: graph.head_outputs[key] for key in wanted_outputs(anchors)}
+    slopes = {key: torch.zeros_like(output) for key, output in outputs.items()}
+    for entries in (entries for anchor in anchors for entries in anchor.entries):
+        slopes[entries.key][tuple(entries.places.t())] = entries.gradient
+    return gradients(list(outputs.values()), tensors, slopes=list(slopes.values()))
