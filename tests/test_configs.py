@@ -265,7 +265,7 @@ def test_the_hook_is_built_with_the_options_of_the_config(path):
     assert len(found) == 1
     for hook, options in found.items():
         assert options.pop("type") == hook.__name__
-        assert hook(**options).on_error == "log"
+        assert hook(**options).run_options.on_error == "log"
 
 
 def test_the_mix_in_keeps_the_hooks_of_the_detector():
