@@ -24,6 +24,7 @@ from .render.heatmap import colormap_lut
 
 ALIGNMENTS = ("resize", "letterbox", "network")
 SCOPES = ("box", "class", "image")
+_MAX_TILES = 1024
 
 
 # ---------------------------------------------------------------------- checks
@@ -114,8 +115,10 @@ def class_list(name: str, value: Any) -> tuple[str | int, ...]:
 
 def grid(name: str, value: Any) -> tuple[int, int]:
     validate_reduction_options("select_max", 1, value)
-    rows, columns = value
-    return int(rows), int(columns)
+    rows, columns = int(value[0]), int(value[1])
+    if rows * columns > _MAX_TILES:
+        raise refuse(name, value, f"use at most {_MAX_TILES} places in all")
+    return rows, columns
 
 
 def map_limit(name: str, value: Any) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import nn
 from mmyolo_vis_hooks import explain, feature_maps
 from mmyolo_vis_hooks.attribution.methods import METHODS
 from mmyolo_vis_hooks.attribution.targets import TARGETS
+from mmyolo_vis_hooks.errors import VisError
 from tests.toy_boxes import box_config
 
 
@@ -307,3 +308,21 @@ def test_image_channels_choose_what_is_shown(tmp_path, toy_data) -> None:
     assert (first.image_rgb != chosen.image_rgb).any()
     np.testing.assert_array_equal(chosen.image_rgb[..., 2], five[..., 0])
     assert "channels" in chosen.note
+
+
+def test_a_single_cell_has_no_place_in_the_image(tmp_path, toy_data, photo) -> None:
+    """As channel attention gives them."""
+    own = make_detector(tmp_path, toy_data)
+    own.backbone.stages.append(nn.AdaptiveAvgPool2d(1))
+    own.backbone.forward = lambda x, stages=own.backbone.stages: _attended(stages, x)
+    layer = "backbone.stages[7]"
+    with pytest.raises(VisError, match=r"a single cell.*no place in the image"):
+        explain(own, photo, layers=layer, score_thr=0.0)
+    (cell,) = feature_maps(own, photo, layers=layer)
+    assert cell.values.shape[1:] == (1, 1)
+
+
+def _attended(stages: nn.Sequential, inputs: torch.Tensor) -> torch.Tensor:
+    maps = stages[:7](inputs)
+    bright = nn.functional.avg_pool2d(inputs.mean(dim=1, keepdim=True), 8)
+    return torch.cat([0.3 * maps * stages[7](maps).sigmoid(), bright.relu()], dim=1)

@@ -51,6 +51,7 @@ FEATMAP: list[tuple[dict[str, Any], str]] = [
     (dict(channel_reduction=None, topk=0), "topk=0"),
     (dict(channel_reduction=None, topk=5), "arrangement"),
     (dict(arrangement=(2,)), "arrangement"),
+    (dict(arrangement=(1000, 1000)), "arrangement.*at most 1024"),
 ]
 BOXAM: list[tuple[dict[str, Any], str]] = [
     (dict(method="gradcam+"), r"method='gradcam\+'.*did you mean 'gradcam\+\+'"),
