@@ -17,7 +17,7 @@ import torch
 from ..errors import FeatureShapeError
 from ..network.graph import PredictionGraph, TapKey, gradients
 from ..network.levels import Level, Pyramid
-from ..network.recorder import token_slices
+from ..network.maps import token_slices
 from .anchors import Anchor, wanted_outputs
 from .targets import ChosenBoxes, Target
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import FeatureShapeError, VisError
+from .maps import image_tensors
 from .nested import OutputIndex, flatten_tensors, map_tensors
-from .recorder import image_tensors
 
 
 class NoGradientError(VisError):

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..errors import FeatureShapeError, LayerNotFoundError, VisConfigError
 from .layer_path import bracketed, resolve_layer, resolve_layers
+from .maps import image_tensors, spatial_maps
 from .nested import tensors_in
-from .recorder import image_tensors, spatial_maps
 from .state import frozen
 
 

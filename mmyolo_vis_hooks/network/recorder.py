@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,8 @@ from torch import nn
 
 from ..errors import FeatureShapeError
 from ..records import Activation
-from .nested import OutputIndex, flatten_tensors
+from .maps import image_tensors, spatial_maps
 from .state import is_compiled
-
-# Strides at which vision transformers and pyramids put out token sequences.
-_TOKEN_STRIDES = (2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass
@@ -210,121 +206,6 @@ def did_not_run(model: nn.Module, layers: Mapping[str, nn.Module]) -> FeatureSha
             "in inference"
         )
     return FeatureShapeError(f"target_layers: {', '.join(layers)} {reason}")
-
-
-def image_tensors(
-    output: Any, batch_size: int, layer: str
-) -> list[tuple[OutputIndex, torch.Tensor]]:
-    """The tensors in a layer's output that may hold a map for each image.
-
-    Args:
-        output: What the layer gave, nested as it likes.
-        batch_size (int): Number of images in the batch.
-        layer (str): Path of the layer, for the message.
-
-    Returns:
-        list: Index and ``(B, C, h, w)`` or ``(B, N, C)`` of each.
-
-    Raises:
-        FeatureShapeError: If there is none, or one has another batch size.
-    """
-    tensors = []
-    for index, tensor in flatten_tensors(output):
-        if tensor.ndim < 3 or not tensor.is_floating_point():
-            continue
-        if tensor.shape[0] != batch_size:
-            raise FeatureShapeError(
-                f"target_layers: {layer} gives a tensor of shape "
-                f"{tuple(tensor.shape)} for a batch of {batch_size} "
-                "image(s), so it cannot be laid over an image (outputs of RoI "
-                "heads and of windows are of this kind); choose another layer"
-            )
-        tensors.append((index, tensor))
-    if not tensors:
-        raise FeatureShapeError(
-            f"target_layers: {layer} gives no feature map ((B, C, H, W) or "
-            "tokens (B, H*W, C)); choose another layer"
-        )
-    return tensors
-
-
-def spatial_maps(
-    tensor: torch.Tensor, network_hw: tuple[int, int], layer: str
-) -> list[torch.Tensor]:
-    """Give one image's output as feature maps.
-
-    Args:
-        tensor (Tensor): ``(C, h, w)``, or tokens ``(N, C)`` where ``N`` cells of
-            one or several pyramid levels follow one another row by row, possibly
-            after a class token.
-        network_hw (tuple): Height and width of the network's input, pixels.
-        layer (str): Path of the layer, for the message.
-
-    Returns:
-        list[Tensor]: ``(C, h, w)`` each.
-
-    Raises:
-        FeatureShapeError: If the tokens fit no grid over the input.
-    """
-    if tensor.ndim == 3:
-        return [tensor]
-    slices = token_slices(tensor, network_hw, layer)
-    return [
-        tensor[start : start + h * w].t().reshape(-1, h, w) for start, h, w in slices
-    ]
-
-
-def token_slices(
-    tokens: torch.Tensor, network_hw: tuple[int, int], layer: str
-) -> list[tuple[int, int, int]]:
-    """Where the maps lie in a sequence of tokens.
-
-    Args:
-        tokens (Tensor): ``(N, C)`` of one image.
-        network_hw (tuple): Height and width of the network's input, pixels.
-        layer (str): Path of the layer, for the message.
-
-    Returns:
-        list: First token, rows and columns of each map.
-
-    Raises:
-        FeatureShapeError: If the tokens fit no grid over the input.
-    """
-    if tokens.ndim != 2:
-        raise FeatureShapeError(
-            f"target_layers: {layer} gives {tuple(tokens.shape)} for an image; only "
-            "(C, H, W) and tokens (H*W, C) can be drawn"
-        )
-    num_tokens = tokens.shape[0]
-    grids = [
-        (math.ceil(network_hw[0] / s), math.ceil(network_hw[1] / s))
-        for s in _TOKEN_STRIDES
-    ]
-    for extra in (0, 1):  # with a class token in front
-        levels = _matching_levels(num_tokens - extra, grids)
-        if levels:
-            slices, start = [], extra
-            for h, w in levels:
-                slices.append((start, h, w))
-                start += h * w
-            return slices
-    raise FeatureShapeError(
-        f"target_layers: {layer} gives {num_tokens} tokens, which fit no grid over "
-        f"the network's input of {network_hw[0]}x{network_hw[1]} pixels"
-    )
-
-
-def _matching_levels(
-    num_tokens: int, grids: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Consecutive pyramid levels whose cells add up to the number of tokens."""
-    for first in range(len(grids)):
-        total = 0
-        for last in range(first, len(grids)):
-            total += grids[last][0] * grids[last][1]
-            if total == num_tokens:
-                return list(grids[first : last + 1])
-    return []
 
 
 def _select(tensor: torch.Tensor, keep: list[int]) -> torch.Tensor:

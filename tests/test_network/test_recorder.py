@@ -6,7 +6,8 @@ from torch import nn
 
 from mmyolo_vis_hooks.errors import FeatureShapeError
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
-from mmyolo_vis_hooks.network.recorder import LayerRecorder, spatial_maps
+from mmyolo_vis_hooks.network.maps import spatial_maps
+from mmyolo_vis_hooks.network.recorder import LayerRecorder
 
 
 class Sample:
