@@ -84,7 +84,7 @@ class BoxAttributor:
         self._labels = labels
         self._logger = logger
         self._show_progress = show_progress
-        self._engine = ReplayEngine(detector, head_modules(detector), logger)
+        self._engine = ReplayEngine(detector, logger)
         self._forward: GraphForward | None = None
         self._pyramid: Pyramid | None = None
         self._said: set[str] = set()

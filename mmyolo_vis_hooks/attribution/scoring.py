@@ -49,7 +49,7 @@ class Scorer:
         self._wanted = wanted_outputs(self._anchors)
         self._show_progress = show_progress
         self._replay = engine.replay(case.forward, target, self._wanted, case.recorded)
-        self.batch_size = batch_size or self._replay.batch_size
+        self.batch_size = self._replay.batch_size(batch_size)
 
     def recorded_scores(self) -> torch.Tensor:
         """The scores as they were, ``(K,)`` float64."""

@@ -14,9 +14,10 @@ from mmengine.structures import InstanceData
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import FeatureShapeError, VisError
+from ..errors import VisError
 from .maps import image_tensors
 from .nested import OutputIndex, flatten_tensors, map_tensors
+from .recorder import did_not_run
 
 
 class NoGradientError(VisError):
@@ -164,12 +165,9 @@ class GraphForward:
             stack.callback(mode.leave)
             (output,) = self._detector(graph.inputs, [data_sample], mode="predict")
         graph.predictions = output.pred_instances
-        silent = [tap.layer for tap in self._taps if not calls["tap " + tap.layer]]
+        silent = [tap for tap in self._taps if not calls["tap " + tap.layer]]
         if silent:
-            raise FeatureShapeError(
-                f"target_layers: {', '.join(silent)} did not run when the detector "
-                "predicted; choose a layer that takes part in inference"
-            )
+            raise did_not_run(self._detector, {t.layer: t.module for t in silent})
         return graph
 
 

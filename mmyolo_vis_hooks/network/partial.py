@@ -50,7 +50,6 @@ class Job:
     target: ReplayTarget
     wanted: tuple[HeadKey, ...]
     trace: CallTrace
-    prune: bool
 
 
 class OtherCallsError(ReplayError):

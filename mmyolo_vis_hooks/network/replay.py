@@ -14,7 +14,7 @@ not pass, and then whole forwards are run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from logging import Logger
 from typing import Any
@@ -76,9 +76,7 @@ class ReplayEngine:
         logger (Logger): Told where whole forwards have to be run.
     """
 
-    def __init__(
-        self, detector: nn.Module, heads: Mapping[str, nn.Module], logger: Logger
-    ) -> None:
+    def __init__(self, detector: nn.Module, logger: Logger) -> None:
         self._modules = {path: m for path, m in detector.named_modules() if path}
         self._logger = logger
         self._decisions: dict[tuple, _Decision] = {}
@@ -89,9 +87,7 @@ class ReplayEngine:
         forward: Callable[[], Any],
         target: ReplayTarget,
         wanted: Sequence[HeadKey],
-        recorded: dict[Any, Any],
-        *,
-        prune: bool = True,
+        recorded: dict[str, CallTrace],
     ) -> Replay:
         """Give what re-runs the network from a target to raw outputs.
 
@@ -109,13 +105,8 @@ class ReplayEngine:
         """
         if "trace" not in recorded:
             recorded["trace"] = self._recorded(forward)
-        job = Job(
-            self._modules, forward, target, tuple(wanted), recorded["trace"], prune
-        )
+        job = Job(self._modules, forward, target, tuple(wanted), recorded["trace"])
         return Replay(job, self._decisions, self._logger)
-
-    def attach_recording(self, recorded: dict[Any, Any]) -> Iterator[Any]:
-        yield from ()
 
     def trace(self, forward: Callable[[], Any]) -> CallTrace:
         """Run a whole forward and keep everything.
@@ -149,28 +140,26 @@ class Replay:
         self._job = job
         self._decisions = decisions
         self._logger = logger
-        self._key = (job.target, job.wanted, job.prune)
+        self._key = (job.target, job.wanted)
         self._rows = job.trace.num_rows()
         if self._key not in decisions:
             decisions[self._key] = self._decide()
 
-    @property
-    def wanted(self) -> tuple[HeadKey, ...]:
-        """What is computed."""
-        return self._job.wanted
+    def batch_size(self, asked: int | None = None) -> int:
+        """How many values run at once.
 
-    @property
-    def is_partial(self) -> bool:
-        """Whether less than whole forwards is run."""
-        return self._decisions[self._key].way != "whole"
+        Args:
+            asked (int, optional): What the user set; None takes what is fast.
 
-    @property
-    def batch_size(self) -> int:
-        """How many values at once are fast; 1 if they run one at a time anyway."""
+        Returns:
+            int: 1 where they run one at a time anyway.
+        """
         decision = self._decisions[self._key]
         if decision.way != "batch":
             return 1
-        device = self._job.trace.raw(self.wanted[0]).device.type
+        if asked is not None:
+            return asked
+        device = self._job.trace.raw(self._job.wanted[0]).device.type
         most = _VALUES_AT_ONCE.get(device, _VALUES_AT_ONCE_ELSEWHERE)
         least, greatest = _BATCH_SIZES
         return min(max(most // max(1, decision.size), least), greatest)
@@ -204,7 +193,7 @@ class Replay:
 
     def _decide(self) -> _Decision:
         """Try the recorded value and another one against whole forwards."""
-        path, wanted = self._job.target.call.path, self.wanted
+        path, wanted = self._job.target.call.path, self._job.wanted
         recorded = [self._job.trace.raw(key) for key in wanted]
         seen: list[torch.Tensor] = []
 
@@ -240,8 +229,6 @@ class Replay:
     ) -> _Decision:
         job, other = self._job, _rippled(value)
         held, reads_values = leading_elsewhere(job, value)
-        if not job.prune:
-            held = frozenset()
         with torch.no_grad():
             single = PartialRun(job, other, held)
             found = single.run()
@@ -250,7 +237,7 @@ class Replay:
                 expected = whole_run(job, lambda _: other, held)
             again = PartialRun(job, value, held).run()
             for key, pairs in zip(
-                self.wanted * 2, zip(found + again, expected + recorded)
+                self._job.wanted * 2, zip(found + again, expected + recorded)
             ):
                 if not _agree(*pairs):
                     raise ReplayError(

@@ -53,7 +53,7 @@ _EXPECTED: dict[str, tuple[list[str], int, list[int | None]]] = {
 
 def survey_of(family: Family) -> Pyramid:
     detector, metainfo = family.detector, family.data_samples[0].metainfo
-    engine = ReplayEngine(detector, head_modules(detector), logging.getLogger("test"))
+    engine = ReplayEngine(detector, logging.getLogger("test"))
 
     def forward() -> Any:
         return detector(family.inputs, family.data_samples, mode="predict")
