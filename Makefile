@@ -14,7 +14,7 @@ endif
 RUN := "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format type bench hooks clean
+.PHONY: help install demo notebook test lint format type bench hooks clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -30,6 +30,9 @@ install: ## make or check the environment in VENV; all targets below do it first
 
 demo: install ## train a small detector and look into it; opens nothing by itself
 	@$(RUN) tools/demo.py $(DEMO_ARGS)
+
+notebook: install ## run docs/quickstart.ipynb on the demo's detector, and keep what it shows
+	@$(RUN) -m nbclient.cli --inplace docs/quickstart.ipynb
 
 test: install ## all tests
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
