@@ -32,7 +32,7 @@ demo: install ## train a small detector and look into it; opens nothing by itsel
 	@$(RUN) tools/demo.py $(DEMO_ARGS)
 
 notebook: install ## run docs/quickstart.ipynb on the demo's detector, and keep what it shows
-	@$(RUN) -m nbclient.cli --inplace docs/quickstart.ipynb
+	@"$(VENV)/bin/jupyter-execute" --inplace docs/quickstart.ipynb
 
 test: install ## all tests
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)

@@ -219,7 +219,9 @@ def load_weights(
         CheckpointError: If it cannot be read, or no weight of it fits.
     """
     source = os.fspath(checkpoint)
-    loaded = CheckpointLoader.load_checkpoint(source, map_location="cpu")
+    loaded = CheckpointLoader.load_checkpoint(
+        source, map_location="cpu", logger="silent"
+    )
     weights, own = weights_of(loaded, source), detector.state_dict()
     fitting: OrderedDict[str, Any] = OrderedDict(
         (key, value)

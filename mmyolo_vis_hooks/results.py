@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-import cv2
 import numpy as np
 
 from .attribution.saliency import box_saliency
@@ -20,7 +19,7 @@ from .declare import read_options
 from .errors import VisConfigError
 from .options import BoxAMOptions
 from .publish.entries import page_entry
-from .publish.files import PICTURE_SUFFIXES, write_image
+from .publish.files import PICTURE_SUFFIXES, encode, write_image
 from .publish.html_page import HtmlPage, PageEntry
 from .records import Activation, BoxExplanation, BoxSample, Detections, VisSample
 from .render.boxam_panel import BoxAMPanel
@@ -35,6 +34,9 @@ _BOXAM_DRAWING = (
 _FEATMAP_DRAWING = (
     "channel_reduction", "topk", "arrangement", "alpha", "colormap", "score_thr",
 )  # fmt: skip
+
+# A notebook keeps what it shows.
+_SHOWN_QUALITY = 90
 
 
 @dataclass(frozen=True)
@@ -276,8 +278,8 @@ class _Result(Sequence[Item], Generic[Item]):
     def _subset(self, indices: Sequence[int]) -> Any:
         raise NotImplementedError
 
-    def _repr_png_(self) -> bytes:
-        return _png(self.draw())
+    def _repr_jpeg_(self) -> bytes:
+        return encode(".jpg", self.draw(), _SHOWN_QUALITY)
 
     def __repr__(self) -> str:
         height, width = self.image_rgb.shape[:2]
@@ -403,8 +405,8 @@ class Gallery(list, Generic[Result]):
         return save_all(self, Path(folder))
 
     def _repr_html_(self) -> str:
-        pictures = (b64encode(result._repr_png_()).decode() for result in self)
-        return "".join(f'<img src="data:image/png;base64,{p}">' for p in pictures)
+        pictures = (b64encode(result._repr_jpeg_()).decode() for result in self)
+        return "".join(f'<img src="data:image/jpeg;base64,{p}">' for p in pictures)
 
 
 def save_all(results: Sequence[Any], folder: Path) -> list[Path]:
@@ -444,10 +446,3 @@ def _numpy(activation: Activation) -> np.ndarray:
         return values.numpy()
     except TypeError:  # bfloat16
         return values.float().numpy()
-
-
-def _png(image_rgb: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".png", np.ascontiguousarray(image_rgb[..., ::-1]))
-    if not done:
-        raise VisConfigError("OpenCV cannot write PNG; install opencv-python anew")
-    return data.tobytes()

@@ -29,7 +29,7 @@ def test_the_notebook_runs(shared_dir: Path) -> None:
     client = NotebookClient(notebook, resources={"metadata": {"path": folder}})
     client.execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
-    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    pictures = [o for o in outputs if "image/jpeg" in o.get("data", {})]
     texts = "".join(o.text for o in outputs if o.output_type == "stream")
     assert len(pictures) == 3
     assert "Explanation(dog 0." in texts
@@ -41,6 +41,6 @@ def test_the_notebook_shows_what_came_out() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
+    assert sum("image/jpeg" in o.get("data", {}) for o in outputs) == 3
     assert not [o for o in outputs if o.output_type == "error"]
     assert str(Path.home()) not in NOTEBOOK.read_text(encoding="utf-8")
