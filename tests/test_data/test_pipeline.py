@@ -6,8 +6,9 @@ import pytest
 from mmdet.datasets import CocoDataset
 from mmdet.registry import TRANSFORMS
 from mmdet.utils import register_all_modules
+from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
-from PIL import Image
+from mmyolo.datasets import YOLOv5CocoDataset
 
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
 from mmyolo_vis_hooks.data.resize import AlignedResize
@@ -27,8 +28,6 @@ def scope():
 
 
 def build(steps):
-    from mmengine.dataset import Compose
-
     return Compose([TRANSFORMS.build(dict(step)) for step in steps])
 
 
@@ -71,16 +70,11 @@ SHORTEST = (dict(type="ResizeShortestEdge", scale=800, max_size=1333),)
     ("geometry", "image_hw", "size_hw"),
     [
         (LETTERBOX, (480, 640), (96, 128)),
-        (LETTERBOX, (640, 480), (128, 96)),
-        (YOLOX, (480, 640), (320, 416)),
         (YOLOX, (427, 640), (288, 416)),
         (PPYOLOE, (480, 640), (640, 640)),
-        (FASTER, (480, 640), (800, 1056)),
         (FASTER, (640, 427), (1184, 800)),
         (SHORTEST, (640, 427), (1184, 800)),
-        (STRETCH, (480, 640), (800, 1344)),
         (STRETCH, (640, 480), (1344, 800)),
-        ((), (480, 640), (480, 640)),
         ((), (333, 500), (320, 512)),
     ],
 )
@@ -96,7 +90,7 @@ def test_large_divisors_and_strides():
     assert aligned(FASTER, divisor=1, stride=64).size_hw((480, 640)) == (768, 1088)
 
 
-@pytest.mark.parametrize("geometry", [LETTERBOX, YOLOX, PPYOLOE, FASTER, STRETCH, ()])
+@pytest.mark.parametrize("geometry", [LETTERBOX, YOLOX, PPYOLOE, SHORTEST, ()])
 def test_the_image_fills_the_input_and_nothing_else_moves(tmp_path, geometry):
     write_dataset(tmp_path)
     data = dataset(tmp_path, geometry)
@@ -121,19 +115,8 @@ def test_the_image_fills_the_input_and_nothing_else_moves(tmp_path, geometry):
     assert (after["inputs"] == before["inputs"]).all()
 
 
-def test_an_aligned_pipeline_gives_the_same_pipeline_again():
-    once = resized(build(make_pipeline(FASTER)))
-    twice = resized(once.compose())
-    (step,) = [s for s in twice.steps if isinstance(s, AlignedResize)]
-    assert step.size_hw((480, 640)) == (800, 1056)
-
-
 def test_batch_shapes_do_not_matter(tmp_path):
-    import mmyolo.datasets  # noqa: F401
-
     write_dataset(tmp_path)
-    from mmyolo.datasets import YOLOv5CocoDataset
-
     data = YOLOv5CocoDataset(
         data_root=str(tmp_path),
         ann_file="annotations.json",
@@ -311,31 +294,6 @@ def test_files_are_read_as_the_loader_reads_them(tmp_path, options, values, dtyp
     np.testing.assert_array_equal(entered.results["img"], values.squeeze())
 
 
-def test_multispectral_images(tmp_path):
-    paths = []
-    for i in range(5):
-        paths.append(str(tmp_path / f"{i}.png"))
-        cv2.imwrite(paths[-1], np.full((400, 600), 40 * i, np.uint8))
-    loader = TRANSFORMS.build(dict(type="LoadMultiChannelImageFromFiles"))
-    pipeline = packed(loader)
-    loaded = pipeline.load(dict(img_path=paths, img_id=1, instances=[]))
-    assert loaded.image_rgb[0, 0].tolist() == [80, 40, 0]
-    for step in (pipeline, pipeline.resize_only(loaded, divisor=32, stride=32)):
-        inputs = step.pack(loaded)["inputs"]
-        assert inputs[:, 5, 5].tolist() == [0, 40, 80, 120, 160]
-
-
-@pytest.mark.parametrize("kind", ["array", "pillow", "path"])
-def test_kinds_of_images(tmp_path, kind):
-    path = tmp_path / "image.png"
-    cv2.imwrite(str(path), PICTURE[..., ::-1])
-    image = {"array": PICTURE, "pillow": Image.fromarray(PICTURE), "path": path}[kind]
-    pipeline = ImagePipeline(build(make_pipeline(FASTER)), annotations=False)
-    loaded = pipeline.load(image, img_id=5)
-    np.testing.assert_array_equal(loaded.image_rgb, PICTURE)
-    assert pipeline.pack(loaded)["data_samples"].img_id == 5
-
-
 def test_local_files_do_not_come_from_the_storage_of_the_data_set(tmp_path):
     path = tmp_path / "image.png"
     cv2.imwrite(str(path), PICTURE)
@@ -360,9 +318,8 @@ def test_what_only_a_data_set_has_is_left_out(tmp_path):
         assert "inputs" in pipeline.pack(pipeline.load(image))
 
 
-@pytest.mark.parametrize("steps", [(), FASTER])
-def test_a_pipeline_that_loads_no_image(steps):
-    pipeline = ImagePipeline(build(make_pipeline(steps)[1:]))
+def test_a_pipeline_that_loads_no_image():
+    pipeline = ImagePipeline(build(make_pipeline(FASTER)[1:]))
     with pytest.raises(VisConfigError, match="no step that loads an image"):
         pipeline.load(PICTURE)
 

@@ -17,13 +17,10 @@ HALF_A_CELL = 4
 RNG = np.random.RandomState(0)
 
 
-def clahe(clip):
-    def apply(image):
-        lab = cv2.cvtColor(image, cv2.COLOR_BGR2LAB)
-        lab[..., 0] = cv2.createCLAHE(clip, (8, 8)).apply(lab[..., 0])
-        return cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)
-
-    return apply
+def clahe(image):
+    lab = cv2.cvtColor(image, cv2.COLOR_BGR2LAB)
+    lab[..., 0] = cv2.createCLAHE(40.0, (8, 8)).apply(lab[..., 0])
+    return cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)
 
 
 def hue(image):
@@ -44,23 +41,17 @@ def noise(image):
 
 STAYING = {
     "nothing": lambda image: image,
-    "clahe": clahe(2.0),
-    "strong clahe": clahe(40.0),
-    "bilateral": lambda image: cv2.bilateralFilter(image, 9, 75, 75),
+    "clahe": clahe,
     "blur": lambda image: cv2.GaussianBlur(image, (0, 0), 3),
-    "median": lambda image: cv2.medianBlur(image, 7),
     "grey": lambda image: cv2.cvtColor(image, cv2.COLOR_BGR2GRAY),
     "threshold": lambda image: np.where(image.mean(2) > 127, 255, 0).astype(np.uint8),
     "hue": hue,
     "jpeg": jpeg,
     "solarize": lambda image: np.where(image < 128, image, 255 - image),
-    "posterize": lambda image: (image >> 5) << 5,
     "noise": noise,
     "negative": lambda image: 255 - image,
     "16 bits": lambda image: image.astype(np.uint16) * 8,
     "normalised": lambda image: (image.astype(np.float32) - 120) / 58,
-    "channels": lambda image: image[..., ::-1],
-    "contrast": lambda image: (image * 0.2 + 100).astype(np.uint8),
 }
 
 
@@ -80,9 +71,7 @@ MOVING = {
     "up": lambda image: np.roll(image, -HALF_A_CELL, axis=0),
     "far": lambda image: np.roll(image, (64, 31), axis=(0, 1)),
     "mirrored": lambda image: image[:, ::-1],
-    "turned": lambda image: image[::-1, ::-1],
     "2 % smaller": scaled(0.98),
-    "5 % larger": scaled(1.05),
     "half": scaled(0.5),
 }
 
@@ -130,27 +119,15 @@ def test_what_has_moved(change):
 
 
 @pytest.mark.real_data
-@pytest.mark.parametrize("name", ["strong clahe", "threshold", "noise", "jpeg"])
-def test_photos_that_only_look_different(shared_dir, name):
-    for image in photos(shared_dir, 16):
-        assert compare_with_input(image, *letterboxed(image, STAYING[name])).holds
-
-
-@pytest.mark.real_data
-@pytest.mark.parametrize("name", ["right", "up", "mirrored", "turned", "2 % smaller"])
-def test_photos_that_have_moved(shared_dir, name):
-    for image in photos(shared_dir, 16):
-        assert not compare_with_input(image, *letterboxed(image, MOVING[name])).holds
-
-
-@pytest.mark.real_data
-def test_no_photo_gives_a_false_alarm(shared_dir):
-    known = 0
-    for image in photos(shared_dir, 1):
-        found = compare_with_input(image, *letterboxed(image, STAYING["nothing"]))
-        known += found.is_clear
-        assert found.holds
-    assert known == 128
+def test_photos(shared_dir):
+    for number, image in enumerate(photos(shared_dir, 8)):
+        for name in ("nothing", "noise", "jpeg") if number < 8 else ("nothing",):
+            found = compare_with_input(image, *letterboxed(image, STAYING[name]))
+            assert found.holds
+            assert found.is_clear or name != "nothing"
+        for name in ("right", "up", "2 % smaller") if number < 8 else ():
+            changed = letterboxed(image, MOVING[name])
+            assert not compare_with_input(image, *changed).holds
 
 
 def test_an_offset_and_an_unequal_scale_are_followed():
@@ -169,12 +146,11 @@ def test_an_offset_and_an_unequal_scale_are_followed():
     "picture",
     [
         np.zeros((200, 200), np.uint8),
-        np.full((200, 200, 3), 7.0),
         np.linspace(0, 255, 200)[None].repeat(200, 0),
         np.full((200, 200), np.nan),
         texture((40, 40)),
     ],
-    ids=["black", "flat", "ramp", "nothing", "small"],
+    ids=["black", "ramp", "nothing", "small"],
 )
 def test_without_texture_nothing_is_claimed(picture):
     found = compare_places(picture, picture[:, ::-1])
@@ -186,15 +162,6 @@ def test_straight_edges_say_nothing_along_themselves():
     stripes = np.zeros((300, 300), np.uint8)
     stripes[::40] = 255
     assert compare_places(stripes, np.roll(stripes, 9, axis=1)).holds
-
-
-def test_images_together_are_clear_where_one_is_not():
-    doubtful = compare_places(
-        texture(), np.vstack([texture()[:120], texture()[119::-1]])
-    )
-    assert not doubtful.is_clear
-    clear = compare_places(texture(), texture())
-    assert (doubtful + clear + clear).holds
 
 
 def step_of(change):
@@ -224,10 +191,9 @@ def test_steps_that_move_pixels(change):
     [
         like(np.uint16, 3, high=2000),
         like(np.float32, 0, high=1),
-        like(np.float32, 5, high=900),
         like(size_hw=(1200, 1600)),
     ],
-    ids=["16 bits", "one channel", "five channels", "large"],
+    ids=["16 bits", "one channel", "large"],
 )
 def test_steps_are_tried_on_images_like_those_that_they_meet(results):
     seen = []

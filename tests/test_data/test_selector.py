@@ -48,14 +48,6 @@ def test_spread(total, wanted, indices):
     assert spread_indices(total, wanted) == indices
 
 
-def test_the_same_images_with_unique_ids_although_all_files_share_a_name(root):
-    selections = [
-        [i.image_id for i in ImageSelector(coco(root), 4, None).images] for _ in "ab"
-    ]
-    assert selections[0] == selections[1]
-    assert len(set(selections[0])) == 4
-
-
 def test_explicit_indices_and_bad_ones(root):
     images = ImageSelector(coco(root), 4, [5, 0]).images
     assert [i.index for i in images] == [5, 0]

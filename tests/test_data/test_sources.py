@@ -18,8 +18,6 @@ from mmyolo_vis_hooks.data.sources import (
     ImageReadError,
     ImageSource,
     SourceImage,
-    _UniqueNames,
-    safe_name,
 )
 
 NUM_FRAMES = 12
@@ -60,9 +58,8 @@ def test_files_keep_the_order_of_the_arguments(tmp_path):
     images = list(source)
     assert [image.name for image in images] == ["c", "a", "b"]
     assert [image.title for image in images] == [str(path) for path in paths]
+    assert {os.path.isfile(image.content) for image in images} == {True}
     assert [level(image) for image in images] == [0, 1, 2]
-    for image in images:
-        assert os.path.isfile(image.content)
     assert names(source) == ["c", "a", "b"]  # a second time
 
 
@@ -112,27 +109,14 @@ def test_names_are_unique_in_file_systems_that_ignore_case(tmp_path):
     assert found == names(ImageSource([str(tmp_path), str(tmp_path / "a.png")]))
 
 
-def test_the_same_stem_in_several_folders(tmp_path):
-    paths = [write(tmp_path / folder / "image.png") for folder in "abc"]
-    assert names(ImageSource([str(p) for p in paths])) == [
-        "image",
-        "image-2",
-        "image-3",
-    ]
-
-
 HOSTILE = (
     "Grüße.png",
     "犬と猫.png",
     "a b\tc.png",
-    "line\nbreak.png",
     "<script>alert(1)<script>.png",
     "'; rm -rf x.png",
-    "..png.png",
     "100%.png",
     "a#b?c=d&e.png",
-    "C:\\x.png",
-    "[bold]x[bold].png",
     "-rf.png",
 )
 
@@ -159,13 +143,6 @@ def test_names_that_are_no_unicode(tmp_path):
     image.title.encode()
 
 
-def test_thousands_of_the_same_name_are_no_problem():
-    taken = _UniqueNames()
-    # Minutes, if each name were compared with all the others.
-    found = {taken.take("image", is_video=False) for _ in range(20000)}
-    assert len(found) == 20000
-
-
 @pytest.mark.parametrize("letter", ["a", "犬", "😀"])
 def test_long_names_fit_file_systems(tmp_path, letter):
     folder = letter * (200 // len(letter.encode()))
@@ -178,24 +155,16 @@ def test_long_names_fit_file_systems(tmp_path, letter):
         (tmp_path / f"{name}_000000.jpg.part").write_text("")
 
 
-def test_safe_name_is_never_empty():
-    assert safe_name("") == safe_name("?") == "_"
-
-
 def test_what_is_not_there(tmp_path):
     with pytest.raises(ImageReadError, match=r"there is no image.* missing\.png"):
         ImageSource([str(write(tmp_path / "a.png")), "missing.png"])
-    with pytest.raises(ImageReadError, match="there is no image"):
-        ImageSource([""])
-
-
-def test_a_folder_without_images_says_which_files_it_looks_for(tmp_path):
-    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("no image")
     with pytest.raises(ImageReadError, match=r"holds no image .*\.jpg.*\.mp4"):
-        ImageSource([str(tmp_path)])
-    write(tmp_path / "output" / "a.png")
+        ImageSource([str(tmp_path / "notes")])
+    write(tmp_path / "notes" / "output" / "a.png")
     with pytest.raises(ImageReadError, match="holds no image"):
-        ImageSource([str(tmp_path)], str(tmp_path / "output"))
+        ImageSource([str(tmp_path / "notes")], str(tmp_path / "notes" / "output"))
 
 
 # --------------------------------------------------------------------------- addresses
@@ -237,46 +206,30 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("/folder/dog.png", "dog"),
-        ("/dog.png?size=large&of=cat.jpg", "dog"),
-        ("/a%20dog%2Bcat.png", "a_dog_cat"),
-        ("/Gr%C3%BC%C3%9Fe.png#part", "Grüße"),
-        ("/proxy.png?url=https://example.org/a.png", "proxy"),
-        ("/no_suffix", "no_suffix"),
-        ("/", "127_0_0_1_"),
-        ("", "127_0_0_1_"),
-    ],
-)
-def test_addresses(address, path, name):
-    (image,) = ImageSource([address + path])
-    assert image.name.startswith(name)
-    assert image.title == address + path
-    assert level(image) == 70
+def test_addresses(address):
+    paths = {
+        "/folder/dog.png": "dog",
+        "/dog.png?size=large&of=cat.jpg": "dog-2",
+        "/a%20dog%2Bcat.png": "a_dog_cat",
+        "/proxy.png?url=https://example.org/a.png": "proxy",
+        "/no_suffix": "no_suffix",
+        "": "127_0_0_1_",
+    }
+    images = list(ImageSource([address + path for path in paths]))
+    for image, (path, name) in zip(images, paths.items()):
+        assert image.name.startswith(name)
+        assert image.title == address + path
+        assert level(image) == 70
 
 
-def test_the_same_name_at_two_addresses(address):
-    urls = [f"{address}/a/dog.png", f"{address}/b/dog.png?x=1", f"{address}/DOG.jpg"]
-    assert names(ImageSource(urls)) == ["dog", "dog-2", "DOG-3"]
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("/missing.png", "404"), ("/page.png", "is no image")],
-)
-def test_addresses_without_an_image(address, path, message):
-    bad, good = ImageSource([address + path, f"{address}/dog.png"])
-    assert bad.content is None
-    assert message in str(bad.error)
-    assert address + path in str(bad.error)
+def test_addresses_without_an_image(address):
+    urls = [f"{address}/missing.png", f"{address}/page.png", "http://127.0.0.1:1/a.png"]
+    *bad, good = ImageSource([*urls, f"{address}/dog.png"])
+    for image, url, message in zip(bad, urls, ("404", "is no image", "cannot read")):
+        assert image.content is None
+        assert message in str(image.error)
+        assert url in str(image.error)
     assert level(good) == 70
-
-
-def test_nobody_answers():
-    (image,) = ImageSource(["http://127.0.0.1:1/a.png"])
-    assert "cannot read" in str(image.error)
 
 
 # ------------------------------------------------------------------------------ videos
@@ -296,7 +249,7 @@ def write_video(path: Path, num_frames: int = NUM_FRAMES) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".AVI"])
+@pytest.mark.parametrize("suffix", [".mp4", ".AVI"])
 def test_frames_come_in_their_order(tmp_path, suffix):
     path = write_video(tmp_path / f"clip{suffix}")
     source = ImageSource([str(path)])
@@ -312,45 +265,25 @@ def test_frames_come_in_their_order(tmp_path, suffix):
 
 
 def test_videos_and_images_together(tmp_path):
-    write(tmp_path / "a.png")
-    write_video(tmp_path / "b.avi", 3)
-    write(tmp_path / "c.png")
-    source = ImageSource([str(tmp_path)])
-    assert len(source) == 5
-    assert names(source) == ["a", "b_000000", "b_000001", "b_000002", "c"]
-
-
-@pytest.mark.parametrize("name", ["a#b", "a?b=c.png&d", "50%"])
-def test_marks_of_addresses_in_the_name_of_a_video(tmp_path, name):
-    write_video(tmp_path / f"{name}.avi", 3)
-    source = ImageSource([str(tmp_path)])
-    assert source.has_videos
-    assert len(list(source)) == 3
-    image = write(tmp_path / "images" / "a?b.mp4&c.png")
-    assert not ImageSource([str(image)]).has_videos
-
-
-@pytest.mark.parametrize("order", [("clip.avi", "*.png"), ("*.png", "clip.avi")])
-def test_frames_and_images_of_the_same_name(tmp_path, order):
-    write_video(tmp_path / "clip.avi", 3)
-    write(tmp_path / "clip_000001.png")
-    write(tmp_path / "CLIP_000002.png")
-    files = [str(path) for part in order for path in sorted(tmp_path.glob(part))]
-    found = names(ImageSource(files))
-    assert len({name.lower() for name in found}) == 5, found
-
-
-def test_frames_of_videos_of_the_same_name(tmp_path):
-    for folder in "ab":
-        write_video(tmp_path / folder / "clip.avi", 2)
-    found = names(ImageSource([str(p) for p in sorted(tmp_path.rglob("*.avi"))]))
-    assert found == ["clip_000000", "clip_000001", "clip-2_000000", "clip-2_000001"]
-
-
-def test_what_is_no_video(tmp_path):
-    (tmp_path / "clip.mp4").write_bytes(b"no video at all")
-    with pytest.raises(ImageReadError, match=r"clip\.mp4 is no video"):
-        ImageSource([str(tmp_path / "clip.mp4")])
+    """Names that meet, marks of addresses, and files that are none."""
+    for name in ("clip.avi", "a?b=c.png&d.avi", "sub/clip.avi"):
+        write_video(tmp_path / name, 3)
+    for name in ("clip_000001.png", "CLIP_000002.png", "a?b.mp4&c.png"):
+        write(tmp_path / name)
+    (tmp_path / "none.mp4").write_bytes(b"no video at all")
+    broken = write_video(tmp_path / "z.avi")
+    content = broken.read_bytes()
+    start = content.index(b"movi") + 4
+    broken.write_bytes(content[:start] + bytes(len(content) - start))
+    found = list(ImageSource([str(tmp_path)]))
+    assert len({image.name.lower() for image in found}) == len(found) == 3 * 3 + 3 + 2
+    errors = {image.name: str(image.error) for image in found if image.content is None}
+    assert set(errors) == {"none", "z"}
+    assert "none.mp4" in errors["none"]
+    assert "holds no frame" in errors["z"]
+    assert not ImageSource([str(tmp_path / "a?b.mp4&c.png")]).has_videos
+    with pytest.raises(ImageReadError, match=r"none\.mp4 is no video"):
+        ImageSource([str(tmp_path / "none.mp4")])
 
 
 def test_a_truncated_video_gives_the_frames_that_are_there(tmp_path):
@@ -364,18 +297,6 @@ def test_a_truncated_video_gives_the_frames_that_are_there(tmp_path):
     assert np.abs(np.array(levels) - 4 * np.arange(len(levels))).max() <= 6
 
 
-def test_a_video_without_frames_is_reported(tmp_path):
-    path = write_video(tmp_path / "clip.avi")
-    content = path.read_bytes()
-    start = content.index(b"movi") + 4
-    path.write_bytes(content[:start] + bytes(len(content) - start))
-    write(tmp_path / "z.png", 50)
-    broken, image = ImageSource([str(tmp_path)])
-    assert broken.content is None
-    assert "holds no frame" in str(broken.error)
-    assert level(image) == 50
-
-
 def test_frames_are_not_kept_alive(tmp_path):
     write_video(tmp_path / "clip.avi")
     references = []
@@ -385,12 +306,3 @@ def test_frames_are_not_kept_alive(tmp_path):
         references.append(weakref.ref(image.content))
         del image
     assert len(references) == NUM_FRAMES
-
-
-def test_a_video_that_is_none_does_not_stop_its_folder(tmp_path):
-    (tmp_path / "clip.mp4").write_bytes(b"no video at all")
-    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 5, 3), np.uint8))
-    images = list(ImageSource([str(tmp_path)]))
-    assert [image.name for image in images] == ["a", "clip"]
-    assert images[0].content is not None
-    assert "clip.mp4" in str(images[1].error)
