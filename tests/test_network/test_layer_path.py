@@ -64,16 +64,12 @@ def test_resolve_by_index_and_name():
         ("neck.out_layers[3]", r"neck\.out_layers\[2\]"),
         ("nekc", "neck"),
         ("neck.out_layers.\u00b2", "neck"),
+        ("backbone.forward", "no layer|is no"),
     ],
 )
 def test_unknown_path_lists_near_matches(path, near):
     with pytest.raises(LayerNotFoundError, match=near):
         resolve_layer(Net(), path)
-
-
-def test_attributes_that_are_no_modules_are_refused():
-    with pytest.raises(LayerNotFoundError):
-        resolve_layer(Net(), "backbone.forward")
 
 
 def test_containers_without_forward_give_their_items_in_order():
@@ -90,11 +86,6 @@ def test_containers_without_forward_give_their_items_in_order():
         "backbone.stage4",
     ]
     assert layers["neck.branches.p4"] is net.neck.branches["p4"]
-
-
-def test_empty_container_is_refused():
-    with pytest.raises(LayerNotFoundError, match="empty ModuleList"):
-        resolve_layers(Net(), ["neck.empty"])
 
 
 def test_a_detector_inside_another_one():

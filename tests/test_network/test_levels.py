@@ -78,7 +78,7 @@ def test_the_levels_of_each_family(name):
     assert not any(m._forward_hooks for m in family.detector.modules())
 
 
-@pytest.mark.parametrize("name", FAMILIES[:11])
+@pytest.mark.parametrize("name", ["yolov5", "yolox", "retinanet"])
 def test_the_radius_is_enough_and_needed(name):
     """By differences: what lies farther away than the radius changes nothing."""
     family = build_family(name)

@@ -44,13 +44,6 @@ def test_each_tensor_with_its_place():
     assert [float(tensor) for tensor in tensors_in(nest())] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_tensor_that_stands_alone():
-    tensor = torch.zeros(2)
-    assert list(flatten_tensors(tensor)) == [((), tensor)]
-    assert tensors_in(tensor)[0] is tensor
-    assert map_tensors(tensor, lambda index, t: (index, t)) == ((), tensor)
-
-
 def test_what_holds_no_tensor():
     for value in (None, 3, "text", object(), Record):
         assert list(flatten_tensors(value)) == []

@@ -34,7 +34,6 @@ class Net(nn.Module):
         self.nested = Dict()
         self.rois = nn.Identity()
         self.vector = nn.Identity()
-        self.tokens = nn.Identity()
         self.unused = nn.Identity()
         self.fails = False
 
@@ -45,7 +44,6 @@ class Net(nn.Module):
         self.nested(x)
         self.rois(torch.zeros(7, 3, 2, 2))
         self.vector(torch.zeros(len(inputs), 5))
-        self.tokens(torch.arange(16.0).reshape(1, 16, 1).repeat(len(inputs), 1, 1))
         if self.fails:
             raise KeyboardInterrupt
         return x
@@ -80,11 +78,6 @@ def test_keeps_the_chosen_images_only_and_every_call():
     assert record.metainfos[0]["img_id"] == 1
 
 
-def test_in_place_operations_do_not_change_what_was_recorded():
-    record, inputs = run(["twice"], keep=(0, 1))
-    torch.testing.assert_close(record.activations(1)[0].feature_map, inputs[1] * 2)
-
-
 def test_nested_outputs_give_every_map_with_its_place():
     record, _ = run(["nested"])
     found = record.activations(0)
@@ -95,11 +88,6 @@ def test_nested_outputs_give_every_map_with_its_place():
     ]
     difference = found[2].feature_map - found[0].feature_map
     assert difference.unique().tolist() == [2.0]
-
-
-def test_order_is_the_users():
-    record, _ = run(["nested", "twice"])
-    assert [a.layer for a in record.activations(0)] == ["nested"] * 3 + ["twice"] * 2
 
 
 @pytest.mark.parametrize(
@@ -124,9 +112,6 @@ def test_first_unflipped_view_is_recorded():
         record.activations(0)[0].feature_map, (inputs[0] + 1000) * 2
     )
     assert len(record.activations(0)) == 2
-
-
-def test_only_flipped_views_are_an_error():
     record, _ = run(["twice"], flips=(True,))
     with pytest.raises(FeatureShapeError, match="unflipped"):
         record.activations(0)
@@ -146,14 +131,6 @@ def test_no_hook_is_left_after_a_failure(error):
     assert hooks_left(net) == 0
 
 
-def test_tokens_are_folded_row_by_row():
-    record, _ = run(["tokens"])  # 16 tokens over 8x8 pixels: stride 2
-    (activation,) = record.activations(0)
-    torch.testing.assert_close(
-        activation.feature_map, torch.arange(16.0).reshape(1, 4, 4)
-    )
-
-
 def test_tokens_of_a_pyramid_and_a_class_token():
     # 64x96 pixels: 8x12 cells at stride 8, 4x6 at 16, 2x3 at 32.
     tokens = torch.arange(96 + 24 + 6, dtype=torch.float32)[:, None].repeat(1, 5)
@@ -168,9 +145,6 @@ def test_tokens_of_a_pyramid_and_a_class_token():
     (single,) = spatial_maps(tokens[:25], (64, 96), "vit")  # 24 cells and a token
     assert single.shape == (5, 4, 6)
     assert single[0, 0, 0] == 1
-
-
-def test_tokens_that_fit_no_grid():
     with pytest.raises(FeatureShapeError, match=r"decoder.*100 tokens"):
         spatial_maps(torch.zeros(100, 4), (64, 96), "decoder")
 
