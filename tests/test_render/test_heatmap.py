@@ -18,11 +18,6 @@ from mmyolo_vis_hooks.render.heatmap import (
 )
 
 
-def levels_of(values):
-    """What MMEngine makes of a map before it takes its colours."""
-    return stretch_to_levels(values).astype(np.uint8)
-
-
 def values(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
@@ -33,108 +28,79 @@ def image(height: int, width: int, seed: int = 1) -> np.ndarray:
 
 
 class TestColormap:
-    @pytest.mark.parametrize("name", ["jet", "JET", "COLORMAP_JET", cv2.COLORMAP_JET])
+    @pytest.mark.parametrize("name", ["JET", "COLORMAP_JET", cv2.COLORMAP_JET])
     def test_opencv_names(self, name):
         lut = colormap_lut(name)
         assert lut.shape == (256, 1, 3)
-        assert lut.dtype == np.uint8
         # OpenCV's JET runs from dark blue to dark red; RGB, not BGR.
         assert lut[0, 0].tolist() == [0, 0, 128]
         assert lut[255, 0].tolist() == [128, 0, 0]
-
-    @pytest.mark.parametrize("name", ["magma_r", "Blues", "blues", "RdYlGn"])
-    def test_matplotlib_names(self, name):
-        lut = colormap_lut(name)
-        exact = {"blues": "Blues"}.get(name, name)
-        for level in (0, 100, 255):
-            expected = matplotlib.colormaps[exact](level, bytes=True)[:3]
-            assert tuple(lut[level, 0]) == tuple(expected)
-
-    def test_every_name_of_both_libraries(self):
-        for name in [n for n in dir(cv2) if n.startswith("COLORMAP_")]:
-            assert colormap_lut(name).shape == (256, 1, 3)
-        for name in matplotlib.colormaps:
-            assert colormap_lut(name).shape == (256, 1, 3)
-
-    def test_cannot_be_changed(self):
         with pytest.raises(ValueError, match="read-only"):
-            colormap_lut("jet")[0] = 0
+            lut[0] = 0
 
     @pytest.mark.parametrize(
-        ("name", "parts"),
+        ("name", "exact"), [("magma_r", "magma_r"), ("blues", "Blues")]
+    )
+    def test_matplotlib_names(self, name, exact):
+        expected = matplotlib.colormaps[exact](np.arange(256), bytes=True)[:, :3]
+        assert np.array_equal(colormap_lut(name)[:, 0], expected)
+
+    def test_every_name_of_both_libraries(self):
+        names = [n for n in dir(cv2) if n.startswith("COLORMAP_")]
+        for name in [*names, *matplotlib.colormaps]:
+            assert colormap_lut(name).shape == (256, 1, 3)
+
+    @pytest.mark.parametrize(
+        ("name", "part"),
         [
-            ("jett", ["'jett'", "'jet'"]),
-            ("virdis", ["'viridis'"]),
-            ("COLORMAP_JETT", ["'jet'"]),
-            (999, ["999", "0 to"]),
-            (True, ["True"]),
-            (None, ["None"]),
+            ("jett", "'jet'"),
+            ("virdis", "'viridis'"),
+            (999, "999.*0 to"),
+            (True, "True"),
         ],
     )
-    def test_unknown(self, name, parts):
-        with pytest.raises(VisConfigError) as caught:
+    def test_unknown(self, name, part):
+        with pytest.raises(VisConfigError, match=f"colormap.*{part}"):
             colormap_lut(name)
-        for part in ["colormap", *parts]:
-            assert part in str(caught.value)
-
-
-class TestNormalize:
-    def test_by_hand(self):
-        # (v - 1) / 4 * 255 is 0, 63.75, 127.5 and 255; fractions are cut off.
-        result = levels_of(np.array([[1, 2, 3, 5]], dtype=np.float32))
-        assert result.tolist() == [[0, 63, 127, 255]]
-
-    def test_constant_is_zero(self):
-        assert levels_of(np.full((2, 3), 7.5, np.float32)).max() == 0
-
-    def test_input_is_left_alone(self):
-        before = values(5, 6)
-        levels_of(before)
-        assert np.array_equal(before, values(5, 6))
 
 
 class TestOverlay:
-    @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (33, 50), (3, 20, 31), (64, 64)])
+    @pytest.mark.parametrize("shape", [(1, 1), (33, 50), (3, 20, 31)])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+    @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
     def test_equals_mmengine(self, shape, dtype, alpha):
         heat, photo = values(*shape, dtype=dtype), image(*shape[-2:])
-        result = overlay_heatmap(heat, photo, alpha=alpha)
-        expected = convert_overlay_heatmap(torch.from_numpy(heat), photo, alpha)
-        assert np.array_equal(result, expected)
-
-    @pytest.mark.parametrize("shape", [(5, 6), (3, 5, 6)])
-    def test_constant_equals_mmengine(self, shape):
-        heat, photo = np.full(shape, 0.7, np.float32), image(5, 6)
-        expected = convert_overlay_heatmap(heat, photo, 0.5)
-        assert np.array_equal(overlay_heatmap(heat, photo), expected)
+        for given in (heat, np.full_like(heat, 0.7)):
+            before = given.copy(), photo.copy()
+            result = overlay_heatmap(given, photo, alpha=alpha)
+            expected = convert_overlay_heatmap(torch.from_numpy(given), photo, alpha)
+            assert np.array_equal(result, expected)
+            assert np.array_equal(given, before[0])
+            assert np.array_equal(photo, before[1])
 
     def test_by_hand(self):
+        # (v - 1) / 4 * 255 is 0, 63.75, 127.5 and 255; fractions are cut off.
+        levels = stretch_to_levels(np.array([[1, 2, 3, 5]], dtype=np.float32))
+        assert levels.astype(np.uint8).tolist() == [[0, 63, 127, 255]]
         photo = np.full((1, 2, 3), 100, dtype=np.uint8)
         result = overlay_heatmap(np.array([[0.0, 1.0]], np.float32), photo, alpha=0.25)
         assert result.tolist() == [[[75, 75, 107], [107, 75, 75]]]
 
     def test_colormap_is_used(self):
         heat = values(5, 6)
-        expected = cv2.applyColorMap(levels_of(heat), cv2.COLORMAP_VIRIDIS)
+        levels = stretch_to_levels(heat).astype(np.uint8)
+        expected = cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)
         assert np.array_equal(color_heatmap(heat, "viridis"), expected[..., ::-1])
 
     def test_soft_steps_only_touch_what_rounding_decides(self):
         heat = np.array([[0, 158.5, 158.995, 159.005, 159.5, 254, 255]], np.float32)
         lut = colormap_lut("jet")[:, 0]
-        assert lut[158].tolist() == [250, 255, 6]
-        assert lut[159].tolist() == [254, 255, 1]
+        assert lut[158:160].tolist() == [[250, 255, 6], [254, 255, 1]]
         hard, soft = color_heatmap(heat), color_heatmap(heat, soft_steps=True)
         assert hard[0, 2].tolist() == [250, 255, 6]
         assert soft[0, 2].tolist() == soft[0, 3].tolist() == [252, 255, 3]
         others = [0, 1, 4, 5, 6]
         assert np.array_equal(hard[0, others], soft[0, others])
-
-    def test_inputs_are_left_alone(self):
-        heat, photo = values(5, 6), image(5, 6)
-        overlay_heatmap(heat, photo)
-        assert np.array_equal(photo, image(5, 6))
-        assert np.array_equal(heat, values(5, 6))
 
     @pytest.mark.parametrize("alpha", [-0.1, 1.1, "0.5", None, True, float("nan")])
     def test_bad_alpha(self, alpha):
