@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import io
 import json
 import os
@@ -23,7 +22,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from mmyolo_vis_hooks.errors import PublishError, VisConfigError
-from mmyolo_vis_hooks.publish import files, html_page
+from mmyolo_vis_hooks.publish import files
 from mmyolo_vis_hooks.publish.html_page import (
     HtmlPage,
     PageBox,
@@ -32,7 +31,6 @@ from mmyolo_vis_hooks.publish.html_page import (
 )
 from mmyolo_vis_hooks.render.heatmap import colormap_lut
 
-ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = '<b>"x"</b>.jpg</script><script>window.broken=1</script><!-- {{data}} &amp;'
 # Of the image that the browser tests look at.
 HEIGHT, WIDTH = 240, 320
@@ -186,10 +184,11 @@ def test_files_of_the_user_stay(tmp_path):
 
 
 def test_a_page_of_the_user_stays(tmp_path):
-    (tmp_path / "index.html").write_text("my home page")
+    page = tmp_path / "index.html"
+    page.write_text("my home page")
     with pytest.raises(PublishError, match=r"index\.html is not of an earlier run"):
         new_page(tmp_path)
-    assert (tmp_path / "index.html").read_text() == "my home page"
+    assert page.read_text() == "my home page"
 
 
 def test_a_page_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
@@ -230,34 +229,21 @@ def test_an_entry_whose_files_are_not_whole_is_not_on_the_page(tmp_path, monkeyp
 # --- what cannot work -----------------------------------------------------------------
 
 
-def test_a_folder_that_takes_no_file_is_refused_at_once(tmp_path, monkeypatch):
+def test_a_folder_that_takes_no_file_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PublishError, match=r"folder .*file.*deep.*name a folder"):
         new_page(tmp_path / "file" / "deep")
-
-    def refuse(**options):
-        raise PermissionError(13, "Permission denied")
-
-    # Not by its mode: whoever may do anything can write to it all the same.
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(PublishError, match=r"Permission denied.*name a folder"):
-        new_page(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(name="a/b"), "name='a/b' is not safe"),
-        (dict(name=""), "name='' is not safe"),
         (dict(image_rgb=np.zeros((4, 4), np.uint8)), r"image_rgb has the shape \(4, 4"),
         (dict(image_rgb=np.zeros((4, 4, 3))), "the type float64; give a uint8"),
         (dict(image_rgb=np.zeros((0, 4, 3), np.uint8)), r"shape \(0, 4, 3\)"),
         (dict(image_hw=(0, 640)), r"image_hw=\(0, 640\) is no size"),
         (dict(picture="/tmp/a.png"), "is an absolute path"),
-        (
-            dict(panels=(PagePanel("", "", np.zeros((4, 4, 4), np.uint8)),)),
-            r"panels\[0\]\.levels has the shape",
-        ),
         (
             dict(panels=(PagePanel("", "", np.zeros((4, 4), np.uint8), box=1),)),
             r"panels\[0\]\.box=1 is none of the 1 boxes",
@@ -282,13 +268,6 @@ def test_what_the_page_cannot_take_is_refused(tmp_path):
             new_page(tmp_path, **option)
 
 
-def test_the_template_is_installed():
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    listed = config["options.package_data"]["mmyolo_vis_hooks.publish"].split()
-    assert listed == [html_page._TEMPLATE]
-
-
 # --- in a browser ---------------------------------------------------------------------
 
 
@@ -299,21 +278,21 @@ class Browser:
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
         for argument in (
-            "--headless=new",
-            "--no-sandbox",  # containers refuse what it needs; the pages are ours
-            "--disable-gpu",
-            "--disable-quic",
-            "--disable-dev-shm-usage",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--hide-scrollbars",
-            "--force-device-scale-factor=1",
-            "--force-color-profile=srgb",
-            f"--user-data-dir={profile}",
+            "headless=new",
+            "no-sandbox",  # containers refuse what it needs; the pages are ours
+            "disable-gpu",
+            "disable-quic",
+            "disable-dev-shm-usage",
+            "no-first-run",
+            "disable-background-networking",
+            "disable-component-update",
+            "disable-sync",
+            "hide-scrollbars",
+            "force-device-scale-factor=1",
+            "force-color-profile=srgb",
+            f"user-data-dir={profile}",
         ):
-            options.add_argument(argument)
+            options.add_argument(f"--{argument}")
         logs = {"browser": "ALL", "performance": "ALL"}
         options.set_capability("goog:loggingPrefs", logs)
         service = webdriver.ChromeService(executable_path=driver)
@@ -472,7 +451,7 @@ def test_the_page_shows_all_it_was_given(browser, faded):
 
 
 @pytest.mark.parametrize("size", [(1400, 900), (420, 800)])
-def test_overlays_and_boxes_lie_on_the_image(browser, faded, size):
+def test_overlays_boxes_and_labels_lie_on_the_image(browser, faded, tmp_path, size):
     browser.open(faded, size)
     pairs = browser.run(
         f"{RECTS} return [...document.querySelectorAll('img.overlay')].map("
@@ -495,9 +474,6 @@ def test_overlays_and_boxes_lie_on_the_image(browser, faded, size):
     # 80, 60, 400 and 300 of 640 and 480 pixels.
     np.testing.assert_allclose(shares, (0.125, 0.125, 0.625, 0.625), atol=0.005)
 
-
-@pytest.mark.parametrize("size", [(1400, 900), (420, 800)])
-def test_labels_hide_no_other_and_stay_in_the_image(browser, tmp_path, size):
     corners = [(0, 0), (0, 0), (60, 60), (64, 66), (560, 400), (600, 420)]
     boxes = tuple(
         PageBox("a long name", 0.9 - i / 10, (x, y, min(x + 300, 640), y + 60))
@@ -568,24 +544,17 @@ def test_arrow_keys_go_through_what_is_visible(browser, faded):
     assert browser.run(CURRENT) == "i2"
     bar = "document.getElementById('bar').getBoundingClientRect().bottom"
     browser.wait_for(f"{top} > {bar} && {top} < {bar} + 80")
-    # A click and scrolling choose where they start from.
-    browser.open(faded)
-    browser.click("#image-i1 figcaption")
+    # A click chooses where they start from.
+    browser.click("#image-i8 figcaption")
     browser.press(right)
-    assert browser.run(CURRENT) == "i2"
-    browser.open(faded)
-    browser.run("document.getElementById('image-i8').scrollIntoView()")
-    browser.wait_for("document.querySelectorAll('#image-i8 figure').length > 0")
-    browser.press(right)
-    assert browser.run(CURRENT) in ("i7", "i8", "i9")
+    assert browser.run(CURRENT) == "i10"
     # A slider keeps its arrow keys until it is left.
-    browser.open(faded)
     browser.run("document.getElementById('strength').focus()")
     browser.press(right)
-    assert browser.run(CURRENT) == "i0"
+    assert browser.run(CURRENT) == "i10"
     assert browser.texts("#strength-value") == ["61 %"]
     browser.press(Keys.ESCAPE, right)
-    assert browser.run(CURRENT) == "i1"
+    assert browser.run(CURRENT) == "i11"
     assert browser.texts("#strength-value") == ["61 %"]
 
 
@@ -603,8 +572,7 @@ def color_at(
     return picture[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3).mean(axis=0)
 
 
-@pytest.mark.parametrize("colormap", ["jet", "viridis"])
-@pytest.mark.parametrize("fade", [True, False])
+@pytest.mark.parametrize(("fade", "colormap"), [(True, "viridis"), (False, "jet")])
 def test_the_colours_are_those_of_the_blend(browser, tmp_path, fade, colormap):
     browser.open(make_page(tmp_path, fade=fade, colormap=colormap))
     lut = colormap_lut(colormap)[:, 0].astype(float)
@@ -629,47 +597,45 @@ def test_the_colours_are_those_of_the_blend(browser, tmp_path, fade, colormap):
         np.testing.assert_allclose(own, 77, atol=4)
 
 
-def test_a_page_without_boxes_has_no_filters_of_boxes(browser, tmp_path):
+def test_pages_without_boxes_or_images_or_a_file(browser, tmp_path):
     page = new_page(tmp_path / "maps", fade=False, title=HOSTILE)
-    layer = PagePanel("neck[0]", "256x80x80", smooth_levels())
-    page.add(entry(boxes=(), panels=(layer,)))
-    browser.open(page.write())
+    page.add(entry(boxes=(), panels=(PagePanel("neck[0]", "", smooth_levels()),)))
+    path = page.write()
+    browser.open(path)
     assert browser.run(VISIBLE) == ["a"]
     assert browser.texts("#score-control, #pair") == []
     assert browser.run("return document.title") == HOSTILE
-    assert browser.texts("#low") == ["minimum"]
     browser.open(new_page(tmp_path / "empty").write())
     assert browser.texts("#empty") == ["There are no images."]
-    assert browser.texts("#found") == ["0 of 0 images"]
     browser.press(Keys.ARROW_RIGHT)
-
-
-def test_thousands_of_images_are_built_only_where_one_looks(browser, tmp_path):
-    page = new_page(tmp_path)
-    page.add(entry("a"))
-    record = page._records[0]
-    page._records = [{**record, "name": f"a{i}", "order": i} for i in range(3000)]
-    assets = tmp_path / "index_files"
-    for i in (*range(12), *range(2988, 3000)):
-        for part in ("image", "0"):
-            os.link(assets / f"a.{part}.jpg", assets / f"a{i}.{part}.jpg")
-    browser.open(page.write())
-    assert len(browser.run(VISIBLE)) == 3000
-    assert browser.run("return document.querySelectorAll('figure').length") < 100
-    browser.run("scrollTo(0, document.body.scrollHeight)")
-    browser.wait_for("document.querySelectorAll('#image-a2999 figure').length === 2")
-    browser.press(Keys.ARROW_LEFT)
-    assert int(browser.run(CURRENT)[1:]) > 2980
-
-
-def test_a_missing_picture_is_named(browser, tmp_path):
-    page = new_page(tmp_path)
-    page.add(entry())
-    path = page.write()
-    (tmp_path / "index_files" / "a.0.jpg").unlink()
+    (tmp_path / "maps" / "index_files" / "a.0.jpg").unlink()
     browser.open(path)
     browser.wait_for("document.querySelector('.missing')")
     assert "index_files/a.0.jpg is missing" in browser.texts(".missing")[0]
     # Chromium says so too.
     messages = [line["message"] for line in browser.driver.get_log("browser")]
     assert all("ERR_FILE_NOT_FOUND" in message for message in messages)
+
+
+def test_thousands_of_images_are_built_only_where_one_looks(browser, tmp_path):
+    page = new_page(tmp_path)
+    page.add(entry("a"))
+    path = page.write()
+    data = data_of(path)
+    [record] = data["entries"]
+    many = {**data, "entries": [{**record, "name": f"a{i}"} for i in range(3000)]}
+    text = path.read_text(encoding="utf-8")
+    start = text.index('id="data">') + len('id="data">')
+    rest = text[text.index("</script>", start) :]
+    path.write_text(text[:start] + json.dumps(many) + rest, encoding="utf-8")
+    for i in (*range(12), *range(2988, 3000)):
+        for part in ("image", "0"):
+            picture = tmp_path / "index_files" / f"a.{part}.jpg"
+            os.link(picture, picture.with_name(f"a{i}.{part}.jpg"))
+    browser.open(path)
+    assert len(browser.run(VISIBLE)) == 3000
+    assert browser.run("return document.querySelectorAll('figure').length") < 100
+    browser.run("scrollTo(0, document.body.scrollHeight)")
+    browser.wait_for("document.querySelectorAll('#image-a2999 figure').length === 2")
+    browser.press(Keys.ARROW_LEFT)
+    assert int(browser.run(CURRENT)[1:]) > 2980
