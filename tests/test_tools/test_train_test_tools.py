@@ -24,10 +24,9 @@ from tests.test_tools.loading import TOOLS, load_tool
 from ..test_hooks.helpers import pictures
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "configs" / "examples"
 CONFIG = ROOT / "configs" / "demo" / "yolov8_n_digits.py"
 
-from _common import ToolError, drop_collate_scope  # noqa: E402
+from _common import ToolError  # noqa: E402
 from digits_dataset import DigitsOptions, make_dataset  # noqa: E402
 
 train_tool = load_tool("train")
@@ -103,10 +102,13 @@ def test_train_leaves_checkpoint_log_and_pictures(trained):
     assert drawn_by_hook(trained, "val") == {"boxam": 4, "featmap": 4}
 
 
-def test_test_writes_predictions_and_pictures(digits, trained, tmp_path, monkeypatch):
+def test_test_writes_predictions_pictures_and_results(
+    digits, trained, tmp_path, monkeypatch
+):
     out, run = tmp_path / "predictions.pkl", tmp_path / "run"
     call(
         *(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth", "--out", out),
+        *("--show-dir", "boxes", "--deploy"),
         *options(digits, run),
     )
     predictions = pickle.loads(out.read_bytes())
@@ -114,30 +116,21 @@ def test_test_writes_predictions_and_pictures(digits, trained, tmp_path, monkeyp
     assert set(predictions[0]["pred_instances"]) == {"bboxes", "scores", "labels"}
     (metrics,) = run.glob("*/*.json")
     assert "coco/bbox_mAP_50" in json.loads(metrics.read_text())
-    assert drawn_by_hook(run, "test") == {"boxam": 4, "featmap": 4}
-
-
-def test_show_dir_json_prefix_and_deploy(digits, trained, tmp_path, monkeypatch):
-    work_dir = tmp_path / "run"
-    call(
-        *(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth"),
-        *("--show-dir", "boxes", "--json-prefix", tmp_path / "results", "--deploy"),
-        *options(digits, work_dir),
-    )
-    shown = sorted(path.name for path in work_dir.glob("*/boxes/*.png"))
+    shown = sorted(path.name for path in run.glob("*/boxes/*.png"))
     assert shown == [f"val_{i:04d}.png" for i in range(4)]
-    results = json.loads((tmp_path / "results.bbox.json").read_text())
-    assert {result["image_id"] for result in results} <= {1, 2, 3, 4}
+    assert drawn_by_hook(run, "test") == {"boxam": 4, "featmap": 4}
 
 
 def test_tta_runs_the_views_of_the_config(digits, trained, tmp_path, monkeypatch):
     out = tmp_path / "predictions.pkl"
     call(
         *(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth"),
-        *("--tta", "--out", out),
+        *("--tta", "--out", out, "--json-prefix", tmp_path / "results"),
         *options(digits, tmp_path / "run"),
     )
     assert len(pickle.loads(out.read_bytes())) == 4
+    results = json.loads((tmp_path / "results.bbox.json").read_text())
+    assert {result["image_id"] for result in results} <= {1, 2, 3, 4}
     assert drawn_by_hook(tmp_path / "run", "test") == {"boxam": 4, "featmap": 4}
 
 
@@ -217,25 +210,6 @@ def test_amp_chooses_the_wrapper_of_the_device(monkeypatch):
         wrapper("cuda", type="DeepSpeedOptimWrapper")
 
 
-def test_show_switches_the_detection_hook_on():
-    args = test_tool.argparse.Namespace(show=True, show_dir=None, wait_time=3)
-    config = Config({"default_hooks": {"visualization": {"type": "X"}}})
-    test_tool.draw_detections(config, args)
-    hook = config.default_hooks.visualization
-    assert (hook.draw, hook.show, hook.wait_time) == (True, True, 3)
-    assert "test_out_dir" not in hook
-    with pytest.raises(ToolError, match="DetVisualizationHook"):
-        test_tool.draw_detections(Config({"default_hooks": {}}), args)
-
-
-def test_json_prefix_reaches_every_metric():
-    config = Config({"test_evaluator": [{"type": "A"}, {"type": "B"}]})
-    test_tool.format_only(config, "out/x")
-    for metric in config.test_evaluator:
-        assert metric.format_only is True
-        assert metric.outfile_prefix == "out/x"
-
-
 def test_tta_gives_detectors_without_a_tta_pipeline_the_mirror_image():
     config = Config.fromfile(
         ROOT / "configs" / "examples" / "faster_rcnn_r50_featmap.py"
@@ -249,24 +223,6 @@ def test_tta_gives_detectors_without_a_tta_pipeline_the_mirror_image():
     flips, (pack,) = pipeline[-1].transforms
     assert [flip.prob for flip in flips] == [1.0, 0.0]
     assert {"flip", "flip_direction", "scale_factor"} <= set(pack.meta_keys)
-
-
-def test_tta_drops_batch_shapes():
-    config = Config.fromfile(EXAMPLES / "yolov5_n_featmap.py")
-    assert config.test_dataloader.dataset.batch_shapes_cfg is not None
-    test_tool.use_tta(config)
-    assert config.test_dataloader.dataset.batch_shapes_cfg is None
-    assert config.test_dataloader.dataset.pipeline[-1].type == "TestTimeAug"
-
-
-def test_the_scope_of_an_inherited_collate_function_is_dropped(tmp_path):
-    path = tmp_path / "inherits.py"
-    base = "mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
-    path.write_text(f"_base_ = {base!r}\n")
-    config = Config.fromfile(path)
-    assert config.train_dataloader.collate_fn["_scope_"] == "mmyolo"
-    drop_collate_scope(config)
-    assert dict(config.train_dataloader.collate_fn) == {"type": "yolov5_collate"}
 
 
 # ------------------------------------------------------------------ mistakes, in a line
@@ -300,11 +256,18 @@ def test_mistakes_are_named_in_one_line(digits, trained, tmp_path, capsys, monke
     assert "no train_dataloader" in train(tmp_path / "empty.py")
     assert "no test_dataloader" in test(tmp_path / "empty.py", weights)
     assert "there is no checkpoint gone.pth" in test(CONFIG, "gone.pth")
-    assert "--resume: there is no checkpoint gone.pth" in train(
-        CONFIG, "--resume", "gone.pth"
-    )
     assert "call it .pkl, not a.json" in test(CONFIG, weights, "--out", "a.json")
     assert "base_batch_size" in train(CONFIG, "--auto-scale-lr")
+    resume = CONFIG, "--resume"
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    whole = load_checkpoint_safely(weights)["state_dict"]
+    torch.save({"state_dict": whole}, tmp_path / "weights.pth")
+    run = options(digits, tmp_path / "run")
+    none_fits = "0 of 297 weights fit"
+    assert none_fits in test(CONFIG, tmp_path / "other.pth", *run)
+    assert none_fits in train(*resume, tmp_path / "other.pth", *run)
+    not_a_state = "not the state of a training"
+    assert not_a_state in train(*resume, tmp_path / "weights.pth", *run)
     upper = "train_dataloader.dataset.metainfo.CLASSES=a"
     assert "CLASSES" in train(CONFIG, "--cfg-options", upper)
     (tmp_path / "typo.py").write_text(
@@ -312,7 +275,6 @@ def test_mistakes_are_named_in_one_line(digits, trained, tmp_path, capsys, monke
         "with read_base():\n    from mmyolo.configs.gone import *\n"
     )
     assert "typo.py cannot be read" in train(tmp_path / "typo.py")
-    assert "typo.py cannot be read" in test(tmp_path / "typo.py", weights)
     monkeypatch.setenv("DISPLAY", "")
     monkeypatch.setenv("WAYLAND_DISPLAY", "")
     if sys.platform == "linux":
@@ -323,13 +285,7 @@ def test_mistakes_are_named_in_one_line(digits, trained, tmp_path, capsys, monke
     ("setting", "says"),
     [
         # With the Runner, with the loops, before the run, with the optimizer.
-        ("custom_hooks.1.intervall=2", r"CONFIG .*no option 'intervall'|'intervall'"),
-        (
-            "custom_hooks.1.type=FeatMapHook",
-            "FeatMapHook is not in the .*hook registry",
-        ),
-        ("model.neck.in_chanels=3", "TypeError: .*in_chanels"),
-        ("train_dataloader.dataset.type=Nope", "Nope is not in the .*dataset registry"),
+        ("custom_hooks.1.intervall=2", "'intervall'"),
         ("train_dataloader.dataset.ann_file=gone.json", "No such file .*gone.json"),
         ("custom_hooks.1.target_layers=['nek']", "nek.*neck"),
         ("optim_wrapper.optimizer.lrr=1", "TypeError: .*lrr"),
@@ -339,9 +295,7 @@ def test_a_setting_that_does_not_fit_is_one_line(
     digits, tmp_path, capsys, monkeypatch, setting, says
 ):
     run = options(digits, tmp_path / "run", setting)
-    said = message(capsys, monkeypatch, train_tool, CONFIG, *run)
-    assert re.search(says, said)
-    assert str(CONFIG) in said or "Error" not in said
+    assert re.search(says, message(capsys, monkeypatch, train_tool, CONFIG, *run))
 
 
 def test_a_bug_at_run_time_keeps_its_traceback(digits, trained, tmp_path, monkeypatch):
@@ -354,37 +308,7 @@ def test_a_bug_at_run_time_keeps_its_traceback(digits, trained, tmp_path, monkey
         call(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth", *run)
 
 
-def test_checkpoints_that_are_not_read_are_named_in_one_line(
-    digits, trained, tmp_path, capsys, monkeypatch
-):
-    weights = load_checkpoint_safely(trained / "epoch_1.pth")["state_dict"]
-    model = type("DetectionModel", (torch.nn.Conv2d,), {"__module__": "models.yolo"})
-    module = ModuleType("models.yolo")
-    module.DetectionModel = model  # type: ignore[attr-defined]
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "models", ModuleType("models"))
-        patch.setitem(sys.modules, "models.yolo", module)
-        torch.save({"model": model(3, 3, 1), "ema": None}, tmp_path / "yolo.pt")
-    other = {f"other.{key}": value for key, value in weights.items()}
-    torch.save(other, tmp_path / "other.pth")
-    torch.save({"state_dict": weights}, tmp_path / "weights.pth")
-    resume = "not the state of a training"
-    for name, tool, *words, expected in (
-        ("yolo.pt", test_tool, "convert_ultralytics.py"),
-        ("other.pth", test_tool, "0 of 297 weights fit"),
-        ("yolo.pt", train_tool, "--resume", "convert_ultralytics.py"),
-        ("other.pth", train_tool, "--resume", "0 of 297 weights fit"),
-        ("weights.pth", train_tool, "--resume", resume),
-    ):
-        run = options(digits, tmp_path / f"{name}_{tool.__name__}")
-        args = [CONFIG, *words, tmp_path / name, *run]
-        assert expected in message(capsys, monkeypatch, tool, *args), (name, expected)
-
-
 # --------------------------------------------------------------------- shell scripts
-
-
-LAUNCHER = ("--launcher", "pytorch")
 
 
 def shell(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
@@ -397,29 +321,18 @@ def shell(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_dist_train_starts_a_process_per_gpu():
+def test_shell_scripts_start_a_process_per_gpu():
     words = shell("dist_train.sh", "a b.py", "4", "--amp").stdout.split()
     assert words[:2] == ["-m", "torch.distributed.run"]
     assert {"--nproc_per_node=4", "--nnodes=1", "--master_port=29500"} <= set(words)
-    assert words[-6:] == [str(TOOLS / "train.py"), "a", "b.py", *LAUNCHER, "--amp"]
-
-
-def test_dist_test_passes_its_options_on():
+    script = str(TOOLS / "train.py")
+    assert words[-6:] == [script, "a", "b.py", "--launcher", "pytorch", "--amp"]
     done = shell("dist_test.sh", "c.py", "w.pth", "2", "--out", "r.pkl", PORT="7")
     words = done.stdout.split()
     assert {"--nproc_per_node=2", "--master_port=7"} <= set(words)
-    assert words[-7:] == [
-        str(TOOLS / "test.py"),
-        "c.py",
-        "w.pth",
-        *LAUNCHER,
-        "--out",
-        "r.pkl",
-    ]
-
-
-@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
-def test_scripts_say_how_they_are_used(script):
-    done = shell(script)
-    assert done.returncode == 2
-    assert "usage:" in done.stderr
+    script = str(TOOLS / "test.py")
+    assert words[-7:-2] == [script, "c.py", "w.pth", "--launcher", "pytorch"]
+    for script in ("dist_train.sh", "dist_test.sh"):
+        done = shell(script)
+        assert done.returncode == 2
+        assert "usage:" in done.stderr
