@@ -18,11 +18,6 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
-from mmyolo_vis_hooks.attribution.augment import (
-    mirror_boxes,
-    mirror_image,
-    mirror_map,
-)
 from mmyolo_vis_hooks.attribution.blackbox import rise_masks
 from mmyolo_vis_hooks.attribution.methods import METHODS, register_method
 from mmyolo_vis_hooks.attribution.perturb import ablationcam, scorecam
@@ -49,7 +44,6 @@ MOVED = {
     "yolov7": ["neck.out_layers.0", "neck.out_layers.1", "neck.out_layers.2"],
 }
 TRANSFORMERS = ("detr", "deformable_detr", "dino")
-TWO_STAGE = ("faster_rcnn", "cascade_rcnn", "mask_rcnn")
 
 
 def attributor(
@@ -144,19 +138,19 @@ def agrees(found: np.ndarray, expected: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("topk", [3, 10])
-def test_the_map_of_each_box_is_that_of_plain_autograd(name, topk):
+def test_the_map_of_each_box_is_that_of_plain_autograd(name):
     family = build_family(name)
-    predictions, explanations = explain(family, topk=topk)
+    predictions, explanations = explain(family, topk=6)
     plain = plain_predict(family)
     assert torch.equal(predictions.scores, plain.scores)
-    assert len(explanations) == topk <= len(plain.scores)
-    for explanation, maps in zip(explanations, references(family, topk)):
+    assert len(explanations) == 6 <= len(plain.scores)
+    shown = 0
+    for explanation, maps in zip(explanations, references(family, 6)):
         expected = layercam(*most_influential(maps))
         if expected.max() == 0:
             assert "negative or zero" in explanation.warning
-            assert topk > 3
             continue
+        shown += 1
         (found,) = explanation.maps
         assert found.saliency.dtype == np.float32
         assert found.saliency.max() > 0
@@ -165,18 +159,18 @@ def test_the_map_of_each_box_is_that_of_plain_autograd(name, topk):
         # What passes could not be off by a cell, nor by a thousandth.
         assert not agrees(np.roll(found.saliency, 1, axis=1), expected)
         assert not agrees(found.saliency * 1.001, expected)
+    assert shown >= 3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("target", ["x1", "y2"])
-def test_the_map_of_a_box_side(name, target):
+@pytest.mark.parametrize("name", ["yolov5", "fcos", "cascade_rcnn", "dino"])
+def test_the_map_of_a_box_side(name):
     family = build_family(name)
-    _, explanations = explain(family, target=target, method="gradcam")
-    for explanation, maps in zip(explanations, references(family, 3, target)):
-        activation, gradient = most_influential(maps)
-        expected = (gradient * activation).sum(dim=0).relu().numpy()
-        (found,) = explanation.maps
-        assert agrees(found.saliency, expected)
+    for target in ("x1", "y2"):
+        _, explanations = explain(family, target=target, method="gradcam")
+        for explanation, maps in zip(explanations, references(family, 3, target)):
+            activation, gradient = most_influential(maps)
+            expected = (gradient * activation).sum(dim=0).relu().numpy()
+            assert agrees(explanation.maps[0].saliency, expected)
 
 
 class RawOutputs:
@@ -232,13 +226,15 @@ class RawOutputs:
         return place
 
 
-@pytest.mark.parametrize("name", ["yolox", "yolov8", "fcos", "rtmdet"])
-@pytest.mark.parametrize("target", ["logit", "objectness"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("yolox", "logit"), ("yolox", "objectness"), ("yolov8", "logit"),
+     ("fcos", "objectness"), ("yolov8", "objectness")],
+)  # fmt: skip
 def test_raw_targets(name, target):
     family = build_family(name)
     raw = RawOutputs(family)
-    has_factor = name in ("yolox", "fcos")
-    if target == "objectness" and not has_factor:
+    if (name, target) == ("yolov8", "objectness"):
         with pytest.raises(VisConfigError, match="target='objectness' cannot work"):
             explain(family, target=target)
         return
@@ -261,21 +257,6 @@ def test_raw_targets(name, target):
         (found,) = explanation.maps
         assert found.layer == f"neck[{level}]"
         assert agrees(found.saliency, expected)
-
-
-@pytest.mark.parametrize("name", ["faster_rcnn", "cascade_rcnn", "detr", "dino"])
-def test_the_logit_of_regions_and_queries_has_a_map(name):
-    family = build_family(name)
-    _, by_score = explain(family, method="gradcam")
-    _, by_logit = explain(family, method="gradcam", target="logit")
-    for one, other in zip(by_score, by_logit):
-        a, b = one.maps[0].saliency.ravel(), other.maps[0].saliency.ravel()
-        # The logit is what drives the score, but not the same unit.
-        assert a.shape == b.shape
-        assert np.corrcoef(a, b)[0, 1] > 0.5
-        assert not np.allclose(a, b)
-    with pytest.raises(VisConfigError, match="target='objectness' cannot work"):
-        explain(family, target="objectness")
 
 
 def ablated_score(raw: RawOutputs, place: tuple, level: int, channel: int) -> float:
@@ -306,13 +287,12 @@ def spy_on(function: Any) -> tuple[str, list]:
     return "spied", kept
 
 
-@pytest.mark.parametrize("name", ["yolox", "yolov8", "ppyoloe", "retinanet", "fcos"])
-@pytest.mark.parametrize("topk", [1, 10])
-def test_ablation_weighs_by_what_the_box_loses(name, topk, registry):
+@pytest.mark.parametrize("name", ["yolox", "ppyoloe", "retinanet"])
+def test_ablation_weighs_by_what_the_box_loses(name, registry):
     family = build_family(name)
     raw = RawOutputs(family)
     method, weights = spy_on(ablationcam)
-    _, explanations = explain(family, method=method, topk=topk)
+    _, explanations = explain(family, method=method, topk=4)
     plain = plain_predict(family)
     first = explanations[0]
     place = raw.place(first.index)
@@ -332,18 +312,7 @@ def test_ablation_weighs_by_what_the_box_loses(name, topk, registry):
     assert np.abs(expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [*TWO_STAGE, *TRANSFORMERS, "yolov5", "yolov7"])
-def test_ablation_of_other_heads(name):
-    """Without a channel that counts, the score of the box itself changes."""
-    family = build_family(name)
-    options = dict(method="ablationcam", topk=1, ratio_channels_to_ablate=0.1)
-    _, (explanation,) = explain(family, **options)
-    (found,) = explanation.maps
-    assert found.saliency.max() > 0
-    assert found.saliency.std() > 0
-
-
-@pytest.mark.parametrize(("ratio", "count"), [(0.25, 4), (0.5, 8), (0.01, 1), (1, 16)])
+@pytest.mark.parametrize(("ratio", "count"), [(0.25, 4), (0.01, 1)])
 def test_the_ratio_is_the_share_of_channels_that_are_tried(ratio, count, registry):
     family = build_family("yolox")
     method, weights = spy_on(ablationcam)
@@ -388,9 +357,8 @@ def masked_score(family: Family, mask: torch.Tensor, place: tuple) -> float:
         return float(raw.score(*raw.run(), place))
 
 
-@pytest.mark.parametrize("name", ["yolox", "fcos"])
-def test_drise_scores_at_the_own_anchor(name, monkeypatch):
-    family = build_family(name)
+def test_drise_scores_at_the_own_anchor(monkeypatch):
+    family = build_family("yolox")
     places = [RawOutputs(family).place(index) for index in range(2)]
     total, count = np.zeros((2, *family.inputs.shape[-2:])), 12
     for (mask,) in rise_masks(count, tuple(family.inputs.shape[-2:]), batch_size=1):
@@ -403,13 +371,17 @@ def test_drise_scores_at_the_own_anchor(name, monkeypatch):
     monkeypatch.setattr(
         head, "predict_by_feat", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
-    own = attributor(family, method="drise", num_masks=count, topk=2)
+    options = dict(method="drise", num_masks=count, topk=2)
+    own = attributor(family, **options)
     own.explain(family.inputs, family.data_samples[0].metainfo)
     first = len(calls)
     _, found = own.explain(family.inputs, family.data_samples[0].metainfo)
     assert len(calls) - first < 6 <= count
-    for explanation, expected in zip(found, total / (count * 0.5)):
+    _, in_batches = explain(family, batch_size=7, **options)
+    wanted = list(total / (count * 0.5))
+    for explanation, expected in zip([*found, *in_batches], wanted * 2):
         assert explanation.note == ""
+        assert explanation.maps[0].layer == "image"
         difference = explanation.maps[0].saliency - (expected - expected.min())
         assert np.abs(difference).max() < 1e-4 * expected.max()
 
@@ -438,57 +410,21 @@ def test_drise_of_regions_and_queries_goes_by_final_detections(name, caplog):
             assert agrees(explanation.maps[0].saliency, expected - expected.min())
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_drise_does_not_depend_on_the_batches(batch_size):
-    family = build_family("yolov6")
-    options = dict(method="drise", num_masks=20, topk=2)
-    _, expected = explain(family, batch_size=20, **options)
-    _, found = explain(family, batch_size=batch_size, **options)
-    assert [e.index for e in found] == [0, 1]
-    for one, other in zip(found, expected):
-        assert one.maps[0].layer == "image"
-        assert one.maps[0].saliency.shape == tuple(family.inputs.shape[-2:])
-        difference = np.abs(one.maps[0].saliency - other.maps[0].saliency).max()
-        assert difference <= 1e-4 * other.maps[0].saliency.max()
-        assert one.maps[0].saliency.min() == 0
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["yolox", "yolov5", "faster_rcnn", "detr"])
-def test_every_method_runs_on_every_kind_of_head(method, name):
-    family = build_family(name)
-    options = dict(topk=1, num_masks=12, ratio_channels_to_ablate=0.05)
-    if method == "scorecam" and name in ("detr", "faster_rcnn"):
+@pytest.mark.parametrize(
+    "method", ["gradcam++", "shapleycam", "eigencam", "ablationcam", "scorecam"]
+)
+@pytest.mark.parametrize("name", ["yolov5", "faster_rcnn", "detr"])
+def test_every_kind_of_method_runs_on_every_kind_of_head(method, name):
+    if method == "scorecam" and name != "yolov5":
         pytest.skip("hundreds of whole forwards; the same code as for other heads")
-    _, (explanation,) = explain(family, method=method, **options)
-    for found in explanation.maps:
-        assert found.saliency.ndim == 2
-        assert np.isfinite(found.saliency).all()
-        assert found.saliency.min() >= 0
-        assert found.saliency.max() > 0
-    assert explanation.maps or explanation.warning
-
-
-def test_methods_give_different_maps():
-    family = build_family("yolox")
-    maps = {}
-    for method in ("boxam", "gradcam", "gradcam++", "gradcam_averaged", "eigencam"):
-        _, (explanation,) = explain(family, method=method, topk=1)
-        saliency = explanation.maps[0].saliency
-        maps[method] = saliency / saliency.max()
-    names = list(maps)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            assert np.abs(maps[one] - maps[other]).max() > 0.01, (one, other)
-
-
-def test_gradcam_is_hirescam_and_odam_of_one_scalar():
-    family = build_family("yolox")
-    _, expected = explain(family, method="hirescam")
-    for method in ("gradcam", "odam"):
-        _, found = explain(family, method=method)
-        for one, other in zip(found, expected):
-            assert np.array_equal(one.maps[0].saliency, other.maps[0].saliency)
+    family = build_family(name)
+    options = dict(method=method, topk=1, ratio_channels_to_ablate=0.1)
+    _, (explanation,) = explain(family, **options)
+    (found,) = explanation.maps
+    assert found.saliency.ndim == 2
+    assert np.isfinite(found.saliency).all()
+    assert found.saliency.min() >= 0
+    assert found.saliency.max() > 0
 
 
 def test_combined_odam_joins_the_score_and_the_sides():
@@ -528,11 +464,10 @@ def test_explicit_layers_give_a_map_each():
 
 def test_a_layer_without_influence_is_never_a_silent_blank_map(caplog):
     family = build_family("yolox")
-    plain = RawOutputs(family)
-    levels = [plain.place(i)[0] for i in range(3)]
-    assert set(levels) > {0}
     with caplog.at_level(logging.WARNING, LOGGER.name):
-        _, explanations = explain(family, ["neck.out_layers[0]"])
+        _, explanations = explain(family, ["neck.out_layers[0]"], topk=-1)
+    raw = RawOutputs(family)
+    levels = [raw.place(explanation.index)[0] for explanation in explanations]
     for explanation, level in zip(explanations, levels):
         assert bool(explanation.maps) == (level == 0)
         assert bool(explanation.warning) == (level != 0)
@@ -540,6 +475,9 @@ def test_a_layer_without_influence_is_never_a_silent_blank_map(caplog):
             assert "neck.out_layers[0]: no influence" in explanation.warning
             assert f"made at neck[{level}]" in explanation.warning
             assert explanation.warning in caplog.text
+    # MMEngine drops a second record with an equal template.
+    templates = {r.msg for r in caplog.records if "no influence" in r.getMessage()}
+    assert len(templates) == sum(level != 0 for level in levels) >= 5
 
 
 def test_detections_are_chosen_by_score_class_and_number():
@@ -563,25 +501,20 @@ def test_detections_are_chosen_by_score_class_and_number():
     assert len(predictions.scores) == len(plain.scores)
 
 
-def test_max_shape_limits_the_map():
+def test_shape_and_smoothing_of_the_maps():
     family = build_family("yolox")
     for limit, shapes in ((4, {(4, 4)}), ((3, 5), {(3, 5)})):
         _, found = explain(family, max_shape=limit, method="eigencam")
         assert {m.saliency.shape for e in found for m in e.maps} == shapes
-    _, found = explain(family, max_shape=-1)
-    assert max(m.saliency.shape for e in found for m in e.maps) > (4, 4)
-
-
-def test_eigen_smooth_changes_the_map():
-    family = build_family("yolox")
-    _, (plain,) = explain(family, method="layercam", topk=1)
+    _, (plain,) = explain(family, method="layercam", topk=1, max_shape=-1)
     _, (smooth,) = explain(family, method="layercam", topk=1, eigen_smooth=True)
+    assert max(plain.maps[0].saliency.shape) > 5
     assert not agrees(smooth.maps[0].saliency, plain.maps[0].saliency)
 
 
-@pytest.mark.parametrize("left", [0, 8])
-def test_augmented_maps_are_the_mean_over_mirrors_and_brightnesses(left):
+def test_augmented_maps_are_the_mean_over_mirrors_and_brightnesses():
     """Padding beside the image stays where it is."""
+    left = 8
     family = bright_squares(left)
     meta = family.data_samples[0].metainfo
     part = slice(left, left + 144)  # of the 160 columns
@@ -645,58 +578,6 @@ def turned(saliency: np.ndarray, left: int) -> np.ndarray:
     padded = np.pad(saliency, ((0, 0), (1, 1)))
     places = 2 * left + 144 - centres
     return np.stack([np.interp(places, knots, row, 0, 0) for row in padded])
-
-
-def test_a_view_that_is_mirrored_finds_the_same_boxes_again():
-    """As the image itself: only the padding would make a difference."""
-    family = build_family("yolox")
-    half = family.inputs[..., :72]
-    symmetric = torch.cat([half, half.flip(-1), family.inputs[..., 144:] * 0], dim=-1)
-    columns = (0, 144)
-    assert torch.equal(mirror_image(symmetric, columns), symmetric)
-    boxes = torch.tensor([[10.0, 5.0, 30.0, 25.0]])
-    assert mirror_boxes(boxes, columns).tolist() == [[114.0, 5.0, 134.0, 25.0]]
-    saliency = np.arange(20, dtype=np.float32)[None].repeat(2, axis=0)
-    found = mirror_map(saliency, columns, (16, 160))
-    assert found[0, :18].tolist() == list(range(17, -1, -1))
-    assert found[0, 18:].tolist() == [0, 0]
-
-
-def test_the_detector_is_left_as_it_was():
-    family = build_family("yolox")
-    detector = copy.deepcopy(family.detector)
-    detector.train()
-    parameter = next(detector.parameters())
-    parameter.requires_grad_(True)
-    parameter.grad = torch.ones_like(parameter)
-    state = {k: v.clone() for k, v in detector.state_dict().items()}
-    modes = [m.training for m in detector.modules()]
-    own = attributor(
-        dataclasses.replace(family, detector=detector), method="ablationcam"
-    )
-    rng = torch.get_rng_state()
-    with torch.no_grad():
-        own.explain(family.inputs, family.data_samples[0].metainfo)
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert [m.training for m in detector.modules()] == modes
-    assert parameter.requires_grad
-    assert float(parameter.grad.mean()) == 1
-    assert all(torch.equal(v, state[k]) for k, v in detector.state_dict().items())
-    for child in detector.modules():
-        assert not child._forward_hooks
-        assert not child._forward_pre_hooks
-        assert "forward" not in vars(child)
-
-
-def test_works_in_inference_mode():
-    family = build_family("yolox")
-    _, expected = explain(family)
-    with torch.inference_mode():
-        inputs = family.inputs + 0
-        own = attributor(family)
-        _, found = own.explain(inputs, family.data_samples[0].metainfo)
-    for one, other in zip(found, expected):
-        assert agrees(one.maps[0].saliency, other.maps[0].saliency)
 
 
 def test_a_second_image_of_another_size():
@@ -768,7 +649,13 @@ def test_a_detector_of_another_make():
 
 
 def test_a_method_and_a_target_of_ones_own(registry):
-    @register_method("mine", kind="gradient", summary="Mine.", formula="max_c g * A")
+    @register_method(
+        "mine",
+        kind="gradient",
+        summary="Mine.",
+        formula="max_c g * A",
+        default_smooth=0.2,
+    )
     def mine(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         return (gradients * activations).amax(1)
 
@@ -784,26 +671,13 @@ def test_a_method_and_a_target_of_ones_own(registry):
         score = scores[explanation.index]
         expected = (gradient * activation).amax(dim=0).relu() / (score * (1 - score))
         assert explanation.layer == explanation.maps[0].layer
+        assert explanation.smooth == 0.2
         assert (explanation.method, explanation.target) == ("mine", "margin")
         assert agrees(explanation.maps[0].saliency, expected.numpy())
     with pytest.raises(VisConfigError, match="compares scores"):
         BoxAMOptions(method="ablationcam", target="margin")
     with pytest.raises(VisConfigError, match="kind='colour' is unknown"):
         register_method("mine", kind="colour", summary="", formula="")
-
-
-def test_a_method_brings_its_own_layers(registry):
-    register_method(
-        "deep",
-        kind="gradient",
-        summary="",
-        formula="",
-        default_layers=("backbone.stage4",),
-        default_smooth=0.2,
-    )(lambda activations, gradients: (gradients * activations).sum(1))
-    _, explanations = explain(build_family("yolox"), method="deep")
-    assert {e.layer for e in explanations} == {"backbone.stage4"}
-    assert {e.smooth for e in explanations} == {0.2}
 
 
 def test_soft_nms_is_refused_before_the_run_and_drise_works():
@@ -833,24 +707,3 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.pool(x).sigmoid()
-
-
-def test_each_box_without_influence_has_a_line_in_the_log():
-    """A filter drops a second record with an equal template, as MMEngine's does."""
-    family = build_family("yolox")
-    seen: set = set()
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: (  # type: ignore[method-assign]
-        None
-        if record.msg in seen
-        else (seen.add(record.msg), lines.append(record.getMessage()))
-    )
-    LOGGER.addHandler(handler)
-    try:
-        _, explanations = explain(family, ["neck.out_layers[0]"], topk=-1)
-    finally:
-        LOGGER.removeHandler(handler)
-    silent = [e.index for e in explanations if e.warning]
-    assert len(silent) >= 5
-    assert len([line for line in lines if "no influence" in line]) == len(silent)
