@@ -40,8 +40,6 @@ from mmyolo_vis_hooks.samples import SampleMaker
 CONFIGS = {
     "yolov5": "mmyolo::yolov5/yolov5_s-v61_syncbn_fast_8xb16-300e_coco.py",
     "yolov5_p6": "mmyolo::yolov5/yolov5_s-p6-v62_syncbn_fast_8xb16-300e_coco.py",
-    "yolov6": "mmyolo::yolov6/yolov6_s_syncbn_fast_8xb32-400e_coco.py",
-    "yolov7": "mmyolo::yolov7/yolov7_tiny_syncbn_fast_8x16b-300e_coco.py",
     "yolov8": "mmyolo::yolov8/yolov8_s_syncbn_fast_8xb16-500e_coco.py",
     "yolox": "mmyolo::yolox/yolox_s_fast_8xb8-300e_coco.py",
     "rtmdet": "mmyolo::rtmdet/rtmdet_tiny_syncbn_fast_8xb32-300e_coco.py",
@@ -49,8 +47,6 @@ CONFIGS = {
     "retinanet": "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py",
     "faster_rcnn": "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
 }
-# Those that pad a long image to a square.
-PADDED = ("yolov5", "yolov5_p6", "yolov6", "yolov7", "yolov8", "yolox", "rtmdet")
 # The rest is the grid of the pixels of the map; half a cell of shift is an error.
 MAX_CELLS_OFF = 0.3
 BRIGHT = 250
@@ -79,12 +75,9 @@ class Scene:
 
 
 SCENES = (
-    Scene((333, 1001), (70, 13, 230, 133)),
+    Scene((480, 640), (451, 37, 571, 157)),
     Scene((333, 1001), (797, 201, 957, 321)),
     Scene((917, 311), (11, 61, 121, 211)),
-    Scene((917, 311), (190, 703, 300, 853)),
-    Scene((480, 640), (451, 37, 571, 157)),
-    Scene((1280, 720), (60, 901, 280, 1121)),
 )
 
 
@@ -282,8 +275,8 @@ def check(drawn: Drawn, scene: Scene, alignment: str) -> None:
     assert np.abs(box_xyxy - drawn.box_xyxy).max() <= 1.5
 
 
-@pytest.mark.parametrize("scene", SCENES[1:3], ids=lambda scene: scene.name)
-@pytest.mark.parametrize("family", PADDED)
+@pytest.mark.parametrize("scene", SCENES[1:], ids=lambda scene: scene.name)
+@pytest.mark.parametrize("family", ["yolov5", "yolox"])
 def test_a_misaligned_map_does_not_pass(family, scene):
     """The padded input drawn as if it were the image stretched: OpenMMLab's bug."""
     drawn = draw(family_config(family), scene, "letterbox")
@@ -293,9 +286,8 @@ def test_a_misaligned_map_does_not_pass(family, scene):
     assert (off > 3 * MAX_CELLS_OFF).all(), f"cells off, per level: {off.round(2)}"
 
 
-@pytest.mark.parametrize("scene", SCENES[1:3], ids=lambda scene: scene.name)
-def test_half_a_cell_of_shift_does_not_pass(scene):
-    drawn = draw(family_config("yolov8"), scene, "letterbox")
+def test_half_a_cell_of_shift_does_not_pass():
+    drawn = draw(family_config("yolov8"), SCENES[1], "letterbox")
     frame = drawn.sample.frame
     for stride in drawn.strides:
         x, y = frame.offset_xy
@@ -306,9 +298,9 @@ def test_half_a_cell_of_shift_does_not_pass(scene):
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
-@pytest.mark.parametrize("family", ["yolov8", "ppyoloe", "retinanet"])
+@pytest.mark.parametrize("family", ["yolov8", "ppyoloe"])
 def test_the_box_is_drawn_round_the_square(family, alignment):
-    scene = SCENES[4]
+    scene = SCENES[0]
     sample = draw(family_config(family), scene, alignment).sample
     without, with_box = (make_explainer(score_thr)(sample) for score_thr in (1.0, 0.3))
     # The picture is the first cell, and the note below its title has changed too.
@@ -342,7 +334,7 @@ def place(config: Config, image: Any, alignment: str | None) -> Placement:
 @pytest.mark.real_data
 @pytest.mark.parametrize("family", CONFIGS)
 def test_no_photo_is_refused(shared_dir, family):
-    photos = sorted((shared_dir / "data/coco128/train2017").glob("*.jpg"))[::32]
+    photos = sorted((shared_dir / "data/coco128/train2017").glob("*.jpg"))[::64]
     for photo in photos:
         assert place(family_config(family), photo, None).alignment == "resize"
         assert place(family_config(family), photo, "letterbox").proven

@@ -23,8 +23,6 @@ from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy import toy_config, write_dataset
 from tests.toy_boxes import box_config
 
-ALIGNMENTS = ("resize", "letterbox", "network")
-
 
 def hook(**options) -> dict:
     return dict(spy(), type="FeatMapVisHook", on_error="log", **options)
@@ -70,19 +68,6 @@ def test_a_raising_backend_loses_its_picture_alone(tmp_path, toy_data):
         assert f"{name}: Could not publish val/{name}/3_image through Raising" in log
         assert f"{name}: 2 visualization step(s) failed: 2 x ConnectionError" in log
     assert log.count("Traceback (most recent call last)") == 2
-    assert hooks_left(runner.model) == []
-
-
-def test_raise_ends_the_run_and_leaves_no_hook(tmp_path, toy_data):
-    cfg = toy_config(
-        tmp_path,
-        [spy(image_indices=[2], alignment="letterbox")],
-        data_root=toy_data,
-        vis_backends=(dict(type="RaisingBackend"),),
-    )
-    runner = Runner.from_cfg(cfg)
-    with pytest.raises(ConnectionError):
-        runner.train()
     assert hooks_left(runner.model) == []
 
 
@@ -136,20 +121,19 @@ def test_full_disk(tmp_path, toy_data):
     assert (tmp_path / "epoch_2.pth").exists()
 
 
-@pytest.mark.parametrize("make_hook", [spy, box_spy], ids=["featmap", "boxam"])
 @pytest.mark.parametrize(
     ("display", "backend", "says"),
     [("", "tkagg", "this machine has no display"), (":7", "agg", "draws with 'agg'")],
 )
 def test_show_without_a_window_is_refused(
-    tmp_path, toy_data, monkeypatch, make_hook, display, backend, says
+    tmp_path, toy_data, monkeypatch, display, backend, says
 ):
     """It would wait for ever for a key that nobody can press."""
     monkeypatch.setenv("DISPLAY", display)
     monkeypatch.setenv("WAYLAND_DISPLAY", "")
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr(matplotlib, "get_backend", lambda: backend)
-    cfg = box_config(tmp_path, [make_hook(show=True)], data_root=toy_data)
+    cfg = box_config(tmp_path, [box_spy(show=True)], data_root=toy_data)
     runner = Runner.from_cfg(cfg)
     with pytest.raises(VisConfigError, match=f"show=True .*{says}.*leave show=False"):
         runner.test()
@@ -186,8 +170,7 @@ def test_the_hook_of_mmdetection_may_draw_beside(tmp_path, toy_data):
 # ------------------------------------------------------------------------- drawing
 
 
-@pytest.mark.parametrize("kind", ["gone", "text"])
-def test_image_that_breaks_between_loading_and_drawing(tmp_path, kind):
+def test_image_that_breaks_between_loading_and_drawing(tmp_path):
     """The loop has its pixels already; the file is damaged when we read it."""
     data_root = tmp_path / "data"
     write_dataset(data_root, extension="jpg")
@@ -199,7 +182,7 @@ def test_image_that_breaks_between_loading_and_drawing(tmp_path, kind):
         def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
             path = data_root / "folder2" / "image.jpg"
             if outputs[0].img_id == 3:
-                path.unlink() if kind == "gone" else path.write_bytes(b"no image")
+                path.unlink() if runner.epoch == 1 else path.write_bytes(b"no image")
 
         def after_val_epoch(self, runner, metrics=None):
             write_dataset(data_root, extension="jpg")  # the loop needs it again
@@ -219,7 +202,7 @@ def test_image_that_breaks_between_loading_and_drawing(tmp_path, kind):
     assert "folder2" in log_of(tmp_path / "work")
 
 
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("alignment", ["resize", "letterbox"])
 def test_layer_whose_output_is_no_map(tmp_path, toy_data, monkeypatch, alignment):
     """It shows in the forward only, and the forward must go on."""
 
@@ -241,8 +224,10 @@ def test_layer_whose_output_is_no_map(tmp_path, toy_data, monkeypatch, alignment
     assert "no memory left" in log_of(tmp_path)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a layer failed"), KeyboardInterrupt()])
-@pytest.mark.parametrize("alignment", ["resize", "letterbox"])
+@pytest.mark.parametrize(
+    ("alignment", "error"),
+    [("resize", KeyboardInterrupt()), ("letterbox", RuntimeError("a layer failed"))],
+)
 def test_nothing_stays_attached_after_a_failing_forward(
     tmp_path, toy_data, alignment, error
 ):
@@ -341,7 +326,6 @@ def test_an_explanation_that_is_cut_off_anywhere_leaves_nothing(
     [
         ("resize", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
         ("letterbox", torch.cuda.OutOfMemoryError("CUDA out of memory")),
-        ("network", NotImplementedError("no such operator")),
     ],
 )
 def test_a_failing_explanation_is_counted_and_the_run_goes_on(
