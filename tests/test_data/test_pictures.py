@@ -67,6 +67,14 @@ def test_of_more_channels_the_first_three_or_those_that_are_named():
         picture_of(stack, (1, 2, 5))
 
 
+def test_bands_are_stretched_each_by_itself():
+    ramp = np.arange(100, dtype=np.float32).reshape(10, 10) / 7
+    stack = np.stack([ramp, ramp * 1000, ramp + 5000, ramp], axis=2)
+    found, _ = picture_of(stack)
+    np.testing.assert_allclose(found[..., 0], found[..., 2], atol=1)
+    assert found[..., 1].max() == 255
+
+
 def normalised(
     image: np.ndarray, **options
 ) -> tuple[torch.Tensor, DetDataPreprocessor]:

@@ -266,9 +266,10 @@ def test_frames_come_in_their_order(tmp_path, suffix):
 
 def test_videos_and_images_together(tmp_path):
     """Names that meet, marks of addresses, and files that are none."""
-    for name in ("clip.avi", "a?b=c.png&d.avi", "sub/clip.avi"):
+    for name in ("clip.avi", "a?b=c.png&d.avi", "sub/clip.avi", "later.avi"):
         write_video(tmp_path / name, 3)
-    for name in ("clip_000001.png", "CLIP_000002.png", "a?b.mp4&c.png"):
+    # Of one the image comes before the video of its name, of one behind it.
+    for name in ("CLIP_000002.png", "later_000001.png", "a?b.mp4&c.png"):
         write(tmp_path / name)
     (tmp_path / "none.mp4").write_bytes(b"no video at all")
     broken = write_video(tmp_path / "z.avi")
@@ -276,7 +277,7 @@ def test_videos_and_images_together(tmp_path):
     start = content.index(b"movi") + 4
     broken.write_bytes(content[:start] + bytes(len(content) - start))
     found = list(ImageSource([str(tmp_path)]))
-    assert len({image.name.lower() for image in found}) == len(found) == 3 * 3 + 3 + 2
+    assert len({image.name.lower() for image in found}) == len(found) == 4 * 3 + 3 + 2
     errors = {image.name: str(image.error) for image in found if image.content is None}
     assert set(errors) == {"none", "z"}
     assert "none.mp4" in errors["none"]
