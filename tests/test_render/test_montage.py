@@ -51,11 +51,11 @@ def test_longest_side_is_clamped(image_hw, expected):
 
 
 def test_resizing():
-    photo = np.zeros((4, 4, 3), dtype=np.uint8)
-    photo[::2] = 200
-    assert resize_image(photo, (4, 4)) is photo
-    # Shrinking averages.
-    assert resize_image(photo, (2, 2)).tolist() == [[[100] * 3] * 2] * 2
+    photo = np.zeros((6, 6, 3), dtype=np.uint8)
+    photo[::3] = 240
+    assert resize_image(photo, (6, 6)) is photo
+    # Shrinking averages all that it replaces.
+    assert resize_image(photo, (2, 2)).tolist() == [[[80] * 3] * 2] * 2
     assert (resize_image(plain(3, 4, 90), (30, 40)) == 90).all()
 
 

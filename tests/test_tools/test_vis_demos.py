@@ -96,11 +96,9 @@ def drawn(run, real) -> Callable[..., SimpleNamespace]:
         assert run(tool, real.image, *real.detector, *args, *out) == 0
         assert sorted(os.listdir()) == ["out", "picture.png"]
         assert sorted(os.listdir("out")) == ["index.html", "index_files"]
-        picture = read_rgb("picture.png")
         (entry,), labels = read_page("out")
         return SimpleNamespace(
-            picture=picture,
-            cells=find_cells(picture),
+            cells=find_cells(read_rgb("picture.png")),
             size=entry["size"],
             entry=entry,
             titles=[panel["title"] for panel in entry["panels"]],
@@ -221,7 +219,10 @@ def test_all_outputs_of_layers_are_drawn(drawn, real):
 @real_data
 @pytest.mark.parametrize("alignment", ["letterbox", "network"])
 def test_alignments(drawn, real, alignment):
-    run = drawn(featmap_tool, "--target-layers", "neck", "--alignment", alignment)
+    words = ("--target-layers", "neck", "--score-thr", "0.7", "--alignment", alignment)
+    run = drawn(featmap_tool, *words)
+    names = [name for name, _ in run.boxes]
+    assert names == ["dog", "bicycle"]
     for note, cells in zip(run.notes, (52, 26, 13)):
         words = note.replace("\u00a0", " ")
         assert words.startswith(f"64 channels of {cells} x {cells} cells")
@@ -236,18 +237,19 @@ def test_alignments(drawn, real, alignment):
         assert (image[316:] == 114).all()
         assert 0 < differs(image[:312], cv2.resize(real.image_rgb, (416, 312))) < 15
     # On the page, the dog is where it is in the picture.
-    dog = run.xyxy[[name for name, _ in run.boxes].index("dog")]
-    assert np.abs(dog - np.array(DOG_XYXY) * run.size[0] / 768).max() < 30
+    assert (
+        np.abs(
+            run.xyxy[names.index("dog")] - np.array(DOG_XYXY) * run.size[0] / 768
+        ).max()
+        < 30
+    )
 
 
 @real_data
 def test_score_thr_and_cfg_options_say_which_boxes_there_are(drawn):
     option = ("--cfg-options", "model.test_cfg.score_thr=0.5")
-    for low, found in (("0.8", ["bicycle", "dog"]), ("0.1", ["bicycle", "dog", "car"])):
-        run = drawn(
-            featmap_tool, "--target-layers", "neck", "--score-thr", low, *option
-        )
-        assert [name for name, _ in run.boxes] == found
+    run = drawn(featmap_tool, "--target-layers", "neck", "--score-thr", "0.1", *option)
+    assert [name for name, _ in run.boxes] == ["bicycle", "dog", "car"]
 
 
 # ------------------------------------------------------- boxes, as in the guide
@@ -299,14 +301,6 @@ def test_the_defaults_of_the_guide_look_at_the_last_layer_only(drawn):
     for name, note in zip(FOUND, run.notes[1:]):
         assert ("no influence on this box; it was made at" in note) == (name in silent)
     assert has_peak_inside(run.maps[1], run.xyxy[0], run.size)
-
-
-@real_data
-def test_an_image_without_boxes_is_drawn_and_says_so(drawn):
-    run = drawn(boxam_tool, "--score-thr", "0.99")
-    assert run.boxes == run.titles == []
-    assert "0.99" in run.entry["note"]
-    assert len(run.cells) == 1
 
 
 # ---------------------------------------------------------------- sources of images
@@ -534,7 +528,6 @@ def files(tmp_path_factory) -> Path:
     write_small(folder / "small.png")
     (folder / "fake.pth").write_bytes(b"no weights")  # as whoever reads it finds out
     (folder / "text.jpg").write_text("no image")
-    (folder / "video.mp4").write_text("no video")
     (folder / "nothing").mkdir()
     (folder / "folder.jpg").mkdir()
     for name, text in CONFIGS.items():
@@ -545,8 +538,6 @@ def files(tmp_path_factory) -> Path:
 CONFIGS = {
     "broken.py": "a = = 1",
     "empty.py": "model = dict(type='YOLODetector')",
-    "typo.py": "from mmengine.config import read_base\n"
-    "with read_base():\n    from mmyolo.configs.rtmdet.gone import *",
     "lazy.py": "from mmdet.models.gone import Nothing\nmodel = dict(type=Nothing)\n"
     "test_pipeline = [dict(type='LoadImageFromFile')]",
     "fails.py": "raise RuntimeError('two\\nlines')",
@@ -574,16 +565,13 @@ def test_mistakes_show_before_the_network_is_built(
     assert "gone.jpg" in fails(img="gone.jpg")
     assert "text.jpg is no image" in fails(img=files / "text.jpg")
     assert "nothing holds no image" in fails(img=files / "nothing")
-    assert "video.mp4 is no video" in fails(img=files / "video.mp4")
     assert "no config file gone.py" in fails(config="gone.py")
     assert "broken.py cannot be read" in fails(config=files / "broken.py")
     assert "yolov5/gone.py" in fails(config="mmyolo::yolov5/gone.py")
     assert "no test pipeline" in fails(config=files / "empty.py")
     assert "no checkpoint gone.pth" in fails(weights="gone.pth")
     assert "cuda:99" in fails("--device", "cuda:99")
-    assert "'gpu'" in fails("--device", "gpu")
     assert "--show opens windows, and this machine has no display" in fails("--show")
-    assert "alpha=2.0" in fails("--alpha", "2")
     assert "jett" in fails("--colormap", "jett")
     # Root may write anywhere, but not below a file.
     below = fake / "below"
@@ -611,7 +599,6 @@ def test_layers_are_looked_at_before_the_weights(run, capsys, files):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("typo.py", "gone"),
         ("lazy.py", "gone"),
         ("fails.py", "two lines"),
         # The model comes first in one program, the pipeline in the other.
@@ -642,24 +629,12 @@ def test_mistakes_of_list_layers(run, capsys, monkeypatch):
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_weights_of_another_architecture(run, capsys, files, monkeypatch):
+def test_weights_of_another_architecture(run, capsys, files):
     weights = build_detector(CONFIG, "cpu").state_dict()
     other = files / "other.pth"
     torch.save({f"other.{key}": value for key, value in weights.items()}, other)
     message = mistake(run, capsys, featmap_tool, files / "small.png", CONFIG, other)
     assert f"{other} is of another architecture than the config: 0 of 538" in message
-
-    said: list[str] = []
-    monkeypatch.setattr(
-        "mmyolo_vis_hooks.checkpoint.print_log", lambda text, **_: said.append(text)
-    )
-    config = Config.fromfile(CONFIG)
-    config.model.bbox_head.head_module.num_classes = 3
-    torch.save(build_detector(config, "cpu").state_dict(), other)
-    args = (files / "small.png", CONFIG, other, "--out-dir", "out")
-    assert run(featmap_tool, *args) == 0
-    [line] = said
-    assert "532 of 538 weights fit; shapes" in line
 
 
 @real_data
