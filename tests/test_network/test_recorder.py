@@ -90,6 +90,11 @@ def test_nested_outputs_give_every_map_with_its_place():
     assert difference.unique().tolist() == [2.0]
 
 
+def test_order_is_the_users():
+    record, _ = run(["nested", "twice"])
+    assert [a.layer for a in record.activations(0)] == ["nested"] * 3 + ["twice"] * 2
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
