@@ -12,8 +12,8 @@ from mmyolo_vis_hooks.render.heatmap import (
     color_heatmap,
     colormap_lut,
     fade_heatmap,
+    heat_levels,
     overlay_heatmap,
-    stretch_to_levels,
     validate_overlay_options,
 )
 
@@ -80,17 +80,19 @@ class TestOverlay:
 
     def test_by_hand(self):
         # (v - 1) / 4 * 255 is 0, 63.75, 127.5 and 255; fractions are cut off.
-        levels = stretch_to_levels(np.array([[1, 2, 3, 5]], dtype=np.float32))
-        assert levels.astype(np.uint8).tolist() == [[0, 63, 127, 255]]
+        levels = heat_levels(np.array([[1, 2, 3, 5]], dtype=np.float32))
+        assert levels.tolist() == [[0, 63, 127, 255]]
         photo = np.full((1, 2, 3), 100, dtype=np.uint8)
         result = overlay_heatmap(np.array([[0.0, 1.0]], np.float32), photo, alpha=0.25)
         assert result.tolist() == [[[75, 75, 107], [107, 75, 75]]]
 
     def test_colormap_is_used(self):
         heat = values(5, 6)
-        levels = stretch_to_levels(heat).astype(np.uint8)
-        expected = cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)
+        expected = cv2.applyColorMap(heat_levels(heat), cv2.COLORMAP_VIRIDIS)
         assert np.array_equal(color_heatmap(heat, "viridis"), expected[..., ::-1])
+        for given in (heat, values(3, 5, 6)):
+            grey = color_heatmap(given, "gray")[..., 0]
+            assert np.array_equal(heat_levels(given), grey)
 
     def test_soft_steps_only_touch_what_rounding_decides(self):
         heat = np.array([[0, 158.5, 158.995, 159.005, 159.5, 254, 255]], np.float32)
