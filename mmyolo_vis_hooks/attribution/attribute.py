@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from logging import Logger
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import nn
 
@@ -26,21 +24,30 @@ from ..network.graph import (
     PredictionGraph,
     TapKey,
     TapPoint,
-    gradients,
     head_modules,
+    prediction_of,
 )
 from ..network.layer_path import resolve_layers
 from ..network.levels import Pyramid, last_maps, survey
-from ..network.replay import CallKey, ReplayEngine, ReplayTarget
+from ..network.replay import ReplayEngine
 from ..network.state import frozen
 from ..records import BoxExplanation, LayerMap
 from .anchors import locate_anchors
 from .augment import Choose, smoothed
 from .blackbox import MaskedImage, final_scores
-from .methods import CamMethod, validate, weigh, weigh_channels
-from .perturb import PerturbedLayer
-from .scoring import NETWORK_INPUT, Scorer
-from .spots import Case, Spot, View, influences, spots_at, spots_of_levels, views_of
+from .gradient import joined_targets
+from .methods import CamMethod, limited, validate, weigh, weigh_channels
+from .perturb import PerturbedLayer, input_target, layer_target
+from .scoring import InputRerun, Scorer
+from .spots import (
+    Case,
+    Spot,
+    second_order,
+    spots_at,
+    spots_of_levels,
+    views_of,
+    why_blank,
+)
 from .targets import TARGETS, ChosenBoxes
 
 _BLACK_BOX_BATCH = 8
@@ -87,7 +94,7 @@ class BoxAttributor:
         self._engine = ReplayEngine(detector, logger)
         self._forward: GraphForward | None = None
         self._pyramid: Pyramid | None = None
-        self._said: set[str] = set()
+        self._said_note = False
         if self._method.kind != "black_box" and self._named is None:
             last_maps(detector)
 
@@ -138,7 +145,7 @@ class BoxAttributor:
                     for k, saliency in zip(spot.members, self._maps(case, spot)):
                         maps[k].append(LayerMap(title, saliency.cpu().numpy()))
                 rounds.append([self._record(case, k, m) for k, m in enumerate(maps)])
-        return _without_graph(graph.predictions), [_joined(r) for r in zip(*rounds)]
+        return graph.detections(), [joined_targets(r) for r in zip(*rounds)]
 
     def prepare(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> None:
         """Find out on an image whether everything that is asked for can be had.
@@ -186,7 +193,7 @@ class BoxAttributor:
         if self._method.kind == "black_box":
             return [last_maps(self._detector)]
         if self._named is None:
-            run = self._plain_forward(inputs, metainfo)
+            run = prediction_of(self._detector, inputs, metainfo)
             self._pyramid = survey(
                 self._detector, inputs, metainfo, lambda: self._engine.trace(run)
             )
@@ -202,15 +209,6 @@ class BoxAttributor:
     def _named_taps(self, graph: PredictionGraph) -> list[TapKey]:
         names = {point.layer for point in self._named or ()}
         return [tap for tap in graph.taps if tap.layer in names]
-
-    def _plain_forward(
-        self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
-    ) -> Callable[[], Any]:
-        def forward() -> Any:
-            sample = DetDataSample(metainfo=dict(metainfo))
-            return self._detector(inputs, [sample], mode="predict")
-
-        return forward
 
     # The boxes.
 
@@ -242,7 +240,7 @@ class BoxAttributor:
         scalars = chosen.function(boxes)
         raw = graph.head_outputs
         anchors = locate_anchors(scalars, boxes.labels, raw) if raw else None
-        forward = self._plain_forward(graph.inputs, metainfo)
+        forward = prediction_of(self._detector, graph.inputs, metainfo)
         return Case(boxes, chosen, scalars, anchors, forward, recorded)
 
     # The layer.
@@ -258,7 +256,8 @@ class BoxAttributor:
     def _maps(self, case: Case, spot: Spot) -> torch.Tensor:
         """Maps ``(K, h, w)`` of the boxes of a spot."""
         method, eigen_smooth = self._method, self.options.eigen_smooth
-        activations = self._limited(spot.view.activations)
+        limit = partial(limited, limits=self.options.max_shape)
+        activations = limit(spot.view.activations)
         if method.kind in ("ablation", "masking"):
             weights = method.function(self._perturbed(case, spot))
             return weigh_channels(activations[0], weights, eigen_smooth=eigen_smooth)
@@ -274,25 +273,15 @@ class BoxAttributor:
         maps = []
         for number, k in enumerate(spot.members):
             if method.second_order:
-                derivatives = _second_order(case, k, spot.view)
+                derivatives = second_order(case, k, spot.view)
             elif spot.windows:
                 gradient = spot.windows[number].pad(spot.gradients[number], map_hw)
                 derivatives = [gradient[None]]
             else:
                 derivatives = [spot.gradients[number][None]]
-            given = [activations, *map(self._limited, derivatives)]
+            given = [activations, *map(limit, derivatives)]
             maps.append(weigh(method.name, *given, eigen_smooth=eigen_smooth))
         return torch.cat(maps)
-
-    def _limited(self, maps: torch.Tensor) -> torch.Tensor:
-        """Maps of at most ``max_shape``, to save memory."""
-        size = [
-            size if limit < 0 else min(size, limit)
-            for size, limit in zip(maps.shape[-2:], self.options.max_shape)
-        ]
-        if size == list(maps.shape[-2:]):
-            return maps
-        return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
     def _perturbed(self, case: Case, spot: Spot) -> PerturbedLayer:
         if case.anchors is None:
@@ -301,10 +290,14 @@ class BoxAttributor:
                 f"needs a module called 'bbox_head' for it, which {self._name} has "
                 "not; use a gradient method"
             )
-        target = self._target_of(spot)
         if self._method.kind == "masking":
-            target = self._input_target()
-        scorer = self._scorer(case, spot.members, target)
+            target = input_target(self._detector, self._method.name)
+        else:
+            target = layer_target(self._detector, spot, self._forward)
+        replay = partial(self._engine.replay, case.forward, target)
+        scorer = self._scorer(
+            case, spot.members, lambda wanted: replay(wanted, case.recorded)
+        )
         if not scorer.knows_scores:
             raise VisError(
                 "how this detector makes a score of its raw outputs is not known, so a "
@@ -315,37 +308,9 @@ class BoxAttributor:
         activations = spot.view.activations[0]
         return PerturbedLayer(activations, ratio, spot.view, scorer, inputs)
 
-    def _scorer(
-        self, case: Case, members: Sequence[int], target: ReplayTarget
-    ) -> Scorer:
-        return Scorer(
-            self._engine,
-            case,
-            members,
-            target,
-            batch_size=self.options.batch_size,
-            show_progress=self._show_progress,
-        )
-
-    def _target_of(self, spot: Spot) -> ReplayTarget:
-        if spot.level is not None:
-            return spot.level.target
-        tap = spot.view.tap
-        points = self._named or (self._pyramid.points if self._pyramid else ())
-        module = next(p.module for p in points if p.layer == tap.layer)
-        path = next(p for p, m in self._detector.named_modules() if m is module)
-        return ReplayTarget(CallKey(path, tap.call_index), tap.output_index)
-
-    def _input_target(self) -> ReplayTarget:
-        if not self._has_input():
-            raise VisError(
-                f"method={self._method.name!r} masks what goes into the module "
-                f"'backbone', which {self._name} has not; use a gradient method"
-            )
-        return ReplayTarget(CallKey(*NETWORK_INPUT), (0,), "input")
-
-    def _has_input(self) -> bool:
-        return isinstance(getattr(self._detector, NETWORK_INPUT[0], None), nn.Module)
+    def _scorer(self, case: Case, members: Sequence[int], rerun: Callable) -> Scorer:
+        size, bar = self.options.batch_size, self._show_progress
+        return Scorer(case, members, rerun, batch_size=size, show_progress=bar)
 
     # What looks at no layer.
 
@@ -362,8 +327,10 @@ class BoxAttributor:
                 score: Callable = scorer.scores
                 batch_size = scorer.batch_size
             else:
-                note = "scored by the final detections: no anchor to be scored at"
-                self._say_once(f"method={self._method.name!r}: boxes are {note}")
+                note = "boxes are scored by the final detections, not at anchors"
+                if not self._said_note:
+                    self._said_note = True
+                    self._logger.warning(f"method={self._method.name!r}: {note}")
                 score = final_scores(self._detector, predictions, chosen, metainfo)
             image = MaskedImage(
                 inputs, score, options.num_masks, batch_size, self._show_progress
@@ -388,23 +355,23 @@ class BoxAttributor:
         """
         scorer = None
         try:
-            if not self._has_input() or not head_modules(self._detector):
+            if not head_modules(self._detector):
                 raise NoGradientError
             graph = self._run(inputs, metainfo)
             chosen = self.choose(graph.predictions)
             if chosen:
                 case = self._case(graph, metainfo, chosen, "score", {})
                 if all(anchor.cell is not None for anchor in case.anchors or ()):
-                    members = range(len(chosen))
-                    scorer = self._scorer(case, members, self._input_target())
+                    rerun = partial(InputRerun, self._detector, metainfo)
+                    scorer = self._scorer(case, range(len(chosen)), rerun)
         except NoGradientError:
             with torch.no_grad():
-                (output,) = self._plain_forward(inputs, metainfo)()
+                (output,) = prediction_of(self._detector, inputs, metainfo)()
             chosen = self.choose(output.pred_instances)
             return output.pred_instances, chosen, None
         if scorer is not None and not scorer.knows_scores:
             scorer = None
-        return _without_graph(graph.predictions), chosen, scorer
+        return graph.detections(), chosen, scorer
 
     # The record.
 
@@ -421,7 +388,8 @@ class BoxAttributor:
 
     def _record(self, case: Case, k: int, maps: list[LayerMap]) -> BoxExplanation:
         shown = tuple(m for m in maps if m.saliency.max() > 0)
-        warning = "" if shown else self._why_blank(case, k, maps)
+        silent = [layer_map.layer for layer_map in maps]
+        warning = "" if shown else why_blank(case, k, silent, self._named)
         index, label = case.boxes.indices[k], case.boxes.labels[k]
         if warning:
             # The logger drops a second record with the same template.
@@ -429,57 +397,3 @@ class BoxAttributor:
         cell = case.anchors[k].cell if case.anchors is not None else None
         blank = self._blank_record(index)
         return replace(blank, maps=shown, warning=warning, cell=cell)
-
-    def _why_blank(self, case: Case, k: int, maps: list[LayerMap]) -> str:
-        target = case.target.name
-        if maps:
-            layers = ", ".join(m.layer for m in maps)
-            return (
-                f"nothing at {layers} speaks for this {target}: all weighted "
-                "activations are negative or zero"
-            )
-        if self._named is None:
-            return (
-                f"the {target} cannot be differentiated here: the score is saturated, "
-                "1 or 0 to the last digit"
-            )
-        layers = ", ".join(point.layer for point in self._named)
-        named = self._named_taps(case.graph)
-        others = [tap for tap in case.graph.taps if tap not in named]
-        made_at = [spot.view.title for spot in influences(case, k, others)]
-        where = f"; it was made at {', '.join(made_at)}" if made_at else ""
-        return f"{layers}: no influence on this box{where}"
-
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            self._logger.warning(message)
-
-
-def _second_order(case: Case, k: int, view: View) -> list[torch.Tensor]:
-    """The gradient, and the second derivative times the activations."""
-    tensor = view.tensor
-    (slope,) = gradients(case.scalars[k], [tensor], create_graph=True)
-    slope = torch.zeros_like(tensor) if slope is None else slope
-    (product,) = gradients(slope, [tensor], slopes=[tensor.detach()])
-    product = torch.zeros_like(tensor) if product is None else product
-    return [view.maps(slope.detach()), view.maps(product)]
-
-
-def _joined(rounds: Sequence[BoxExplanation]) -> BoxExplanation:
-    """The greatest of the normalised maps of several targets."""
-    if len(rounds) == 1:
-        return rounds[0]
-    layers: dict[str, list[np.ndarray]] = {}
-    for layer_map in (m for own in rounds for m in own.maps):
-        peak = layer_map.saliency.max()
-        layers.setdefault(layer_map.layer, []).append(layer_map.saliency / peak)
-    maps = tuple(LayerMap(layer, np.maximum.reduce(m)) for layer, m in layers.items())
-    return replace(rounds[0], maps=maps)
-
-
-def _without_graph(predictions: InstanceData) -> InstanceData:
-    plain = InstanceData()
-    for name, value in predictions.items():
-        plain[name] = value.detach() if hasattr(value, "detach") else value
-    return plain

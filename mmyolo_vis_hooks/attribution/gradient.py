@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 import torch
 
+from ..records import BoxExplanation, LayerMap
 from .library import cam_image
 from .methods import agreeing_component, register_method
 
@@ -167,3 +172,15 @@ def shapleycam(
     """The library frees the graph of the forward, which the next box needs too."""
     weights = (gradients - products / 2).mean(_SPACE, keepdim=True)
     return (weights * activations).sum(1)
+
+
+def joined_targets(rounds: Sequence[BoxExplanation]) -> BoxExplanation:
+    """The greatest of the normalised maps of several targets."""
+    if len(rounds) == 1:
+        return rounds[0]
+    layers: dict[str, list[np.ndarray]] = {}
+    for layer_map in (m for own in rounds for m in own.maps):
+        peak = layer_map.saliency.max()
+        layers.setdefault(layer_map.layer, []).append(layer_map.saliency / peak)
+    maps = tuple(LayerMap(layer, np.maximum.reduce(m)) for layer, m in layers.items())
+    return replace(rounds[0], maps=maps)

@@ -16,11 +16,12 @@ Every map is rectified at the end, after the sum over channels.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import FeatureShapeError, VisConfigError, VisError
 from . import library
@@ -226,6 +227,14 @@ def weigh_channels(
         return rectified(torch.einsum("kc,chw->khw", weights, activations), "")
     weighted = weights[:, :, None, None] * activations
     return rectified(agreeing_component(weighted), "")
+
+
+def limited(maps: torch.Tensor, limits: Sequence[int]) -> torch.Tensor:
+    """Maps ``(K, C, h, w)`` of at most so many rows and columns; -1 sets no limit."""
+    size = [n if most < 0 else min(n, most) for n, most in zip(maps.shape[-2:], limits)]
+    if size == list(maps.shape[-2:]):
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def principal_component(channels: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import FeatureShapeError
-from ..network.graph import PredictionGraph, TapKey, gradients
+from ..network.graph import PredictionGraph, TapKey, TapPoint, gradients
 from ..network.levels import Level, Pyramid
 from ..network.maps import token_slices
 from .anchors import Anchor, wanted_outputs
@@ -291,3 +291,42 @@ def _through_head(
     for entries in (entries for anchor in anchors for entries in anchor.entries):
         slopes[entries.key][tuple(entries.places.t())] = entries.gradient
     return gradients(list(outputs.values()), tensors, slopes=list(slopes.values()))
+
+
+def second_order(case: Case, k: int, view: View) -> list[torch.Tensor]:
+    """The gradient of a box, and the second derivative times the activations."""
+    tensor = view.tensor
+    (slope,) = gradients(case.scalars[k], [tensor], create_graph=True)
+    slope = torch.zeros_like(tensor) if slope is None else slope
+    (product,) = gradients(slope, [tensor], slopes=[tensor.detach()])
+    product = torch.zeros_like(tensor) if product is None else product
+    return [view.maps(slope.detach()), view.maps(product)]
+
+
+def why_blank(
+    case: Case, k: int, silent: Sequence[str], named: Sequence[TapPoint] | None
+) -> str:
+    """Why a box has no map.
+
+    Args:
+        case (Case): The boxes.
+        k (int): Which of them.
+        silent (Sequence[str]): Layers on which its map is zero everywhere.
+        named (Sequence[TapPoint], optional): Layers that the user asked for.
+    """
+    target = case.target.name
+    if silent:
+        return (
+            f"nothing at {', '.join(silent)} speaks for this {target}: all weighted "
+            "activations are negative or zero"
+        )
+    if named is None:
+        return (
+            f"the {target} cannot be differentiated here: the score is saturated, 1 or "
+            "0 to the last digit"
+        )
+    layers = [point.layer for point in named]
+    others = [tap for tap in case.graph.taps if tap.layer not in layers]
+    made_at = [spot.view.title for spot in influences(case, k, others)]
+    where = f"; it was made at {', '.join(made_at)}" if made_at else ""
+    return f"{', '.join(layers)}: no influence on this box{where}"

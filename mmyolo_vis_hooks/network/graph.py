@@ -89,6 +89,13 @@ class PredictionGraph:
         """Height and width of the network's input, pixels."""
         return self.inputs.shape[-2], self.inputs.shape[-1]
 
+    def detections(self) -> InstanceData:
+        """The final detections without a graph."""
+        plain = InstanceData()
+        for name, value in self.predictions.items():
+            plain[name] = value.detach() if hasattr(value, "detach") else value
+        return plain
+
 
 class GraphForward:
     """Runs ``predict`` with a graph that begins at the earliest tap.
@@ -110,7 +117,7 @@ class GraphForward:
 
     def __init__(self, detector: nn.Module, taps: Sequence[TapPoint]) -> None:
         self._detector = detector
-        self._taps = tuple(taps)
+        self.taps = tuple(taps)
         self.heads = head_modules(detector)
         self._keep_graph = False
 
@@ -157,7 +164,7 @@ class GraphForward:
             stack.callback(lambda: [handle.remove() for handle in handles])
             stack.enter_context(torch.enable_grad())
             mode = _KeepGraph(keep_graph)
-            for tap in self._taps:
+            for tap in self.taps:
                 handles.append(_attach_tap(tap, graph, calls))
             for path, head in self.heads.items():
                 hook = _head_hook(path, graph, mode, calls)
@@ -165,10 +172,22 @@ class GraphForward:
             stack.callback(mode.leave)
             (output,) = self._detector(graph.inputs, [data_sample], mode="predict")
         graph.predictions = output.pred_instances
-        silent = [tap for tap in self._taps if not calls["tap " + tap.layer]]
+        silent = [tap for tap in self.taps if not calls["tap " + tap.layer]]
         if silent:
             raise did_not_run(self._detector, {t.layer: t.module for t in silent})
         return graph
+
+
+def prediction_of(
+    detector: nn.Module, inputs: torch.Tensor, metainfo: Mapping[str, Any]
+) -> Callable[[], Any]:
+    """What runs ``predict`` of a detector on an image."""
+
+    def predict() -> Any:
+        sample = DetDataSample(metainfo=dict(metainfo))
+        return detector(inputs, [sample], mode="predict")
+
+    return predict
 
 
 def head_modules(detector: nn.Module) -> dict[str, nn.Module]:

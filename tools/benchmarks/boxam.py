@@ -48,14 +48,7 @@ NUM_MASKS = 64
 
 @dataclass
 class Scene:
-    """A detector with an image on which it finds boxes at every level.
-
-    Attributes:
-        detector: In eval mode.
-        inputs: ``(1, 3, H, W)``, as the data preprocessor gives it.
-        metainfo: Of its data sample.
-        ablated: Paths of the layers whose channels are left out.
-    """
+    """A detector with an image on which it finds boxes at every level."""
 
     detector: Any
     inputs: Any
@@ -78,17 +71,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table.
-
-    Attributes:
-        detector: Name of the detector.
-        job: What was measured.
-        ours: This package's result.
-        theirs: The others' result.
-        ratio: What is compared with the goal.
-        goal: What was promised, None if nothing was.
-        at_most: Whether the ratio shall be at most the goal, not at least.
-    """
+    """One line of the table; ``at_most`` says on which side of the goal it is good."""
 
     detector: str
     job: str
@@ -152,7 +135,7 @@ def yolox_nano(size: int | None) -> Scene:
     load_checkpoint(detector, weights, map_location="cpu", logger="silent")
     photo: Any = cv2.imread(str(SHARED / "data" / "demo.jpg"))
     image = torch.from_numpy(cv2.resize(photo, (size, size))).permute(2, 0, 1)
-    layers = ("neck.out_convs.1", "neck.bottom_up_blocks.1", "backbone.stage4")
+    layers = ("neck.out_convs.2", "neck.bottom_up_blocks.1", "backbone.stage4")
     return _scene(detector, image, photo.shape[:2], layers)
 
 
@@ -175,7 +158,7 @@ def yolov5_s(size: int | None) -> Scene:
         coarse = torch.rand(1, 3, size // 16, size // 16)
     smooth = F.interpolate(coarse, (size, size), mode="bicubic")[0]
     image = (smooth.clamp(0, 1) * 255).to(torch.uint8)
-    layers = ("neck.top_down_layers.1", "neck.bottom_up_layers.1", "backbone.stage4")
+    layers = ("neck.bottom_up_layers.1", "backbone.stage4")
     scene = _scene(detector, image, (size, size), layers)
     _tune(scene)
     return scene
