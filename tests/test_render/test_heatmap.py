@@ -91,8 +91,8 @@ class TestOverlay:
         expected = cv2.applyColorMap(heat_levels(heat), cv2.COLORMAP_VIRIDIS)
         assert np.array_equal(color_heatmap(heat, "viridis"), expected[..., ::-1])
         for given in (heat, values(3, 5, 6)):
-            grey = color_heatmap(given, "gray")[..., 0]
-            assert np.array_equal(heat_levels(given), grey)
+            expected = colormap_lut("viridis")[heat_levels(given), 0]
+            assert np.array_equal(color_heatmap(given, "viridis"), expected)
 
     def test_soft_steps_only_touch_what_rounding_decides(self):
         heat = np.array([[0, 158.5, 158.995, 159.005, 159.5, 254, 255]], np.float32)
