@@ -20,6 +20,7 @@ from mmcv.transforms import LoadAnnotations, LoadImageFromFile
 from mmengine.dataset import Compose
 
 from ..errors import UnsupportedPipelineError, VisConfigError, VisError
+from .decoded import array_bgr, as_decoded
 from .pictures import picture_of
 from .proof import compare_places
 from .resize import FRAMING_STEPS, RESIZING_STEPS, AlignedResize, step_name
@@ -111,7 +112,7 @@ class ImagePipeline:
                 steps = [_reading_files(step) for step in steps]
             results = self._read(info, steps)
         else:
-            pixels = self._as_loaded(_array_bgr(image))
+            pixels = self._as_loaded(image)
             size_hw = pixels.shape[:2]
             results = dict(img=pixels, img_shape=size_hw, ori_shape=size_hw)
             results.update(img_id=img_id, img_path=img_path, instances=[])
@@ -245,16 +246,13 @@ class ImagePipeline:
             return 1
         raise _no_loader(self.steps)
 
-    def _as_loaded(self, image_bgr: np.ndarray) -> np.ndarray:
+    def _as_loaded(self, image: Any) -> np.ndarray:
         """A decoded image in the dtype and with the channels that the loader gives."""
-        loaders = [s for s in self.steps if isinstance(s, LoadImageFromFile)]
-        for loader in loaders[:1]:
-            grey = "grayscale" in str(getattr(loader, "color_type", ""))
-            if grey and image_bgr.ndim == 3 and image_bgr.shape[2] == 3:
-                image_bgr = cv2.cvtColor(image_bgr, cv2.COLOR_BGR2GRAY)
-            if getattr(loader, "to_float32", False):
-                image_bgr = image_bgr.astype(np.float32)
-        return image_bgr
+        loaders = [s for s in self.steps if _loads_image(s)]
+        plain = len(loaders) == 1 and type(loaders[0]) is LoadImageFromFile
+        if not plain or loaders[0].imdecode_backend == "tifffile":
+            return array_bgr(image)
+        return as_decoded(image, loaders[0].color_type, loaders[0].to_float32)
 
 
 def moves_pixels(step: Callable, results: Mapping[str, Any]) -> bool:
@@ -428,18 +426,6 @@ def _reading_files(step: Any) -> Any:
     step = copy.copy(step)
     step.backend_args = None
     return step
-
-
-def _array_bgr(image: Any) -> np.ndarray:
-    array = np.asarray(image)
-    if array.ndim == 3 and array.shape[2] == 3:
-        array = array[..., ::-1]
-    if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "buif":
-        raise VisConfigError(
-            f"an image of shape {array.shape} and {array.dtype} cannot work: use "
-            "(H, W, 3) RGB, (H, W) or (H, W, C) numbers, a Pillow image or a path"
-        )
-    return np.ascontiguousarray(array)
 
 
 def _copied_results(results: Mapping[str, Any]) -> dict[str, Any]:
