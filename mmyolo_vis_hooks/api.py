@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from logging import Logger
 from pathlib import PurePath
@@ -50,6 +51,9 @@ Image = Any
 """A path or address, ``(H, W, 3)`` RGB numbers, ``(H, W)`` grey ones, or of Pillow."""
 
 logger = logging.getLogger("mmyolo_vis_hooks")
+
+# Modes and hooks are the detector's, random states the process's: one look at a time.
+_LOOKING = threading.RLock()
 
 
 def load(
@@ -186,13 +190,14 @@ def _looked(
     detector: nn.Module, images: Any, config: Any, options: Any, make: Any
 ) -> Any:
     detector = unwrap_detector(detector)
+    _check_parameters(detector)
     config = _config_of(detector, config)
     info = read_dataset(config)
     meta: Any = getattr(detector, "dataset_meta", None) or {}
     names, palette = classes_and_palette(meta, info.metainfo)
     maker, kind = make(detector, options, names)
     pipeline = build_pipeline(config, info, channels=options.image_channels)
-    several = isinstance(images, (list, tuple))
+    several = isinstance(images, (list, tuple, Iterator))
     given = list(images) if several else [images]
     results: list[Any] = []
     taken: Counter[str] = Counter()
@@ -202,7 +207,7 @@ def _looked(
             given[number], img_id=number, img_path=_path_of(given[number])
         )
 
-    with frozen(detector, parameters=False):
+    with _LOOKING, frozen(detector, parameters=False):
         placement: Placement | None = None
         for number, image in enumerate(given):
             loaded = load(number)
@@ -221,6 +226,22 @@ def _looked(
             sample = maker.run(image_id, loaded, placement)
             results.append(kind(sample, Look(options, names, palette)))
     return Gallery(results) if several else results[0]
+
+
+def _check_parameters(detector: nn.Module) -> None:
+    parameters = list(detector.parameters())
+    if any(parameter.is_inference() for parameter in parameters):
+        raise VisConfigError(
+            f"the parameters of this {type(detector).__name__} cannot take part in "
+            "gradients: they were made under torch.inference_mode(); build and load "
+            "the detector outside of it"
+        )
+    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
+    if dtypes and torch.float32 not in dtypes:
+        raise VisConfigError(
+            f"a {type(detector).__name__} of {dtypes.pop()} cannot work: images are "
+            "given to it as torch.float32; use detector.float()"
+        )
 
 
 def _place(

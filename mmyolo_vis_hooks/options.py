@@ -91,7 +91,7 @@ def indices(name: str, value: Any) -> tuple[int, ...]:
     is_list = isinstance(value, (list, tuple, range)) and len(value) > 0
     if not is_list or not all(is_int(i) and i >= 0 for i in value):
         raise refuse(name, value, "use a list of indices, counted from 0, or None")
-    return tuple(value)
+    return tuple(map(int, value))
 
 
 def three_channels(name: str, value: Any) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ def class_list(name: str, value: Any) -> tuple[str | int, ...]:
     ):
         remedy = "use names or indices of classes, counted from 0, or None for all"
         raise refuse(name, value, remedy)
-    return tuple(wanted)
+    return tuple(c if isinstance(c, str) else int(c) for c in wanted)
 
 
 def grid(name: str, value: Any) -> tuple[int, int]:

@@ -9,17 +9,25 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
 from .attribution.saliency import box_saliency
+from .data.samples import labels_of
 from .declare import read_options
 from .errors import VisConfigError
-from .options import BoxAMOptions
+from .options import BoxAMOptions, class_list
 from .publish.entries import page_entry
-from .publish.files import PICTURE_SUFFIXES, encode, write_image
+from .publish.files import (
+    PICTURE_SUFFIXES,
+    encode,
+    make_writable,
+    write_image,
+    write_whole,
+)
 from .publish.html_page import HtmlPage, PageEntry
 from .records import Activation, BoxExplanation, BoxSample, Detections, VisSample
 from .render.boxam_panel import BoxAMPanel
@@ -208,13 +216,20 @@ class _Result(Sequence[Item], Generic[Item]):
         """
         path = Path(path)
         suffix = path.suffix.lower()
+        if path.is_dir():
+            return save_all([self], path)
+        if suffix in (".npz", ".json", *PICTURE_SUFFIXES):
+            make_writable(path.parent)
         if suffix == ".npz":
-            np.savez_compressed(path, **self.arrays())  # type: ignore[arg-type]
+            data = BytesIO()
+            np.savez_compressed(data, **self.arrays())  # type: ignore[arg-type]
+            write_whole(path, data.getvalue())
         elif suffix == ".json":
-            path.write_text(json.dumps(self.to_coco(), indent=1), encoding="utf-8")
+            text = json.dumps(self.to_coco(), indent=1)
+            write_whole(path, text.encode())
         elif suffix in PICTURE_SUFFIXES:
             write_image(str(path), self.draw())
-        elif suffix and not path.is_dir():
+        elif suffix:
             raise VisConfigError(
                 f"path={str(path)!r} cannot work: use a folder, or a name that ends in "
                 f".npz, .json, {', '.join(PICTURE_SUFFIXES)}"
@@ -306,11 +321,14 @@ class Explanations(_Result[Explanation]):
         self._items = tuple(self._explanation(e) for e in sample.explanations)
 
     def of_class(self, *names: str | int) -> Explanations:
-        """Those of some classes, by name or index."""
-        kept = [
-            n for n, e in enumerate(self) if e.class_name in names or e.label in names
-        ]
-        return self._subset(kept)
+        """Those of some classes, by name or index.
+
+        Raises:
+            VisConfigError: If the data set has no such class.
+        """
+        wanted = class_list("of_class", names)
+        labels = labels_of(wanted, self._look.class_names)
+        return self._subset([n for n, e in enumerate(self) if e.label in labels])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What goes into the NPZ file: one row per explained box.
@@ -399,6 +417,10 @@ Result = TypeVar("Result", Explanations, FeatureMaps)
 
 class Gallery(list, Generic[Result]):
     """Results of several images."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return Gallery(found) if isinstance(index, slice) else found
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
         """Write all of them and one page to look through, as a single result does."""

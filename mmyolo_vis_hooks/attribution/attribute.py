@@ -36,7 +36,15 @@ from .anchors import locate_anchors
 from .augment import Choose, smoothed
 from .blackbox import MaskedImage, final_scores
 from .gradient import joined_targets
-from .methods import CamMethod, limited, validate, weigh, weigh_channels
+from .methods import (
+    CamMethod,
+    limited,
+    rectified,
+    shaped,
+    validate,
+    weigh,
+    weigh_channels,
+)
 from .perturb import PerturbedLayer, input_target, layer_target
 from .scoring import InputRerun, Scorer
 from .spots import (
@@ -237,7 +245,8 @@ class BoxAttributor:
         """Find the scalars that are explained, and where the head decided them."""
         boxes = ChosenBoxes(graph, indices, self._name)
         chosen = TARGETS[target]
-        scalars = chosen.function(boxes)
+        shape = (len(indices),)
+        scalars = shaped(chosen.function(boxes), shape, f"target={target!r}")
         raw = graph.head_outputs
         anchors = locate_anchors(scalars, boxes.labels, raw) if raw else None
         forward = prediction_of(self._detector, graph.inputs, metainfo)
@@ -260,6 +269,8 @@ class BoxAttributor:
         activations = limit(spot.view.activations)
         if method.kind in ("ablation", "masking"):
             weights = method.function(self._perturbed(case, spot))
+            shape = len(spot.members), activations.shape[1]
+            weights = shaped(weights, shape, f"method={method.name!r}")
             return weigh_channels(activations[0], weights, eigen_smooth=eigen_smooth)
         if method.kind == "activation":
             shared = weigh(method.name, activations)
@@ -337,6 +348,9 @@ class BoxAttributor:
             )
             with torch.no_grad():
                 maps = self._method.function(image)
+            shape = len(chosen), *inputs.shape[-2:]
+            maps = shaped(maps, shape, f"method={self._method.name!r}")
+            maps = rectified(maps, self._method.name)
         explanations = []
         for index, saliency in zip(chosen, maps.cpu().numpy()):
             shown = (LayerMap("image", saliency),) if saliency.max() > 0 else ()

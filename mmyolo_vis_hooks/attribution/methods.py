@@ -196,13 +196,41 @@ def weigh(
             )
         require_finite(tensor, "an activation or gradient")
     if not eigen_smooth:
-        return rectified(method.function(*given), name)
+        return rectified(_called(method, given), name)
     # A channel is an image of its own here, so that any method hands out what it sums.
     channels = [
-        method.function(*(tensor[k, :, None] for tensor in given))
+        _called(method, [tensor[k, :, None] for tensor in given])
         for k in range(len(activations))
     ]
     return rectified(agreeing_component(torch.stack(channels)), name)
+
+
+def _called(method: CamMethod, given: Sequence[torch.Tensor]) -> torch.Tensor:
+    versions = [tensor._version for tensor in given]
+    maps = method.function(*given)
+    if versions != [tensor._version for tensor in given]:
+        raise VisError(
+            f"method={method.name!r} changes activations or gradients in place, which "
+            "other boxes share; let it work on copies, such as x.relu() for x.relu_()"
+        )
+    count, _, *map_hw = given[0].shape
+    return shaped(maps, (count, *map_hw), f"method={method.name!r}")
+
+
+def shaped(values: Any, shape: Sequence[int], giver: str) -> torch.Tensor:
+    """Give back what a registered function gave, if it is a tensor of a shape.
+
+    Raises:
+        VisError: If it is none; the message names who gave it.
+    """
+    given = type(values).__name__
+    if isinstance(values, torch.Tensor):
+        given = f"a tensor of shape {tuple(values.shape)}"
+        if tuple(values.shape) == tuple(shape):
+            return values
+    raise VisError(
+        f"{giver} gives {given}; it must give a tensor of shape {tuple(shape)}"
+    )
 
 
 def weigh_channels(

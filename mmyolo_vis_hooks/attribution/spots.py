@@ -19,7 +19,7 @@ from ..network.graph import PredictionGraph, TapKey, TapPoint, gradients
 from ..network.levels import Level, Pyramid
 from ..network.maps import token_slices
 from .anchors import Anchor, wanted_outputs
-from .targets import ChosenBoxes, Target
+from .targets import BOX_SIDES, ChosenBoxes, Target
 
 
 @dataclass(frozen=True)
@@ -320,11 +320,13 @@ def why_blank(
             f"nothing at {', '.join(silent)} speaks for this {target}: all weighted "
             "activations are negative or zero"
         )
+    if not case.scalars.requires_grad:
+        return f"the {target} does not depend on what the network computes"
     if named is None:
-        return (
-            f"the {target} cannot be differentiated here: the score is saturated, 1 or "
-            "0 to the last digit"
-        )
+        reason = "the score is saturated, 1 or 0 to the last digit"
+        if target in BOX_SIDES:
+            reason = "the box is cut off there, at the border of the image"
+        return f"the {target} cannot be differentiated here: {reason}"
     layers = [point.layer for point in named]
     others = [tap for tap in case.graph.taps if tap.layer not in layers]
     made_at = [spot.view.title for spot in influences(case, k, others)]

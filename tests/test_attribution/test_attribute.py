@@ -680,6 +680,33 @@ def test_a_method_and_a_target_of_ones_own(registry):
         register_method("mine", kind="colour", summary="", formula="")
 
 
+@pytest.mark.parametrize(
+    ("kind", "function", "match"),
+    [
+        ("gradient", lambda a, g: (g * a).sum((1, 2)), "gives a tensor of shape"),
+        ("gradient", lambda a, g: (g * a).sum(1)[:, :2], "gives a tensor of shape"),
+        ("gradient", lambda a, g: (g * a).sum(1).numpy(), "gives ndarray"),
+        ("gradient", lambda a, g: (g * a.relu_()).sum(1), "in place"),
+        ("gradient", lambda a, g: a.sum(1) * np.nan, "no finite map"),
+        ("ablation", lambda layer: torch.ones(3), r"shape \(3,\)"),
+        ("black_box", lambda image: torch.ones(3, 4), r"shape \(3, 4\)"),
+    ],
+)
+def test_a_method_that_gives_no_maps_is_named(registry, kind, function, match):
+    register_method("mine", kind=kind, summary="", formula="")(function)
+    with pytest.raises(VisError, match=f"method='mine' .*{match}"):
+        explain(build_family("yolox"), method="mine")
+
+
+def test_a_target_gives_a_number_for_each_box_of_what_the_network_gave(registry):
+    register_target("mine", summary="")(lambda boxes: boxes.scores.sum())
+    with pytest.raises(VisError, match=r"target='mine' gives a tensor of shape \(\)"):
+        explain(build_family("yolox"), target="mine")
+    register_target("mine", summary="")(lambda boxes: boxes.scores.detach())
+    _, explanations = explain(build_family("yolox"), target="mine")
+    assert all("does not depend" in e.warning for e in explanations)
+
+
 def test_soft_nms_is_refused_before_the_run_and_drise_works():
     family = copy.deepcopy(build_family("retinanet"))
     family.detector.bbox_head.test_cfg.nms = dict(type="soft_nms", iou_threshold=0.5)
