@@ -62,7 +62,13 @@ def as_decoded(image: Any, color_type: str, to_float32: bool) -> np.ndarray:
         VisConfigError: If the loader never gives the like.
     """
     array = array_bgr(image)
-    if color_type != "unchanged":
+    channels = 1 if array.ndim == 2 else array.shape[2]
+    if channels > 4 and array.shape[0] in (1, 3, 4):
+        raise VisConfigError(
+            f"an image of shape {array.shape} cannot work: move the channels to the end"
+        )
+    # Bands, which a network takes that no file of colours suits.
+    if color_type != "unchanged" and channels in (1, 3, 4):
         grey = "grayscale" in color_type
         array = _with_channels(_of_8_bits(array), grey=grey)
     return array.astype(np.float32) if to_float32 else array
@@ -70,11 +76,6 @@ def as_decoded(image: Any, color_type: str, to_float32: bool) -> np.ndarray:
 
 def _with_channels(array: np.ndarray, *, grey: bool) -> np.ndarray:
     channels = 1 if array.ndim == 2 else array.shape[2]
-    if channels not in (1, 3, 4):
-        raise VisConfigError(
-            f"an image of shape {array.shape} cannot work: the test pipeline takes "
-            "(H, W, 3), (H, W, 4) or (H, W); move the channels to the end"
-        )
     if channels == 1:
         single = array.reshape(array.shape[:2])
         return single if grey else np.repeat(single[..., None], 3, axis=2)
