@@ -63,7 +63,7 @@ def as_decoded(image: Any, color_type: str, to_float32: bool) -> np.ndarray:
     """
     array = array_bgr(image)
     channels = 1 if array.ndim == 2 else array.shape[2]
-    if channels > 4 and array.shape[0] in (1, 3, 4):
+    if color_type != "unchanged" and channels > 4 and array.shape[0] == 3:
         raise VisConfigError(
             f"an image of shape {array.shape} cannot work: move the channels to the end"
         )
