@@ -107,7 +107,6 @@ class BoxExplanation:
             its level; None for boxes of regions and of queries.
         smooth: The method's own smoothing, in units of the square root of the
             box's area.
-        fusion: The method's own way to make one map of several.
     """
 
     index: int
@@ -118,7 +117,6 @@ class BoxExplanation:
     target: str = ""
     cell: tuple[int, int] | None = None
     smooth: float = 0.0
-    fusion: str = "sum"
 
     @property
     def layer(self) -> str:

@@ -397,7 +397,6 @@ class BoxAttributor:
             method=method.name,
             target=self.options.target,
             smooth=method.default_smooth,
-            fusion=method.default_fusion,
         )
 
     def _record(self, case: Case, k: int, maps: list[LayerMap]) -> BoxExplanation:

@@ -46,7 +46,6 @@ class CamMethod:
         formula: Plain text, with the words of this module's docstring.
         default_smooth: Standard deviation of the Gaussian that is laid over the map,
             in units of the square root of the box's area; 0 for none.
-        default_fusion: How the maps of several layers become one.
         default_layers: Paths of the layers that are explained where the user names
             none; None is the map on which the head decided the box.
         elementwise: A cell of the map depends on the activations and gradients of
@@ -67,7 +66,6 @@ class CamMethod:
     summary: str
     formula: str
     default_smooth: float = 0.0
-    default_fusion: str = "sum"
     default_layers: tuple[str, ...] | None = None
     elementwise: bool = False
     second_order: bool = False

@@ -188,7 +188,7 @@ def box_saliency(
     box_xyxy: np.ndarray,
     *,
     smooth: float | None = None,
-    fusion: str | None = None,
+    fusion: str = "sum",
     normalize_layers: bool = False,
     norm_in_bbox: bool = False,
 ) -> np.ndarray:
@@ -203,8 +203,7 @@ def box_saliency(
         box_xyxy (np.ndarray): ``(4,)``, pixels of that image.
         smooth (float, optional): Sigma of the Gaussian, in units of the box. None
             takes the method's own, as the explanation says. Defaults to None.
-        fusion (str, optional): See :func:`fuse_saliency`. None takes the method's own.
-            Defaults to None.
+        fusion (str): See :func:`fuse_saliency`. Defaults to ``'sum'``.
         normalize_layers (bool): Divide each layer's map by its maximum before the
             fusion. Defaults to False.
         norm_in_bbox (bool): See ``box_xyxy`` of :func:`normalize_saliency`.
@@ -224,9 +223,7 @@ def box_saliency(
     fused = (
         maps[0]
         if len(maps) == 1
-        else fuse_saliency(
-            maps, fusion or explanation.fusion, normalize=normalize_layers
-        )
+        else fuse_saliency(maps, fusion, normalize=normalize_layers)
     )
     normalized = normalize_saliency(fused, box_xyxy=box_xyxy if norm_in_bbox else None)
     return normalized.astype(np.float32, copy=False)
