@@ -265,7 +265,7 @@ class BoxAMOptions(_Seen):
         "what is explained: the final `'score'`, the raw class `'logit'`, the raw "
         "`'objectness'` (centerness counts), or a side `'x1'`, `'y1'`, `'x2'`, "
         "`'y2'` of the box",
-        choices=TARGETS,
+        metavar="TARGET",
     )
     target_layers: Sequence[str] | str | None = option(
         None,

@@ -1,4 +1,4 @@
-"""What ``train.py`` and ``test.py`` share: options, config, Runner, errors."""
+"""What the programs share: errors in one line, configs and their options, Runners."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ from mmengine.registry import (
     build_functions,
 )
 from mmengine.runner import Runner, autocast
+from rich.console import Console
+from rich.measure import Measurement
 
 # The package of this checkout, installed or not. Importing it registers the hooks
 # and the checkpoint loaders, whatever the config imports.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:
+    from mmyolo_vis_hooks.data.alignment import network_input
+    from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded
     from mmyolo_vis_hooks.detector import read_config
     from mmyolo_vis_hooks.errors import VisError, one_line
     from mmyolo_vis_hooks.hooks.loading import check_checkpoint_fits
+    from mmyolo_vis_hooks.network.layer_table import survey_layers
+    from mmyolo_vis_hooks.render.layer_tree import layer_tree
 except RuntimeError as unusable_mmcv:
     sys.exit(f"error: {unusable_mmcv}")
 
@@ -252,6 +258,32 @@ class CheckpointGuard(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare the checkpoint with the model."""
         check_checkpoint_fits(runner, checkpoint)
+
+
+def print_layers(
+    detector: torch.nn.Module,
+    pipeline: ImagePipeline,
+    loaded: Loaded,
+    *,
+    depth: int = 3,
+    all_layers: bool = False,
+) -> None:
+    """Print the layers of a detector with what they put out for an image.
+
+    Args:
+        detector: In eval mode.
+        pipeline: What the image goes through.
+        loaded: The image.
+        depth: Deeper layers are only counted.
+        all_layers: Also show those that cannot be targeted, with the reason.
+    """
+    inputs, metainfo = network_input(detector, pipeline.pack(loaded))
+    rows = survey_layers(detector, inputs, metainfo)
+    table = layer_tree(rows, depth=depth, all_layers=all_layers)
+    # As wide as the table is: a terminal folds long lines by itself, and cuts nothing.
+    wide = Console(width=1000)
+    width = Measurement.get(wide, wide.options, table).maximum
+    Console(width=max(Console().width, width)).print(table)
 
 
 def _check_metainfo(config: Config) -> None:

@@ -7,15 +7,13 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.visualization import Visualizer
 from rich.console import Console
@@ -35,16 +33,16 @@ from _common import (
     check_checkpoint,
     config_mistakes,
     merge_options,
+    print_layers,
     run_tool,
 )
-from _layers import print_layers
 from mmyolo_vis_hooks.data.alignment import Placement, choose_alignment, network_input
 from mmyolo_vis_hooks.data.overlap import read_ahead, run_behind
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded
 from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
 from mmyolo_vis_hooks.data.sources import ImageSource, SourceImage
+from mmyolo_vis_hooks.declare import Options, add_arguments, options_from
 from mmyolo_vis_hooks.detector import (
-    DatasetInfo,
     build_detector,
     build_pipeline,
     check_device,
@@ -71,8 +69,8 @@ _TIMEOUT = 60.0
 logger = logging.getLogger("mmyolo_vis_hooks")
 
 
-def make_demo_parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser with what both tools take, but for the options of pictures."""
+def make_demo_parser(description: str, kind: type[Options]) -> argparse.ArgumentParser:
+    """Make a parser with what both tools take, and with options of what is drawn."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=_HelpFormatter
     )
@@ -109,6 +107,7 @@ def make_demo_parser(description: str) -> argparse.ArgumentParser:
         help="where the network runs: cuda:0 is the first GPU",
     )
     add_cfg_options(parser)
+    add_arguments(parser, kind)
     return parser
 
 
@@ -133,68 +132,91 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-@dataclass
+def look(
+    args: argparse.Namespace,
+    kind: type[Options],
+    make_maker: Callable[[Demo, nn.Module], SampleMaker],
+    panel_kind: Any,
+    *,
+    title: str,
+    fade: bool,
+) -> None:
+    """Do what both tools do, from the command line to the status of the process.
+
+    Args:
+        args: The command line.
+        kind: Of the options that say what is drawn.
+        make_maker: Makes what turns images into samples, of a detector with weights.
+        panel_kind: Draws a sample.
+        title: Of the page.
+        fade: See :class:`HtmlPage`.
+    """
+    demo = Demo(args, kind)
+    detector = demo.build()
+    if args.preview_model:
+        print_layers(detector, demo.placement.pipeline, next(demo.first_images()))
+        return
+    maker = make_maker(demo, detector)
+    panel = panel_kind(demo.options, demo.class_names, demo.palette)
+    sys.exit(demo.run(maker, panel, title=title, fade=fade))
+
+
 class Demo:
-    """One run of a tool, from checked arguments to a network that is ready.
+    """One run of a tool; checks at first everything that needs no network.
+
+    Args:
+        args: The command line.
+        kind: Of the options that say what is drawn.
 
     Attributes:
-        args: The command line.
-        config: The detector's config, with the settings of the command line.
+        options: Those, checked.
         source: The images.
-        dataset: What the config says of the test data.
-        device: Where the network runs.
         pipeline: The config's test pipeline.
         placement: How the images are drawn, and what they go through.
         class_names: Of the weights, or else of the config.
         palette: Colours of the classes.
-        failures: Images that could not be drawn, and why.
+
+    Raises:
+        ToolError, VisError: With what is wrong and the remedy.
     """
 
-    args: argparse.Namespace
-    config: Config
-    source: ImageSource
-    dataset: DatasetInfo
-    device: torch.device
-    pipeline: ImagePipeline
+    options: Any
     placement: Any = None
     class_names: tuple[str, ...] = ()
     palette: Any = None
-    failures: list[tuple[str, str]] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Demo:
-        """Check everything that needs no network.
-
-        Raises:
-            ToolError, VisError: With what is wrong and the remedy.
-        """
+    def __init__(self, args: argparse.Namespace, kind: type[Options]) -> None:
         if args.out_dir is None and args.out_file is None and not args.show:
             args.out_dir = OUT_DIR
-        source = ImageSource(args.img, exclude=args.out_dir)
+        self.args = args
+        self.config = read_config(args.config)
+        merge_options(self.config, args.cfg_options)
+        # Not before: what the config imports may register a method or a target.
+        self.options = options_from(args, kind)
+        self.source = ImageSource(args.img, exclude=args.out_dir)
         if args.out_file is not None:
-            _check_out_file(args.out_file, source, args.img)
+            _check_out_file(args.out_file, self.source, args.img)
         problem = why_no_window() if args.show else None
         if problem:
             raise ToolError(
                 f"--show opens windows, and {problem}; leave it out and look at the "
                 "files in --out-dir"
             )
-        config = read_config(args.config)
-        merge_options(config, args.cfg_options)
+        channels = self.options.image_channels
         with config_mistakes(args.config):
-            dataset = read_dataset(config)
-            pipeline = build_pipeline(config, dataset, channels=args.image_channels)
-        device = check_device(args.device)
-        demo = cls(args, config, source, dataset, device, pipeline)
-        next(demo._first_images())  # or there is nothing to build a network for
-        if not args.preview_model:
-            check_checkpoint(args.checkpoint, "checkpoint")
-            if args.out_dir is not None:
-                _check_inputs_stay(args.img, args.out_dir)
-                open_folder(args.out_dir)
-            if args.out_file is not None:
-                make_writable(Path(args.out_file).parent)
-        return demo
+            self.dataset = read_dataset(self.config)
+            self.pipeline = build_pipeline(self.config, self.dataset, channels=channels)
+        self._device = check_device(args.device)
+        self._failures: list[str] = []
+        next(self.first_images())  # or there is nothing to build a network for
+        if args.preview_model:
+            return
+        check_checkpoint(args.checkpoint, "checkpoint")
+        if args.out_dir is not None:
+            _check_inputs_stay(args.img, args.out_dir)
+            open_folder(args.out_dir)
+        if args.out_file is not None:
+            make_writable(Path(args.out_file).parent)
 
     def build(self) -> nn.Module:
         """Build the detector, check the layers, and load the weights.
@@ -204,12 +226,11 @@ class Demo:
             ToolError: If the weights cannot be read.
         """
         with config_mistakes(self.args.config):
-            detector = build_detector(self.config, self.device)
+            detector = build_detector(self.config, self._device)
             self.placement = self._place(detector)
-        if not self.args.preview_model:
-            resolve_layers(detector, self.args.target_layers or ())
         metainfo: Any = {}
         if not self.args.preview_model:
+            resolve_layers(detector, self.options.target_layers or ())
             checkpoint = self.args.checkpoint
             try:
                 metainfo = load_weights(detector, checkpoint)
@@ -222,30 +243,11 @@ class Demo:
         )
         return detector
 
-    def preview(self, detector: nn.Module) -> None:
-        """Print the layers, with the shapes for the first image."""
-        print_layers(detector, self.placement.pipeline, next(self._first_images()))
-
-    def try_on_first(self, maker: SampleMaker, detector: nn.Module) -> None:
-        """Let what can never work fail before the first picture.
-
-        Raises:
-            VisError: With the reason.
-        """
-        try:
-            data = self.placement.pipeline.pack(next(self._first_images()))
-            maker.prepare(*network_input(detector, data))
-        except VisError:
-            raise
-        except Exception as error:
-            # Perhaps it is this image only; each says for itself what fails.
-            logger.debug(f"the trial before the first image: {error}")
-
     def _place(self, detector: nn.Module) -> Placement:
         placement = choose_alignment(
-            self.args.alignment,
+            self.options.alignment,
             self.pipeline,
-            self._first_images(),
+            self.first_images(),
             detector,
             divisor=network_divisor(detector),
             stride=network_stride(detector, self.dataset),
@@ -258,9 +260,9 @@ class Demo:
             )
         return placement
 
-    def _first_images(self) -> Iterator[Loaded]:
+    def first_images(self) -> Iterator[Loaded]:
         """Images that can be read, one after the other; the error if none can."""
-        error: Exception | None = None
+        error: VisError | None = None
         num_loaded = 0
         for number, image in enumerate(self.source):
             try:
@@ -273,15 +275,23 @@ class Demo:
         if error is not None and not num_loaded:
             raise error
 
-    def run(self, maker: SampleMaker, panel: Any) -> int:
-        """Make a picture of every image.
+    def try_on_first(self, maker: SampleMaker, detector: nn.Module) -> None:
+        """Let what can never work fail before the first picture.
 
-        Args:
-            maker: Makes the samples that the panel draws.
-            panel: Has ``overlay_maps`` and can be called.
+        Raises:
+            VisError: With the reason.
+        """
+        try:
+            data = self.placement.pipeline.pack(next(self.first_images()))
+            maker.prepare(*network_input(detector, data))
+        except VisError:
+            raise
+        except Exception as error:
+            # Perhaps it is this image only; each says for itself what fails.
+            logger.debug(f"the trial before the first image: {error}")
 
-        Returns:
-            int: Status of the process: 1 if an image failed.
+    def run(self, maker: SampleMaker, panel: Any, *, title: str, fade: bool) -> int:
+        """Make a picture of every image; gives the status of the process.
 
         Raises:
             KeyboardInterrupt: At Ctrl-C, once what was finished is on the page.
@@ -290,26 +300,42 @@ class Demo:
         if self.args.out_dir is not None:
             page = HtmlPage(
                 self.args.out_dir,
-                title=f"{self.args.title} · {os.path.basename(self.args.config)}",
-                colormap=panel.options.colormap,
-                fade=self.args.fade,
-                alpha=panel.options.alpha,
+                title=f"{title} · {os.path.basename(self.args.config)}",
+                colormap=self.options.colormap,
+                fade=fade,
+                alpha=self.options.alpha,
             )
-        done = 0
-        interrupted = False
+        done, interrupted = 0, False
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=len(self.source) < 2,
+        )
+        task = bar.add_task("images", total=len(self.source))
         try:
             # The threads of NumPy's small products wait for each other while the
             # network has the cores.
             with (
-                _progress(len(self.source)) as advance,
+                bar,
                 threadpool_limits(limits=1, user_api="blas"),
-                closing(self._pictures(maker, panel, page)) as pictures,
+                closing(run_behind(self._work(maker, panel, page))) as pictures,
             ):
-                for picture in pictures:
-                    advance()
-                    done += picture is not None
-                    if self.args.show and picture is not None:
-                        Visualizer().show(picture.image_rgb, win_name=picture.name)
+                for number, (image, picture_rgb) in enumerate(pictures, start=1):
+                    # The header of a video may promise too few frames.
+                    total = max(number, len(self.source))
+                    bar.update(task, completed=number, total=total)
+                    if isinstance(picture_rgb, Exception):
+                        hopeless = (VisConfigError, FeatureShapeError)
+                        if isinstance(picture_rgb, hopeless) and not done:
+                            raise picture_rgb  # it will be the same for every image
+                        self._failed(image, picture_rgb)
+                        continue
+                    done += 1
+                    if self.args.show:  # windows are opened by the main thread
+                        Visualizer().show(picture_rgb, win_name=image.title)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -322,105 +348,80 @@ class Demo:
             raise KeyboardInterrupt
         return status
 
-    def _pictures(
+    def _work(
         self, maker: SampleMaker, panel: Any, page: HtmlPage | None
-    ) -> Generator[_Picture | None, None, None]:
-        """Finished pictures, in the order of the images; None for one that failed."""
+    ) -> Iterator[Callable[[], tuple[SourceImage, Any]]]:
+        """What is left to do once the network has seen an image, image by image.
+
+        An error takes the place of what failed: no image stops another.
+        """
 
         def loaded() -> Iterator[tuple[int, SourceImage, Any]]:
             for number, image in enumerate(self.source):
-                try:
-                    yield number, image, load_image(self.pipeline, number, image)
-                except Exception as error:  # of a step of the pipeline
-                    yield number, image, error
+                yield number, image, _attempt(load_image, self.pipeline, number, image)
 
-        def work() -> Iterator[Callable[[], tuple[SourceImage, Any]]]:
-            for number, image, result in read_ahead(loaded()):
-                if not isinstance(result, Exception):
-                    try:
-                        name = image.name
-                        if page is not None:
-                            name = page.files.free_name(name)
-                        result = maker.run(name, result, self.placement)
-                    except Exception as error:
-                        result = error
-                yield partial(self._finish, number, image, result, panel, page)
-
-        any_drawn = False
-        for image, result in run_behind(work()):
-            if isinstance(result, Exception):
-                mistakes = (VisConfigError, FeatureShapeError)
-                if isinstance(result, mistakes) and not any_drawn:
-                    raise result  # it will be the same for every image
-                self._failed(image, result)
-                yield None
-            else:
-                any_drawn = True
-                yield result
-
-    def _finish(
-        self,
-        number: int,
-        image: SourceImage,
-        sample: Any,
-        panel: Any,
-        page: HtmlPage | None,
-    ) -> tuple[SourceImage, _Picture | Exception]:
-        """Draw, encode and write one picture; runs beside the network."""
-        if isinstance(sample, Exception):
-            return image, sample
-        try:
+        def draw(number: int, image: SourceImage, sample: Any) -> Any:
             picture_rgb = panel(sample)
             file = self.args.out_file
             if file is not None:
                 write_image(file, picture_rgb)
             elif page is not None:
-                file = str(page.write_picture(sample.image_id, picture_rgb))
+                file = page.write_picture(sample.image_id, picture_rgb)
             if page is not None:
-                picture = os.path.relpath(file, self.args.out_dir)
-                entry = page_entry(
-                    sample, panel, self.class_names, picture, number, image.title
+                path = os.path.relpath(file, self.args.out_dir)
+                page.add(
+                    page_entry(
+                        sample, panel, self.class_names, path, number, image.title
+                    )
                 )
-                page.add(entry)
-        except Exception as error:
-            return image, error
-        # Windows are opened by the main thread.
-        return image, _Picture(image.title, picture_rgb if self.args.show else None)
+            return picture_rgb if self.args.show else None
+
+        def finish(
+            number: int, image: SourceImage, sample: Any
+        ) -> tuple[SourceImage, Any]:
+            return image, _attempt(draw, number, image, sample)
+
+        for number, image, content in read_ahead(loaded()):
+            name = image.name if page is None else page.files.free_name(image.name)
+            sample = _attempt(maker.run, name, content, self.placement)
+            yield partial(finish, number, image, sample)
 
     def _failed(self, image: SourceImage, error: Exception) -> None:
         logger.debug(f"{image.title} failed", exc_info=error)
-        message = str(error) or type(error).__name__
+        text = str(error) or type(error).__name__
         if not isinstance(error, (VisError, OSError)):
-            message = f"{type(error).__name__}: {message}"
-        self.failures.append((image.title, message.splitlines()[0]))
+            text = f"{type(error).__name__}: {text}"
+        text = text.splitlines()[0]
+        self._failures.append(text if image.title in text else f"{image.title}: {text}")
 
     def _report(self, done: int) -> int:
-        console = Console(stderr=True)
         count = "1 picture" if done == 1 else f"{done} pictures"
-        text = ""
-        if done and self.args.out_dir is not None:
-            page = os.path.join(self.args.out_dir, "index.html")
-            text = f"{count} in {self.args.out_file or self.args.out_dir}; open {page}"
-        elif done and self.args.out_file is not None:
-            text = f"{count}: {self.args.out_file}"
-        if text:
-            console.print(text, highlight=False, soft_wrap=True, markup=False)
-        for title, message in self.failures:
-            text = message if title in message else f"{title}: {message}"
-            print(f"error: {text}", file=sys.stderr)
-        if self.failures:
-            print(
-                f"error: {len(self.failures)} of {done + len(self.failures)} images "
-                "could not be drawn",
-                file=sys.stderr,
+        folder, file = self.args.out_dir, self.args.out_file
+        lines = []
+        if done and folder is not None:
+            page = os.path.join(folder, "index.html")
+            lines = [f"{count} in {file or folder}; open {page}"]
+        elif done and file is not None:
+            lines = [f"{count}: {file}"]
+        lines += [f"error: {text}" for text in self._failures]
+        if failed := len(self._failures):
+            lines.append(
+                f"error: {failed} of {done + failed} images could not be drawn"
             )
-        return 1 if self.failures else 0
+        for line in lines:
+            print(line, file=sys.stderr)
+        return 1 if self._failures else 0
 
 
-@dataclass(frozen=True)
-class _Picture:
-    name: str
-    image_rgb: Any
+def _attempt(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives, or what it raises; an error among its arguments too."""
+    for value in args:
+        if isinstance(value, Exception):
+            return value
+    try:
+        return function(*args)
+    except Exception as error:  # of a step of the pipeline, of a detector, of a disk
+        return error
 
 
 def load_image(pipeline: ImagePipeline, number: int, image: SourceImage) -> Loaded:
@@ -432,37 +433,6 @@ def load_image(pipeline: ImagePipeline, number: int, image: SourceImage) -> Load
     if image.content is None:
         raise image.error or VisError(f"there is no image {image.title}")
     return pipeline.load(image.content, img_id=number, img_path=image.title)
-
-
-class _progress:
-    """A bar for more than one image; gives the function that moves it on."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=total < 2,
-        )
-
-    def __enter__(self) -> Callable[[], None]:
-        self._bar.start()
-        task = self._bar.add_task("images", total=self._total)
-        done = 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            # The header of a video may promise too few frames.
-            self._bar.update(task, completed=done, total=max(done, self._total))
-
-        return advance
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.stop()
 
 
 def _check_out_file(file: str, source: ImageSource, images: Sequence[str]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from _vis_demo import Demo, make_demo_parser, run_demo
-from mmyolo_vis_hooks.declare import add_arguments, options_from
+from torch import nn
+
+from _vis_demo import Demo, look, make_demo_parser, run_demo
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.options import FeatMapOptions
 from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel
@@ -14,30 +14,24 @@ from mmyolo_vis_hooks.samples import SampleMaker
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_demo_parser(
-        "Show what layers of a detector put out, laid over the images"
-    )
-    add_arguments(parser, FeatMapOptions)
-    args = parser.parse_args()
-    args.title, args.fade = "Feature maps", False
-    return args
+    description = "Show what layers of a detector put out, laid over the images"
+    return make_demo_parser(description, FeatMapOptions).parse_args()
 
 
 def main() -> None:
-    args = parse_args()
-    options = options_from(args, FeatMapOptions)
-    demo = Demo.of(args)
-    detector = demo.build()
-    if args.preview_model:
-        demo.preview(detector)
-        return
-    maker = SampleMaker(
-        detector,
-        resolve_layers(detector, options.target_layers),
-        channels=options.image_channels,
+    look(
+        parse_args(),
+        FeatMapOptions,
+        make_maker,
+        FeatMapPanel,
+        title="Feature maps",
+        fade=False,
     )
-    panel = FeatMapPanel(options, demo.class_names, demo.palette)
-    sys.exit(demo.run(maker, panel))
+
+
+def make_maker(demo: Demo, detector: nn.Module) -> SampleMaker:
+    layers = resolve_layers(detector, demo.options.target_layers)
+    return SampleMaker(detector, layers, channels=demo.options.image_channels)
 
 
 if __name__ == "__main__":

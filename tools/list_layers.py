@@ -12,9 +12,9 @@ from _common import (
     add_cfg_options,
     config_mistakes,
     merge_options,
+    print_layers,
     run_tool,
 )
-from _layers import print_layers
 from mmyolo_vis_hooks.data.alignment import choose_alignment
 from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
 from mmyolo_vis_hooks.data.sources import ImageSource

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -38,7 +38,7 @@ def read_ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
 
 def run_behind(
     work: Iterable[Callable[[], Item]], workers: int = 2, depth: int = 4
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """Run work in other threads while the next piece of it is being made.
 
     Args:

@@ -31,6 +31,8 @@ import torch
 from mmengine.config import Config
 from mmengine.visualization import Visualizer
 
+from mmyolo_vis_hooks.attribution.methods import METHODS
+from mmyolo_vis_hooks.attribution.targets import TARGETS
 from mmyolo_vis_hooks.detector import build_detector, load_weights
 from mmyolo_vis_hooks.render.featmap_panel import overlay_feature_map
 from tests.test_tools.loading import TOOLS, load_tool
@@ -301,6 +303,39 @@ def test_the_defaults_of_the_guide_look_at_the_last_layer_only(drawn):
     for name, note in zip(FOUND, run.notes[1:]):
         assert ("no influence on this box; it was made at" in note) == (name in silent)
     assert has_peak_inside(run.maps[1], run.xyxy[0], run.size)
+
+
+OWN = """
+from mmyolo_vis_hooks.attribution.methods import register_method
+from mmyolo_vis_hooks.attribution.targets import register_target
+
+@register_method("mycam", kind="gradient", summary="", formula="")
+def mycam(activations, gradients):
+    return (gradients * activations).amax(1)
+
+@register_target("double", summary="twice the score")
+def double(boxes):
+    return boxes.scores * 2
+"""
+
+
+@real_data
+def test_methods_and_targets_that_the_config_registers(
+    drawn, real, tmp_path_factory, monkeypatch
+):
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_methods.py").write_text(OWN)
+    config = folder / "config.py"
+    imports = "custom_imports = dict(imports=['own_methods'])"
+    config.write_text(f"_base_ = [{str(CONFIG)!r}]\n{imports}\n")
+    monkeypatch.syspath_prepend(folder)
+    for registry, name in ((METHODS, "mycam"), (TARGETS, "double")):
+        monkeypatch.setitem(registry, name, None)  # gone again after the test
+        del registry[name]
+    real.detector = config, real.weights
+    run = drawn(boxam_tool, "--method", "mycam", "--target", "double", "--topk", "1")
+    assert run.notes[1].startswith("mycam")
+    assert "double" in run.notes[1]
 
 
 # ---------------------------------------------------------------- sources of images

@@ -82,8 +82,8 @@ def prepare(
         sys.exit(f"the weights of YOLOX-nano are not in {SHARED}")
     found: dict[str, Any] = {}
 
-    def keep(demo: Any, maker: Any, panel: Any) -> int:
-        found.update(demo=demo, maker=maker, panel=panel)
+    def keep(demo: Any, maker: Any, panel: Any, **page: Any) -> int:
+        found.update(demo=demo, maker=maker, panel=panel, **page)
         return 0
 
     arguments = [tool, str(folder), str(config), str(weights), "--out-dir"]
