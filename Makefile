@@ -12,12 +12,13 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 \
 	"$$p" -c '$(FITS)' 2>/dev/null && echo "$$p" && break; done)
 endif
 RUN := "$(VENV)/bin/python"
+PYTEST := $(RUN) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test lint format type bench hooks clean
+.PHONY: help install demo notebook test test-all lint format type bench hooks clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH= JOBS=$(JOBS) DEMO_ARGS= PYTEST_ARGS="
 
 install: ## make or check the environment in VENV; all targets below do it first
@@ -34,8 +35,11 @@ demo: install ## train a small detector and look into it; opens nothing by itsel
 notebook: install ## run docs/quickstart.ipynb on the demo's detector, and keep what it shows
 	@"$(VENV)/bin/jupyter-execute" --inplace docs/quickstart.ipynb
 
-test: install ## all tests
-	@$(RUN) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+test: install ## the tests, but for what is marked as nightly
+	@$(PYTEST) -m "not nightly" $(PYTEST_ARGS)
+
+test-all: install ## all tests
+	@$(PYTEST) $(PYTEST_ARGS)
 
 lint: install ## ruff: errors and formatting
 	@$(RUN) -m ruff check .

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,38 @@ import torch
 from tests.toy import write_dataset
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILDER_TESTS = ("test_mmcv_builder.py", "test_setup_env.py")
+BUILDER = [f"tests/test_tools/{name}" for name in BUILDER_TESTS]
+BUILDER += ["tools/mmcv_builder.py", "tools/setup_env.py", "requirements", "Makefile"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make the builder's tests nightly while it is as it was: they start processes."""
+    if not has_changed(BUILDER):
+        for item in items:
+            if item.path.name in BUILDER_TESTS:
+                item.add_marker("nightly")
+
+
+def has_changed(paths: list[str]) -> bool:
+    """Whether files differ from main, or on main from its state of 20 commits ago.
+
+    True where git cannot tell.
+    """
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    if shutil.which("git") is None:
+        return True
+    base = git("merge-base", "HEAD", "origin/main").stdout
+    if base == git("rev-parse", "HEAD").stdout:
+        base = "HEAD~20"
+    return git("diff", "--quiet", base.strip(), "--", *paths).returncode != 0
 
 
 @pytest.fixture(scope="session")

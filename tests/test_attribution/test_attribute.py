@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import logging
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -411,12 +412,20 @@ def test_drise_of_regions_and_queries_goes_by_final_detections(name, caplog):
 
 
 @pytest.mark.parametrize(
-    "method", ["gradcam++", "shapleycam", "eigencam", "ablationcam", "scorecam"]
+    ("method", "name"),
+    [
+        ("scorecam", "yolov5"),
+        *(
+            pytest.param("scorecam", name, marks=pytest.mark.nightly)
+            for name in ("faster_rcnn", "detr")
+        ),
+        *itertools.product(
+            ["gradcam++", "shapleycam", "eigencam", "ablationcam"],
+            ["yolov5", "faster_rcnn", "detr"],
+        ),
+    ],
 )
-@pytest.mark.parametrize("name", ["yolov5", "faster_rcnn", "detr"])
 def test_every_kind_of_method_runs_on_every_kind_of_head(method, name):
-    if method == "scorecam" and name != "yolov5":
-        pytest.skip("hundreds of whole forwards; the same code as for other heads")
     family = build_family(name)
     options = dict(method=method, topk=1, ratio_channels_to_ablate=0.1)
     _, (explanation,) = explain(family, **options)
