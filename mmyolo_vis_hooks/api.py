@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from logging import Logger
 from pathlib import PurePath
@@ -24,13 +24,11 @@ from torch import nn
 
 from .attribution.attribute import BoxAttributor
 from .data.alignment import Placement, choose_alignment
-from .data.pipeline import ImagePipeline, Loaded
-from .data.resize import network_divisor, network_stride
+from .data.pipeline import Loaded
 from .data.samples import labels_of
 from .data.selector import make_image_id
 from .declare import read_options, takes_options
 from .detector import (
-    DatasetInfo,
     build_detector,
     build_pipeline,
     check_device,
@@ -212,14 +210,18 @@ def _looked(
         for number, image in enumerate(given):
             loaded = load(number)
             if placement is None:
-                following = (load(n) for n in range(1, len(given)))
-                placement = _place(
-                    detector,
+                placement = choose_alignment(
                     options.alignment,
                     pipeline,
-                    chain([loaded], following),
+                    chain([loaded], map(load, range(1, len(given)))),
+                    detector,
                     info,
                 )
+                if placement.reason:
+                    logger.warning(
+                        "drawn on the network's own input, as alignment='network' "
+                        f"does: {placement.reason}"
+                    )
             name = _name_of(image, number)
             taken[name] += 1
             image_id = name if taken[name] == 1 else f"{name}-{taken[name]}"
@@ -242,29 +244,6 @@ def _check_parameters(detector: nn.Module) -> None:
             f"a {type(detector).__name__} of {dtypes.pop()} cannot work: images are "
             "given to it as torch.float32; use detector.float()"
         )
-
-
-def _place(
-    detector: nn.Module,
-    alignment: str | None,
-    pipeline: ImagePipeline,
-    images: Iterable[Loaded],
-    info: DatasetInfo,
-) -> Placement:
-    placement = choose_alignment(
-        alignment,
-        pipeline,
-        images,
-        detector,
-        divisor=network_divisor(detector),
-        stride=network_stride(detector, info),
-    )
-    if placement.reason:
-        logger.warning(
-            "drawn on the network's own input, as alignment='network' does: "
-            f"{placement.reason}"
-        )
-    return placement
 
 
 def _path_of(image: Image) -> str | None:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from logging import Logger
+from typing import Any
 
 from mmengine.dist import all_gather_object, get_world_size, is_main_process
 
@@ -95,14 +96,17 @@ class ErrorPolicy:
         return self._waiting is not None
 
     @contextlib.contextmanager
-    def guard(self, action: str) -> Iterator[None]:
+    def guard(self, action: str, refusals: Any = ()) -> Iterator[None]:
         """Run a block whose failure must not end the run.
 
         Args:
             action (str): What the block does, for the log: 'draw image 139'.
+            refusals (type | tuple): Errors that are let through. Defaults to none.
         """
         try:
             yield
+        except refusals:
+            raise
         except Exception as error:
             if self.on_error == "raise":
                 if get_world_size() == 1:

@@ -23,7 +23,6 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmyolo_vis_hooks.data.alignment import ALIGNMENTS, Placement, choose_alignment
-from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
 from mmyolo_vis_hooks.detector import (
     build_pipeline,
     default_scope,
@@ -157,8 +156,7 @@ def draw(config: Config, scene: Scene, alignment: str) -> Drawn:
         pipeline,
         [loaded],
         detector,
-        divisor=network_divisor(detector),
-        stride=network_stride(detector, dataset),
+        dataset,
     )
     data = placement.pipeline.pack(loaded)
     sample = maker.run(scene.name, loaded, placement)
@@ -326,9 +324,7 @@ def test_the_box_is_drawn_round_the_square(family, alignment):
 def place(config: Config, image: Any, alignment: str | None) -> Placement:
     detector = make_detector(config)
     pipeline = build_pipeline(config, read_dataset(config))
-    return choose_alignment(
-        alignment, pipeline, [pipeline.load(image)], detector, divisor=32, stride=32
-    )
+    return choose_alignment(alignment, pipeline, [pipeline.load(image)], detector)
 
 
 @pytest.mark.real_data

@@ -36,10 +36,14 @@ from _common import (
     print_layers,
     run_tool,
 )
-from mmyolo_vis_hooks.data.alignment import Placement, choose_alignment, network_input
+from mmyolo_vis_hooks.data.alignment import (
+    Placement,
+    choose_alignment,
+    first_loaded,
+    network_input,
+)
 from mmyolo_vis_hooks.data.overlap import read_ahead, run_behind
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded
-from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
 from mmyolo_vis_hooks.data.sources import ImageSource, SourceImage
 from mmyolo_vis_hooks.declare import Options, add_arguments, options_from
 from mmyolo_vis_hooks.detector import (
@@ -249,8 +253,7 @@ class Demo:
             self.pipeline,
             self.first_images(),
             detector,
-            divisor=network_divisor(detector),
-            stride=network_stride(detector, self.dataset),
+            self.dataset,
         )
         if placement.reason:
             print(
@@ -262,18 +265,10 @@ class Demo:
 
     def first_images(self) -> Iterator[Loaded]:
         """Images that can be read, one after the other; the error if none can."""
-        error: VisError | None = None
-        num_loaded = 0
-        for number, image in enumerate(self.source):
-            try:
-                yield load_image(self.pipeline, number, image)
-                num_loaded += 1
-            except VisConfigError:
-                raise
-            except VisError as failure:
-                error = error or failure
-        if error is not None and not num_loaded:
-            raise error
+        return first_loaded(
+            partial(load_image, self.pipeline, number, image)
+            for number, image in enumerate(self.source)
+        )
 
     def try_on_first(self, maker: SampleMaker, detector: nn.Module) -> None:
         """Let what can never work fail before the first picture.

@@ -16,7 +16,6 @@ from _common import (
     run_tool,
 )
 from mmyolo_vis_hooks.data.alignment import choose_alignment
-from mmyolo_vis_hooks.data.resize import network_divisor, network_stride
 from mmyolo_vis_hooks.data.sources import ImageSource
 from mmyolo_vis_hooks.detector import (
     build_detector,
@@ -86,8 +85,7 @@ def main() -> None:
             pipeline,
             [loaded],
             detector,
-            divisor=network_divisor(detector),
-            stride=network_stride(detector, dataset),
+            dataset,
         )
     print_layers(
         detector, placement.pipeline, loaded, depth=args.depth, all_layers=args.all

@@ -8,7 +8,7 @@ does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 from mmengine.dataset import pseudo_collate
 from torch import nn
 
-from ..errors import UnsupportedPipelineError, VisConfigError
+from ..errors import UnsupportedPipelineError, VisConfigError, VisError
 from ..geometry import FrameTransform
 from .pipeline import ImagePipeline, Loaded
 from .proof import Agreement, compare_with_input
+from .resize import network_divisor, network_stride
 
 ALIGNMENTS = ("resize", "letterbox", "network")
 _MAX_IMAGES = 4
@@ -69,9 +70,7 @@ def choose_alignment(
     pipeline: ImagePipeline,
     images: Iterable[Loaded],
     detector: nn.Module,
-    *,
-    divisor: int,
-    stride: int,
+    dataset: Any = None,
 ) -> Placement:
     """Choose the alignment of a data set, and prove it on its first images.
 
@@ -82,8 +81,7 @@ def choose_alignment(
         images (Iterable[Loaded]): First images, at least one; more are taken only
             where one tells too little.
         detector (nn.Module): The detector, without wrappers; it does not run.
-        divisor (int): ``pad_size_divisor`` of its data preprocessor.
-        stride (int): Its largest stride.
+        dataset: The data set, which may name the network's largest stride.
 
     Raises:
         VisConfigError: If an alignment that is wanted by name cannot be right.
@@ -100,7 +98,11 @@ def choose_alignment(
     reason = ""
     if wanted in (None, "resize"):
         try:
-            resized = pipeline.resize_only(seen[0], divisor=divisor, stride=stride)
+            resized = pipeline.resize_only(
+                seen[0],
+                divisor=network_divisor(detector),
+                stride=network_stride(detector, dataset),
+            )
             placement = Placement("resize", resized, True)
             reason = _disagreement(placement, in_turn(), detector)
         except UnsupportedPipelineError as error:
@@ -121,6 +123,24 @@ def choose_alignment(
             raise UnsupportedPipelineError(_refusal("letterbox", own_reason))
         return own
     return Placement("network", pipeline, not own_reason, reason)
+
+
+def first_loaded(loads: Iterable[Callable[[], Loaded]]) -> Iterator[Loaded]:
+    """Images that can be loaded, one after the other; the first error if none can."""
+    error: VisError | None = None
+    num_loaded = 0
+    for load in loads:
+        try:
+            loaded = load()
+        except VisConfigError:
+            raise
+        except VisError as failure:
+            error = error or failure
+        else:
+            num_loaded += 1
+            yield loaded
+    if error is not None and not num_loaded:
+        raise error
 
 
 def network_input(

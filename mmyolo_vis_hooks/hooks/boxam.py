@@ -55,17 +55,17 @@ class BoxAMVisHook(BaseVisHook):
         )
 
     def build_sample_maker(
-        self, runner: Runner, detector: nn.Module, class_names: Sequence[str]
+        self, runner: Runner, detector: nn.Module, options: Any, class_names: Any
     ) -> SampleMaker:
         """Give what explains the boxes."""
         mapper = make_box_mapper(
             detector,
-            self.options_for(detector),
+            options,
             class_names,
             runner.logger,
             show_progress=is_main_process(),
         )
-        return BoxSampleMaker(detector, mapper, channels=self.options.image_channels)
+        return BoxSampleMaker(detector, mapper, channels=options.image_channels)
 
     def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None

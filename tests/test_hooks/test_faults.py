@@ -292,15 +292,15 @@ def test_an_explanation_that_is_cut_off_anywhere_leaves_nothing(
     runner.test()  # with the trial before the run
     head.num_calls = 0
     (vis_hook,) = vis_hooks(runner)
-    draw_batch, counts = vis_hook._draw_batch, []
+    after_iter, counts = vis_hook.after_test_iter, []
 
-    def count_calls(*args):
+    def count_calls(*args, **kwargs):
         counts.append(head.num_calls)
-        draw_batch(*args)
+        after_iter(*args, **kwargs)
         counts.append(head.num_calls)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vis_hook, "_draw_batch", count_calls)
+        patch.setattr(vis_hook, "after_test_iter", count_calls)
         runner.test()
     before, after, *_ = counts
     assert after > before

@@ -358,14 +358,6 @@ def test_override_is_refused_under_test_time_augmentation(tmp_path, toy_data):
         Runner.from_cfg(cfg).test()
 
 
-def test_loop_without_run_iter_is_refused(tmp_path, toy_data):
-    cfg = toy_config(tmp_path, [spy(alignment="letterbox")], data_root=toy_data)
-    runner = Runner.from_cfg(cfg)
-    runner.test_loop.run_iter = None
-    with pytest.raises(VisConfigError, match="run_iter; use alignment='resize'"):
-        runner.test()
-
-
 def test_selected_images_that_never_come_are_reported(tmp_path, toy_data):
     class HalfSampler(torch.utils.data.Sampler):
         def __init__(self, dataset, seed=None):

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from mmengine.model import BaseTTAModel
 from mmengine.runner import BaseLoop
 from torch import nn
 
 from ..data.alignment import Placement
 from ..data.pipeline import prepare_data
-from ..data.selector import ImageSelector, SelectedImage
-from ..errors import VisError
+from ..data.selector import ImageSelector, SelectedImage, leaf_datasets
+from ..errors import VisConfigError, VisError
+from ..network.recorder import ForwardRecord
 from ..samples import SampleMaker
-from .loop_recording import LoopRecording
 
 Panel = Callable[[Any], np.ndarray]
 _PARTS = ("teacher", "student")
 
 
 @dataclass
-class LoopState:
+class VisLoop:
     """One loop, from the choice of its images to their samples.
 
     A loop may pass over the data more than once in a run, each time with another
@@ -34,13 +36,14 @@ class LoopState:
         detector: The detector, without wrappers.
         selector: Finds the selected images.
         panel: Draws a sample.
-        build_maker: Gives the sample maker for a model that predicts.
-        layers: Paths of the layers that are asked for, if any.
+        options: What is drawn; ``target_layers`` as seen from the detector.
+        build_maker: Gives the sample maker for a model that predicts, with the layers
+            as seen from it.
         placements: How the images of each data set are drawn, by its identity.
-        recording: Of the loop's own forward, where a placement needs it.
         num_runs: How many runs there were.
         drawing: Whether the current run is drawn.
         seen: Names of the pictures and images that the current run has met.
+        record: Of the forward of the current batch, where a placement needs it.
     """
 
     mode: str
@@ -48,49 +51,99 @@ class LoopState:
     detector: nn.Module
     selector: ImageSelector
     panel: Panel
-    build_maker: Callable[[nn.Module], SampleMaker]
-    layers: Sequence[str] = ()
+    options: Any
+    build_maker: Callable[[nn.Module, Any], SampleMaker]
     placements: dict[int, Placement] = field(default_factory=dict)
-    recording: LoopRecording | None = None
     num_runs: int = 0
     drawing: bool = False
     seen: set[str] = field(default_factory=set)
+    record: ForwardRecord | None = None
     _makers: dict[str, SampleMaker] = field(default_factory=dict)
     _pass_number: int = 1
     _batch: int = -1
-    _in_batch: bool = False
+    _attached: ExitStack = field(default_factory=ExitStack)
+
+    def run_resized(self) -> None:
+        """Let the loop itself run on the Resize-only pipeline.
+
+        Raises:
+            VisConfigError: If it cannot.
+        """
+        if isinstance(self.loop.runner.model, BaseTTAModel):
+            raise VisConfigError(
+                "override_loop_pipeline=True cannot work with test-time augmentation, "
+                "which needs a pipeline of several views; leave it False"
+            )
+        for leaf in leaf_datasets(self.loop.dataloader.dataset):
+            placement = self.placements.get(id(leaf))
+            if placement is None:
+                continue
+            if placement.alignment != "resize":
+                raise VisConfigError(
+                    "override_loop_pipeline=True cannot work with this test pipeline: "
+                    f"{placement.reason}; leave it False"
+                )
+            leaf.pipeline = placement.pipeline.compose()
+            # Its batches are padded to one size.
+            self.placements[id(leaf)] = replace(placement, alignment="letterbox")
 
     def start_run(self, interval: int) -> None:
         """Begin a run, of which every ``interval``-th is drawn."""
         self.drawing = self.num_runs % interval == 0
         self.num_runs += 1
         self.seen.clear()
-        self._pass_number, self._batch, self._in_batch = 1, -1, False
-        if self.recording is not None and self.drawing:
-            self.recording.attach()
+        self._pass_number, self._batch = 1, -1
 
-    def stop_recording(self) -> None:
-        """Leave the loop as it was."""
-        if self.recording is not None:
-            self.recording.detach()
-
-    def begin_batch(self, idx: int) -> None:
-        """Note the number of an iteration; may be called twice for one."""
-        if self._in_batch and idx == self._batch:
+    def begin_batch(self, idx: int, data_batch: Any) -> None:
+        """Begin an iteration; its forward is recorded where an image needs that."""
+        self._attached.close()
+        self.record = None
+        self._pass_number += idx <= self._batch
+        self._batch = idx
+        if all(p.alignment == "resize" for p in self.placements.values()):
             return
-        if idx <= self._batch:
-            self._pass_number += 1
-        self._batch, self._in_batch = idx, True
+        samples = data_batch["data_samples"]
+        if samples and isinstance(samples[0], (list, tuple)):  # the first of some views
+            samples = samples[0]
+        keep = [n for n, image in self.wanted(samples) if self._needs_record(image)]
+        if keep:
+            self._record_next_step(keep)
 
-    def end_batch(self) -> None:
-        """Note that an iteration is over."""
-        self._in_batch = False
+    def _record_next_step(self, keep: Sequence[int]) -> None:
+        model, name = self.loop.runner.model, f"{self.mode}_step"
+        step, previous = getattr(model, name), vars(model).get(name)
+        recorder = self.maker.recorder
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            # Before the step, so that nothing stays attached whatever happens in it,
+            # and other hooks may run the model after it.
+            self._attached.close()
+            with recorder.record(keep) as record:
+                outputs = step(*args, **kwargs)
+            self.record = record
+            return outputs
+
+        setattr(model, name, recorded)
+        if previous is None:
+            self._attached.callback(delattr, model, name)
+        else:
+            self._attached.callback(setattr, model, name, previous)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that are asked for, as seen from the model that predicts now."""
+        name, _ = predicting_model(self.detector)
+        paths = list(self.options.target_layers or ())
+        if not name:
+            return paths
+        (other,) = {*_PARTS} - {name}
+        own = [path for path in paths if path.partition(".")[0] != other]
+        return [path.removeprefix(f"{name}.") for path in own]
 
     @property
     def has_layers(self) -> bool:
         """Whether the model that predicts now has any of the layers."""
-        name, _ = predicting_model(self.detector)
-        return not self.layers or bool(layers_within(self.layers, name))
+        return not self.options.target_layers or bool(self.layers)
 
     @property
     def maker(self) -> SampleMaker:
@@ -98,7 +151,8 @@ class LoopState:
         name, model = predicting_model(self.detector)
         key = name or str(self._pass_number)
         if key not in self._makers:
-            self._makers[key] = self.build_maker(model)
+            options = replace(self.options, target_layers=self.layers or None)
+            self._makers[key] = self.build_maker(model, options)
         return self._makers[key]
 
     def picture_id(self, image: SelectedImage) -> str:
@@ -119,8 +173,7 @@ class LoopState:
                 wanted.setdefault(image.image_id, (position, image))
         return list(wanted.values())
 
-    def needs_record(self, image: SelectedImage) -> bool:
-        """Whether an image is drawn of the loop's own forward."""
+    def _needs_record(self, image: SelectedImage) -> bool:
         return self.placements[id(image.dataset)].alignment != "resize"
 
     def make_sample(self, image: SelectedImage, position: int, output: Any) -> Any:
@@ -134,32 +187,17 @@ class LoopState:
         loaded: Any = None
         if placement.alignment != "network":
             loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        if not self.needs_record(image):
+        if placement.alignment == "resize":
             fp16 = bool(getattr(self.loop, "fp16", False))
             return self.maker.run(picture_id, loaded, placement, fp16=fp16)
-        record = None if self.recording is None else self.recording.record
-        if record is None:
+        if self.record is None:
             raise VisError(
                 f"the forward of {image.image_id} was not recorded; its data sample "
                 "has other metainfo before the forward than after it"
             )
         return self.maker.from_record(
-            picture_id, loaded, placement, record, position, output
+            picture_id, loaded, placement, self.record, position, output
         )
-
-
-def layers_within(paths: Sequence[str], name: str) -> list[str]:
-    """Of layer paths those that can be followed from a part of a detector.
-
-    Args:
-        paths (Sequence[str]): From the detector (``'teacher.neck'``) or a part.
-        name (str): The part; empty for the detector itself.
-    """
-    if not name:
-        return list(paths)
-    (other,) = {*_PARTS} - {name}
-    own = [path for path in paths if path.partition(".")[0] != other]
-    return [path.removeprefix(f"{name}.") for path in own]
 
 
 def predicting_model(detector: nn.Module) -> tuple[str, nn.Module]:
