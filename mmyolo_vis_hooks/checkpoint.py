@@ -1,9 +1,9 @@
 """Load checkpoints safely, and see to it that their weights are read.
 
-torch >= 2.6 refuses every checkpoint that MMEngine trained, and turning its check
-off runs arbitrary code from the file. MMEngine reads its checkpoints through
-:mod:`mmyolo_vis_hooks.inert` instead, by its own extension point,
-``CheckpointLoader.register_scheme``. Under torch < 2.6 MMEngine's loaders stay.
+torch >= 2.6 refuses every checkpoint that MMEngine trained, and turning its check off
+runs arbitrary code from the file. MMEngine reads its checkpoints through
+:mod:`mmyolo_vis_hooks.inert` instead, by ``CheckpointLoader.register_scheme``. Under
+torch < 2.6 MMEngine's loaders stay.
 """
 
 from __future__ import annotations
@@ -41,16 +41,9 @@ _CHECKSUM = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
 def load_checkpoint_safely(
     file: str | os.PathLike | bytes, map_location: MapLocation = None
 ) -> Any:
-    """Load a checkpoint; nothing in the file is executed.
+    """Load a checkpoint as :func:`read_inertly` does; nothing in the file is executed.
 
     A warning lists the classes whose objects were replaced.
-
-    Args:
-        file: Path, or the content itself.
-        map_location: As in :func:`torch.load`. Defaults to None.
-
-    Returns:
-        What the file holds, usually a dict, as :func:`read_inertly` gives it.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -61,23 +54,24 @@ def load_checkpoint_safely(
     checkpoint, unknown = read_inertly(file, map_location)
     _refuse_hidden_weights(name, checkpoint)
     if unknown:
-        print_log(
+        _warn(
             f"{name}: objects of unknown classes were not loaded, inert "
-            f"placeholders stand for them: {', '.join(unknown)}",
-            logger="current",
-            level=logging.WARNING,
+            f"placeholders stand for them: {', '.join(unknown)}"
         )
     return checkpoint
 
 
+def _warn(message: str) -> None:
+    print_log(message, logger="current", level=logging.WARNING)
+
+
 def _refuse_hidden_weights(name: str, checkpoint: Any) -> None:
+    found = [checkpoint]
     if isinstance(checkpoint, dict):
         values = [checkpoint, *checkpoint.values()]
         if any(isinstance(v, dict) and _has_tensor(v.values()) for v in values):
             return
         found = [checkpoint.get("state_dict"), *filter(_is_module, values)]
-    else:
-        found = [checkpoint]
     hiding = [value for value in found if isinstance(value, InertObject)]
     if any(value.path.startswith(_ULTRALYTICS) for value in hiding):
         raise CheckpointError(
@@ -97,11 +91,7 @@ def _has_tensor(values: Iterable[Any]) -> bool:
 
 
 def _is_module(value: Any) -> bool:
-    state = getattr(value, "state", None)
-    return isinstance(state, dict) and "_parameters" in state
-
-
-# ----------------------------------------------------------------- what fits
+    return "_parameters" in (getattr(value, "state", None) or {})
 
 
 def weights_of(checkpoint: Any, source: str) -> dict[str, torch.Tensor]:
@@ -110,16 +100,13 @@ def weights_of(checkpoint: Any, source: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: It has none.
     """
-    saved = checkpoint
-    if isinstance(checkpoint, Mapping):
-        saved = checkpoint.get("state_dict", checkpoint)
-    weights = {}
-    if isinstance(saved, Mapping):
-        weights = {
-            str(key).removeprefix("module."): value
-            for key, value in saved.items()
-            if isinstance(value, torch.Tensor)
-        }
+    saved = checkpoint if isinstance(checkpoint, Mapping) else {}
+    saved = saved.get("state_dict", saved)
+    weights = {
+        str(key).removeprefix("module."): value
+        for key, value in (saved.items() if isinstance(saved, Mapping) else ())
+        if isinstance(value, torch.Tensor)
+    }
     if not weights:
         raise CheckpointError(
             f"{source} holds no weights: it is no dict of tensors, and has none as "
@@ -147,9 +134,8 @@ def check_fit(
     Raises:
         CheckpointError: No weight fits.
     """
-    if missing is None:
+    if missing is None or unknown is None:
         missing = [key for key in own if key not in weights]
-    if unknown is None:
         unknown = [key for key in weights if key not in own]
     wrong = {
         key: f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
@@ -157,40 +143,30 @@ def check_fit(
         if key in weights and weights[key].shape != own[key].shape
     }
     # Counters of batch norms say nothing, and older files lack them.
-    total = sum(not key.endswith("num_batches_tracked") for key in own)
-    lacking = [
-        key
-        for key in missing
-        if key not in wrong and not key.endswith("num_batches_tracked")
-    ]
+    counted = [key for key in own if not key.endswith("num_batches_tracked")]
+    lacking = [key for key in missing if key in counted and key not in wrong]
     # MMDetection of old saved the mean of the preprocessor.
     extra = [key for key in unknown if not key.startswith("data_preprocessor.")]
-    fitting = total - len(lacking) - len(wrong)
+    fitting = len(counted) - len(lacking) - len(wrong)
     found = {"missing": lacking, "shapes": list(wrong.values()), "unknown": extra}
     details = "; ".join(f"{what} {some(keys)}" for what, keys in found.items() if keys)
-    if total and not fitting:
+    if counted and not fitting:
         raise CheckpointError(
-            f"{source} is of another architecture than the config: 0 of {total} "
+            f"{source} is of another architecture than the config: 0 of {len(counted)} "
             f"weights fit; {details}; give the config that it was trained with"
         )
     if details:
-        print_log(
-            f"{source}: {fitting} of {total} weights fit; {details}",
-            logger="current",
-            level=logging.WARNING,
-        )
+        _warn(f"{source}: {fitting} of {len(counted)} weights fit; {details}")
 
 
-# --------------------------------------------------------------------- loaders
-# MMEngine logs a loader's name after 'load_from_'.
+# Loaders. MMEngine logs a loader's name after 'load_from_'.
 
 
 def register_checkpoint_loaders() -> None:
     """Make MMEngine load every checkpoint with :func:`load_checkpoint_safely`.
 
-    Replaces MMEngine's own loaders for local paths, ``http(s)://``,
-    ``torchvision://``, ``modelzoo://``, ``open-mmlab://``, ``mmcls://`` and
-    ``s3://``, under torch >= 2.6. A loader that somebody else registered stays.
+    Replaces MMEngine's own loaders, under torch >= 2.6. A loader that somebody else
+    registered stays.
     """
     for prefix, loader in _LOADERS.items() if TORCH_TAKES_STAND_INS else ():
         current = CheckpointLoader._schemes.get(prefix)
@@ -207,10 +183,7 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> Any:
 
 
 def load_from_http(filename: str, map_location: MapLocation = None) -> Any:
-    """Load a checkpoint from a URL; the download is kept in torch's hub folder.
-
-    Rank 0 downloads, the others wait and take the file.
-    """
+    """Load a checkpoint from a URL; the download is kept in torch's hub folder."""
     path = _cache_path(filename)
     rank, _ = get_dist_info()
     if rank == 0:
@@ -243,28 +216,22 @@ def _download(url: str, path: Path) -> None:
         torch.hub.download_url_to_file(url, str(path), progress=os.isatty(0))
 
 
-def load_from_torchvision(filename: str, map_location: MapLocation = None) -> Any:
-    """Load weights that torchvision names, ``torchvision://resnet50``."""
-    urls = mmengine_checkpoint.get_torchvision_models()
-    return load_from_http(urls[filename.split("://", 1)[1]], map_location)
-
-
-def load_from_openmmlab(filename: str, map_location: MapLocation = None) -> Any:
-    """Load weights from OpenMMLab's list, ``open-mmlab://resnet50_caffe``."""
-    name = filename.split("://", 1)[1]
-    name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
-    url = mmengine_checkpoint.get_external_models()[name]
-    if url.startswith(("http://", "https://")):
+def load_from_list(filename: str, map_location: MapLocation = None) -> Any:
+    """Load weights that a library lists, such as ``torchvision://resnet50``."""
+    scheme, name = filename.split("://", 1)
+    if scheme == "mmcls":
+        url = mmengine_checkpoint.get_mmcls_models()[name]
+        checkpoint = load_from_http(url, map_location)
+        return mmengine_checkpoint._process_mmcls_checkpoint(checkpoint)
+    if scheme in ("torchvision", "modelzoo"):
+        url = mmengine_checkpoint.get_torchvision_models()[name]
+    else:
+        name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
+        url = mmengine_checkpoint.get_external_models()[name]
+    if "://" in url:
         return load_from_http(url, map_location)
     home = mmengine_checkpoint._get_mmengine_home()
     return load_checkpoint_safely(os.path.join(home, url), map_location)
-
-
-def load_from_mmcls(filename: str, map_location: MapLocation = None) -> Any:
-    """Load a backbone of MMClassification, ``mmcls://...``."""
-    urls = mmengine_checkpoint.get_mmcls_models()
-    checkpoint = load_from_http(urls[filename.split("://", 1)[1]], map_location)
-    return mmengine_checkpoint._process_mmcls_checkpoint(checkpoint)
 
 
 def load_from_ceph(filename: str, map_location: MapLocation = None) -> Any:
@@ -273,15 +240,12 @@ def load_from_ceph(filename: str, map_location: MapLocation = None) -> Any:
     return load_checkpoint_safely(bytes(store.get(filename)), map_location)
 
 
+_LISTS = ("modelzoo", "torchvision", "open-mmlab", "openmmlab", "mmcls")
 _LOADERS: dict[str, Callable] = {
     "": load_from_local,
     "http://": load_from_http,
     "https://": load_from_http,
-    "modelzoo://": load_from_torchvision,
-    "torchvision://": load_from_torchvision,
-    "open-mmlab://": load_from_openmmlab,
-    "openmmlab://": load_from_openmmlab,
-    "mmcls://": load_from_mmcls,
     r"(\S+\:)?s3://": load_from_ceph,
     r"(\S+\:)?petrel://": load_from_ceph,
+    **{f"{name}://": load_from_list for name in _LISTS},
 }

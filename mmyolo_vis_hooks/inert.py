@@ -1,11 +1,10 @@
 """Read what :func:`torch.save` wrote without running anything that is in it.
 
-torch's restricted unpickler (``weights_only=True``) builds tensors and plain
-containers, and refuses all else. From torch 2.6 on it can be told which object
-stands for a name in a file. Here every name gets a stand-in, so that nothing a file
-asks for is imported or called, and yet its tensors and plain values come out:
-``HistoryBuffer``, NumPy data and ``builtins.getattr``, which every checkpoint of
-MMEngine has, and pickled models.
+torch's restricted unpickler (``weights_only=True``) can be told, from torch 2.6 on,
+which object stands for a name in a file. Here every name gets a stand-in, so nothing
+that a file asks for is imported or called, and yet its tensors and plain values come
+out: of checkpoints of MMEngine (``HistoryBuffer``, NumPy data, ``builtins.getattr``),
+and of pickled models.
 """
 
 from __future__ import annotations
@@ -26,13 +25,8 @@ from mmengine.logging import HistoryBuffer
 from .errors import VisError
 
 MapLocation = str | torch.device | dict | Callable | None
-"""What :func:`torch.load` takes as ``map_location``."""
-
 TORCH_TAKES_STAND_INS = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
-_ZIP_MAGIC = b"PK\x03\x04"
-_PICKLE_MAGIC = b"\x80"
 _NUMPY_TYPE = re.compile(r"[<>|=]?[biufcSU]\d{1,9}")
-_MAX_NAMES = 3
 
 
 class CheckpointError(VisError, RuntimeError):
@@ -41,20 +35,17 @@ class CheckpointError(VisError, RuntimeError):
 
 def some(names: Sequence[str]) -> str:
     """The first few of many names."""
-    more = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
-# ------------------------------------------------------------------- stand-ins
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 class InertObject:
     """Stands where a file has an object of a class that is not known.
 
     Attributes:
-        path: Class or function that the file names, ``module.name``; never looked up.
+        path: Class or function that the file names, ``module.name``.
         args: What the file wanted to call it with.
-        state: What it wanted to set on the result; None for nothing.
+        state: What it wanted to set on the result, or None.
     """
 
     def __init__(self, path: str, args: tuple = ()) -> None:
@@ -77,6 +68,10 @@ class _InertClass:
 
     def __new__(cls, *args: Any) -> Any:
         return InertObject(cls.path, args)
+
+
+def _inert_class(path: str) -> type:
+    return type("Inert", (_InertClass,), {"path": path})
 
 
 class _Made:
@@ -123,10 +118,6 @@ def _scalar(dtype: Any, raw: Any = None) -> Any:
     return np.ndarray((), dtype.value, raw)[()]
 
 
-def _inert_getattr(*args: Any) -> InertObject:
-    return InertObject("builtins.getattr", args)
-
-
 class _PlainDict:
     """Makes dicts of classes derived from dict: torch fills no other type."""
 
@@ -134,21 +125,17 @@ class _PlainDict:
         return OrderedDict(*(arg for arg in args if isinstance(arg, dict)))
 
 
-def _no_bytes(*_: Any) -> bytes:
-    return b""
-
-
 _KNOWN: dict[str, Any] = {
     "addict.addict.Dict": _PlainDict,
-    "builtins.bytes": _no_bytes,  # others are made by _codecs.encode
+    "builtins.bytes": lambda *_: b"",  # others are made by _codecs.encode
     "builtins.frozenset": frozenset,
-    "builtins.getattr": _inert_getattr,
+    "builtins.getattr": lambda *args: InertObject("builtins.getattr", args),
     "collections.defaultdict": _PlainDict,
     "mmcv.utils.config.ConfigDict": _PlainDict,
     "mmengine.config.config.ConfigDict": _PlainDict,
     "mmengine.logging.history_buffer.HistoryBuffer": _History,
     "numpy.dtype": _Dtype,
-    "numpy.ndarray": type("ndarray", (_InertClass,), {"path": "numpy.ndarray"}),
+    "numpy.ndarray": _inert_class("numpy.ndarray"),
     f"{__name__}.InertObject": InertObject,
 }
 for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
@@ -160,11 +147,9 @@ for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
 def _stand_ins(unknown: Iterable[str]) -> Iterator[None]:
     """Let torch see the stand-ins alone, whatever else this process allows."""
     allowed = torch.serialization.get_safe_globals()
-    inert = {path: type("Inert", (_InertClass,), {"path": path}) for path in unknown}
+    known = {**_KNOWN, **{path: _inert_class(path) for path in unknown}}
     torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(
-        [(stand_in, path) for path, stand_in in {**_KNOWN, **inert}.items()]
-    )
+    torch.serialization.add_safe_globals([(s, path) for path, s in known.items()])
     try:
         yield
     finally:
@@ -196,9 +181,6 @@ def _finished(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     return value
 
 
-# --------------------------------------------------------------------- reading
-
-
 def read_inertly(
     file: str | os.PathLike | bytes, map_location: MapLocation = None
 ) -> tuple[Any, list[str]]:
@@ -206,7 +188,7 @@ def read_inertly(
 
     Args:
         file: Path, or the content itself.
-        map_location: As in :func:`torch.load`. Defaults to None.
+        map_location: As in :func:`torch.load`.
 
     Returns:
         What the file holds, objects of unknown classes being :class:`InertObject`,
@@ -227,23 +209,23 @@ def read_inertly(
     if name.endswith(".safetensors"):
         return _read_safetensors(name), []
     with io.BytesIO(file) if isinstance(file, bytes) else open(name, "rb") as content:
-        head = content.read(512)
-        _refuse_foreign_formats(name, head, content)
-        content.seek(0)
-        return _read(name, content, head.startswith(_ZIP_MAGIC), map_location)
+        problem = _foreign_format(content)
+        if problem:
+            raise CheckpointError(f"{name} is no checkpoint: {problem}")
+        return _read(name, content, map_location)
 
 
-def _read(
-    name: str, content: Any, zipped: bool, map_location: MapLocation
-) -> tuple[Any, list[str]]:
+def _read(name: str, content: Any, map_location: MapLocation) -> tuple[Any, list[str]]:
     unknown: list[str] = []
     try:
-        if zipped:
+        # The format before zip files cannot be asked what it wants: what is known
+        # loads there.
+        if zipfile.is_zipfile(content):
+            content.seek(0)
             with _stand_ins(()):
                 wanted = torch.serialization.get_unsafe_globals_in_checkpoint(content)
             unknown = sorted(wanted)
-            content.seek(0)
-        # The format before cannot be asked what it wants: there, what is known loads.
+        content.seek(0)
         with _stand_ins(unknown):
             loaded = torch.load(content, map_location, weights_only=True)
         return _finished(loaded, {}), unknown
@@ -255,6 +237,25 @@ def _read(
             f"{name} cannot be loaded as a checkpoint: it is damaged, or holds more "
             f"than weights and plain data{names}; save model.state_dict() anew"
         ) from error
+
+
+def _foreign_format(content: Any) -> str:
+    """What a file is that is no checkpoint; empty for one."""
+    head = content.read(512)
+    if head.startswith(b"PK\x03\x04"):
+        if not zipfile.is_zipfile(content):
+            return "it is a damaged or truncated zip file"
+        names = zipfile.ZipFile(content).namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            return "it is a TorchScript program; save model.state_dict()"
+        return ""
+    if head.startswith(b"\x80"):
+        return ""
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with 'git lfs pull'"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page; the download went wrong"
+    return f"it begins with {head[:16]!r}" if head else "it is empty"
 
 
 def _read_safetensors(name: str) -> dict[str, torch.Tensor]:
@@ -269,29 +270,3 @@ def _read_safetensors(name: str) -> dict[str, torch.Tensor]:
         return load_file(name)
     except SafetensorError as error:
         raise CheckpointError(f"{name} is no safetensors file: {error}") from error
-
-
-def _refuse_foreign_formats(name: str, head: bytes, content: Any) -> None:
-    if head.startswith(_ZIP_MAGIC):
-        if not zipfile.is_zipfile(content):
-            found = "it is a damaged or truncated zip file"
-        elif any(
-            record.endswith("/constants.pkl")
-            for record in zipfile.ZipFile(content).namelist()
-        ):
-            found = "it is a TorchScript program; save model.state_dict()"
-        else:
-            return
-    elif head.startswith(_PICKLE_MAGIC):
-        return
-    elif not head:
-        found = "it is empty"
-    elif head.startswith(b"version https://git-lfs"):
-        found = "it is a Git LFS pointer; fetch the file itself with 'git lfs pull'"
-    elif head.lstrip()[:1] == b"<":
-        found = "it is a web page; the download went wrong"
-    elif head[257:262] == b"ustar":
-        found = "it is a tar file; save the weights anew with torch >= 1.0"
-    else:
-        found = f"it begins with {head[:16]!r}"
-    raise CheckpointError(f"{name} is no checkpoint: {found}")
