@@ -15,7 +15,7 @@ RUN := "$(VENV)/bin/python"
 PYTEST := $(RUN) -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test test-all lint format type bench hooks clean
+.PHONY: help install demo notebook docs test test-all lint format type bench hooks clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -34,6 +34,9 @@ demo: install ## train a small detector and look into it; opens nothing by itsel
 
 notebook: install ## run docs/quickstart.ipynb on the demo's detector, and keep what it shows
 	@"$(VENV)/bin/jupyter-execute" --inplace docs/quickstart.ipynb
+
+docs: install ## the site of the documents, in work_dirs/site; a broken link fails
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build -q
 
 test: install ## the tests, but for what is marked as nightly
 	@$(PYTEST) -m "not nightly" $(PYTEST_ARGS)

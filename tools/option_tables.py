@@ -1,8 +1,9 @@
 """Write the tables of options into the documents: ``python tools/option_tables.py``.
 
-A table stands between ``<!-- options: BoxAMOptions -->`` and ``<!-- end -->``. English
-tables come whole from the declarations; in others names and defaults do, and what a
-translator wrote beside a name stays.
+A table stands between ``<!-- options: BoxAMOptions -->`` and ``<!-- end -->``; what both
+kinds have alike stands in the table ``shared``. English tables come whole from the
+declarations; in others names and defaults do, and what a translator wrote beside a name
+stays.
 """
 
 from __future__ import annotations
@@ -35,10 +36,18 @@ def _table(match: re.Match, translated: bool) -> str:
     header = match[3].splitlines()[:2]
     known = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (.*) \|$", match[3], re.M))
     rows = []
-    for name, default, help in option_rows(getattr(options, match[2])):
+    for name, default, help in _options(match[2]):
         text = known.get(name, help) if translated else help
         rows.append(f"| `{name}` | `{default}` | {text} |")
     return "\n".join([*header, *rows]) + "\n"
+
+
+def _options(table: str) -> list[tuple[str, str, str]]:
+    of_boxes = option_rows(options.BoxAMOptions)
+    shared = [row for row in option_rows(options.FeatMapOptions) if row in of_boxes]
+    if table == "shared":
+        return [*shared, *option_rows(options.RunOptions)]
+    return [row for row in option_rows(getattr(options, table)) if row not in shared]
 
 
 def main() -> None:
