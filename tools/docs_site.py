@@ -1,4 +1,4 @@
-"""MkDocs' hook: pages that lie outside of ``docs`` join the site, and links follow them."""
+"""MkDocs' hook: pages outside of ``docs`` join the site, and links follow them."""
 
 from __future__ import annotations
 

@@ -60,15 +60,12 @@ def photograph_page(picture: Path, folder: str) -> None:
     cv2.imwrite(str(Path(folder, "coffee.jpg")), photo[:, middle:])
     words = next(words for words in commands().values() if "boxam" in words[0])
     tool, config, weights = (str(ROOT / words[i]) for i in (0, 2, 3))
-    run(
-        [sys.executable, tool, "cat.jpg", "coffee.jpg", config, weights]
-        + ["--out-dir", "pages"],
-        folder,
-    )
+    photos, detector = ("cat.jpg", "coffee.jpg"), (config, weights)
+    run([sys.executable, tool, *photos, *detector, "--out-dir", "pages"], folder)
     out, page = Path(folder, "page.png"), Path(folder, "pages", "index.html").as_uri()
-    browser = "chromium --headless --no-sandbox --hide-scrollbars --window-size=1500,800"
-    wait = "--virtual-time-budget=10000"
-    run([*browser.split(), wait, f"--screenshot={out}", page], folder)
+    browser = "chromium --headless --no-sandbox --hide-scrollbars"
+    options = ("--window-size=1500,800", "--virtual-time-budget=10000")
+    run([*browser.split(), *options, f"--screenshot={out}", page], folder)
     keep(out, picture)
 
 

@@ -1,9 +1,9 @@
 """Write the tables of options into the documents: ``python tools/option_tables.py``.
 
-A table stands between ``<!-- options: BoxAMOptions -->`` and ``<!-- end -->``; what both
-kinds have alike stands in the table ``shared``. English tables come whole from the
-declarations; in others names and defaults do, and what a translator wrote beside a name
-stays.
+A table stands between ``<!-- options: BoxAMOptions -->`` and ``<!-- end -->``; what
+both kinds have alike stands in ``shared``. English tables come whole from the
+declarations; in others names and defaults do, and what a translator wrote beside a
+name stays.
 """
 
 from __future__ import annotations
