@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from logging import Logger
@@ -26,7 +25,7 @@ from .attribution.attribute import BoxAttributor
 from .data.alignment import Placement, choose_alignment
 from .data.pipeline import Loaded
 from .data.samples import labels_of
-from .data.selector import make_image_id
+from .data.selector import make_image_id, unique_name
 from .declare import read_options, takes_options
 from .detector import (
     build_detector,
@@ -198,7 +197,7 @@ def _looked(
     several = isinstance(images, (list, tuple, Iterator))
     given = list(images) if several else [images]
     results: list[Any] = []
-    taken: Counter[str] = Counter()
+    taken: set[str] = set()
 
     def load(number: int) -> Loaded:
         return pipeline.load(
@@ -222,9 +221,9 @@ def _looked(
                         "drawn on the network's own input, as alignment='network' "
                         f"does: {placement.reason}"
                     )
-            name = _name_of(image, number)
-            taken[name] += 1
-            image_id = name if taken[name] == 1 else f"{name}-{taken[name]}"
+            path = _path_of(image)
+            stem = PurePath(path).stem if path else f"image_{number}"
+            image_id = unique_name(make_image_id(stem, None, number), taken)
             sample = maker.run(image_id, loaded, placement)
             results.append(kind(sample, Look(options, names, palette)))
     return Gallery(results) if several else results[0]
@@ -250,13 +249,6 @@ def _path_of(image: Image) -> str | None:
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
     return getattr(image, "filename", None) or None  # of Pillow
-
-
-def _name_of(image: Image, number: int) -> str:
-    """A name that is safe in file names."""
-    path = _path_of(image)
-    stem = PurePath(path).stem if path else f"image_{number}"
-    return make_image_id(stem, None, number)
 
 
 def _config_of(detector: nn.Module, config: Any) -> Config:

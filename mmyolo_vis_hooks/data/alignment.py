@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 from typing import Any
 
 import torch
@@ -78,33 +78,25 @@ def choose_alignment(
         wanted (str, optional): One of ``ALIGNMENTS``; None takes ``'resize'`` where
             picture and input agree, and ``'network'`` elsewhere.
         pipeline (ImagePipeline): The test pipeline.
-        images (Iterable[Loaded]): First images, at least one; more are taken only
-            where one tells too little.
-        detector (nn.Module): The detector, without wrappers; it does not run.
+        images (Iterable[Loaded]): At least one; more are taken only where one tells
+            too little.
+        detector (nn.Module): Without wrappers; it does not run.
         dataset: The data set, which may name the network's largest stride.
 
     Raises:
         VisConfigError: If an alignment that is wanted by name cannot be right.
     """
-    more = islice(images, _MAX_IMAGES)
-    seen = [next(more)]
-
-    def in_turn() -> Iterator[Loaded]:
-        yield from seen
-        for loaded in more:
-            seen.append(loaded)
-            yield loaded
-
+    for_resize, for_own, peek = tee(islice(images, _MAX_IMAGES), 3)
     reason = ""
     if wanted in (None, "resize"):
         try:
             resized = pipeline.resize_only(
-                seen[0],
+                next(peek),
                 divisor=network_divisor(detector),
                 stride=network_stride(detector, dataset),
             )
             placement = Placement("resize", resized, True)
-            reason = _disagreement(placement, in_turn(), detector)
+            reason = _disagreement(placement, for_resize, detector)
         except UnsupportedPipelineError as error:
             reason = str(error)
         except Exception as error:  # a step may need what a replaced one gave
@@ -117,7 +109,7 @@ def choose_alignment(
         if wanted is not None:
             raise UnsupportedPipelineError(_refusal("resize", reason))
     own = Placement("letterbox", pipeline, True)
-    own_reason = _disagreement(own, in_turn(), detector)
+    own_reason = _disagreement(own, for_own, detector)
     if wanted == "letterbox":
         if own_reason:
             raise UnsupportedPipelineError(_refusal("letterbox", own_reason))

@@ -17,11 +17,7 @@ _CV_DTYPES = ("uint8", "uint16", "int16", "float32", "float64")
 
 
 def array_bgr(image: Any) -> np.ndarray:
-    """Read a decoded image.
-
-    Args:
-        image: ``(H, W, 3)`` RGB, ``(H, W)`` or ``(H, W, C)`` numbers, of NumPy or
-            torch, or an image of Pillow.
+    """Read a decoded image, of NumPy, torch or Pillow; three channels are RGB.
 
     Returns:
         np.ndarray: ``(H, W)`` or ``(H, W, C)``, in a dtype of OpenCV; three channels
@@ -62,7 +58,7 @@ def as_decoded(image: Any, color_type: str, to_float32: bool) -> np.ndarray:
         VisConfigError: If the loader never gives the like.
     """
     array = array_bgr(image)
-    channels = 1 if array.ndim == 2 else array.shape[2]
+    channels = num_channels(array)
     if color_type != "unchanged" and channels > 4 and array.shape[0] == 3:
         raise VisConfigError(
             f"an image of shape {array.shape} cannot work: move the channels to the end"
@@ -74,8 +70,13 @@ def as_decoded(image: Any, color_type: str, to_float32: bool) -> np.ndarray:
     return array.astype(np.float32) if to_float32 else array
 
 
+def num_channels(image: np.ndarray) -> int:
+    """Channels of an image ``(H, W)`` or ``(H, W, C)``."""
+    return 1 if image.ndim == 2 else image.shape[2]
+
+
 def _with_channels(array: np.ndarray, *, grey: bool) -> np.ndarray:
-    channels = 1 if array.ndim == 2 else array.shape[2]
+    channels = num_channels(array)
     if channels == 1:
         single = array.reshape(array.shape[:2])
         return single if grey else np.repeat(single[..., None], 3, axis=2)

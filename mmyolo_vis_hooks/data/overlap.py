@@ -12,25 +12,18 @@ _END = object()
 
 
 def read_ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """Take items in another thread, so that they are there when they are wanted.
-
-    Args:
-        items (Iterable): What costs time to take.
-        depth (int): At most so many are taken ahead. Defaults to 2.
+    """Take at most ``depth`` items ahead, one after the other in another thread.
 
     Yields:
         The items in their order. An error while taking one is raised here.
     """
     iterator = iter(items)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    pool = ThreadPoolExecutor(1, "read-ahead")
+    waiting: deque[Future[Any]] = deque()
     try:
-        waiting: deque[Future[Any]] = deque()
-        while True:
-            while len(waiting) < depth:
-                waiting.append(pool.submit(next, iterator, _END))
-            item = waiting.popleft().result()
-            if item is _END:
-                return
+        waiting.extend(pool.submit(next, iterator, _END) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not _END:
+            waiting.append(pool.submit(next, iterator, _END))
             yield item
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -43,15 +36,14 @@ def run_behind(
 
     Args:
         work (Iterable[Callable]): Made one after the other in this thread.
-        workers (int): Number of threads. Defaults to 2.
-        depth (int): So many pieces wait or run at most, so that memory stays flat
-            where they are slower than what makes them. Defaults to 4.
+        workers (int): Number of threads.
+        depth (int): So many pieces wait or run at most, so that memory stays flat.
 
     Yields:
         Their results in their order. An error in one is raised here; what runs is
         finished first, and what waits is forgotten.
     """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="run-behind")
+    pool = ThreadPoolExecutor(workers, "run-behind")
     waiting: deque[Future[Any]] = deque()
     try:
         for piece in work:

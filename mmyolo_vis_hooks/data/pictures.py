@@ -20,15 +20,14 @@ def picture_of(
 ) -> tuple[np.ndarray, str]:
     """Make a picture for the eye of an image as pipelines hold it.
 
-    Three channels of 8 bits are shown as they are, also where they were made floats.
-    One channel is shown grey. Of more channels the first three are taken, as blue,
-    green and red. What has more than 8 bits is stretched between percentiles.
+    Three channels of 8 bits are shown as they are, also where they were made floats;
+    one is shown grey; of more the first three are blue, green and red. What has more
+    than 8 bits is stretched between percentiles.
 
     Args:
-        image (np.ndarray): ``(H, W)`` or ``(H, W, C)``, any real dtype; three
-            channels are in the order BGR.
-        channels (Sequence[int], optional): The channel that is shown grey, or the
-            three that are shown as red, green and blue.
+        image (np.ndarray): ``(H, W)`` or ``(H, W, C)``, any real dtype, BGR.
+        channels (Sequence[int], optional): The one that is shown grey, or the three
+            that are shown as red, green and blue.
 
     Raises:
         VisConfigError: If ``channels`` names one that is not there.
@@ -54,15 +53,10 @@ def picture_of(
 def network_picture(
     inputs: torch.Tensor, preprocessor: Any, channels: Sequence[int] | None = None
 ) -> tuple[np.ndarray, str]:
-    """Turn one normalised network input back into a picture.
-
-    Args:
-        inputs (Tensor): ``(C, H, W)``, as the data preprocessor gave it.
-        preprocessor (ImgDataPreprocessor): What normalised it.
-        channels (Sequence[int], optional): As of :func:`picture_of`.
+    """Turn one network input ``(C, H, W)`` back into a picture.
 
     Returns:
-        tuple: ``(H, W, 3)`` uint8, RGB, and what was done, empty if nothing.
+        tuple: As of :func:`picture_of`.
     """
     image = inputs.detach().float()
     # A pipeline's own normalising leaves small numbers; nobody knows how it was.

@@ -1,8 +1,7 @@
 """A test pipeline in two parts: what loads an image, and what becomes of it.
 
-The steps that load run once per image. What they give is drawn, and goes on through
-the rest: through the pipeline's own geometry, or through one resize to a size that the
-network takes without padding, so that a map lies exactly on the image.
+What the loading steps give is drawn, and goes on through the rest: the pipeline's own
+geometry, or one resize to a size that the network takes without padding.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from typing import Any
 import cv2
 import numpy as np
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
-from mmengine.dataset import Compose
 
 from ..errors import UnsupportedPipelineError, VisConfigError, VisError
-from .decoded import array_bgr, as_decoded
+from .decoded import array_bgr, as_decoded, num_channels
 from .pictures import picture_of
 from .proof import compare_places
 from .resize import FRAMING_STEPS, RESIZING_STEPS, AlignedResize, step_name
@@ -55,8 +53,7 @@ class ImagePipeline:
         channels (Sequence[int], optional): Which channels the picture shows, as of
             :func:`~mmyolo_vis_hooks.data.pictures.picture_of`.
         annotations (bool): False leaves out the steps that load anything but images,
-            where it is not there: annotations, and what belongs to files that are not.
-            Defaults to True.
+            where it is not there.
 
     Example:
         >>> pipeline = ImagePipeline(dataset.pipeline)
@@ -73,19 +70,18 @@ class ImagePipeline:
         channels: Sequence[int] | None = None,
         annotations: bool = True,
     ) -> None:
-        steps = _unflipped_steps(pipeline)
-        self.steps = [s for s in steps if annotations or not _loads_annotations(s)]
+        self.steps = [
+            step
+            for step in flatten_steps(pipeline, flips=False)
+            if annotations or not _loads_annotations(step)
+        ]
         self._annotations = annotations
         self._channels = channels
         # Known after the first image: only then can be seen which steps load.
         self._num_loading: int | None = None
 
     def load(
-        self,
-        image: Mapping[str, Any] | str | os.PathLike | np.ndarray | Any,
-        *,
-        img_id: Any = 0,
-        img_path: str | None = None,
+        self, image: Any, *, img_id: Any = 0, img_path: str | None = None
     ) -> Loaded:
         """Run the loading steps.
 
@@ -123,10 +119,7 @@ class ImagePipeline:
         return Loaded(results, *picture_of(results["img"], self._channels))
 
     def pack(self, loaded: Loaded) -> dict[str, Any]:
-        """Run the other steps.
-
-        Args:
-            loaded (Loaded): As of :meth:`load`; is not changed.
+        """Run the other steps on an image, which is not changed.
 
         Returns:
             dict: ``inputs`` and ``data_samples``.
@@ -135,13 +128,11 @@ class ImagePipeline:
             VisError: If they give nothing.
         """
         results: Any = _copied_results(loaded.results)
+        path = results.get("img_path")
         for step in self.steps[self._num_loading or 0 :]:
             results = step(results)
             if results is None:
-                raise VisError(
-                    "the test pipeline gave nothing for "
-                    f"{loaded.results.get('img_path')}, at its step {step_name(step)}"
-                )
+                raise _gave_nothing(step, path)
         return results
 
     def resize_only(
@@ -173,16 +164,14 @@ class ImagePipeline:
                 )
             if number + 1 < len(self.steps):
                 results = step(results)
-        aligned = AlignedResize(
-            [self.steps[number] for number in geometric], divisor, stride
-        )
+        replaced = [self.steps[number] for number in geometric]
         # Without geometry of its own only padding is avoided: before the packing.
         place = geometric[0] if geometric else len(self.steps) - 1
         changed = copy.copy(self)
         changed.steps = []
         for number, step in enumerate(self.steps):
             if number == place:
-                changed.steps.append(aligned)
+                changed.steps.append(AlignedResize(replaced, divisor, stride))
             if number not in geometric:
                 changed.steps.append(_copied(step))
         return changed
@@ -192,37 +181,34 @@ class ImagePipeline:
         (resize,) = [step for step in self.steps if isinstance(step, AlignedResize)]
         return resize.size_hw(image_hw)
 
-    def compose(self) -> Compose:
-        """All steps in a row, as a data set takes them."""
-        return Compose(self.steps)
-
-    def _read(self, info: dict[str, Any], steps: Sequence[Any]) -> dict[str, Any]:
+    def _read(self, results: dict[str, Any], steps: list[Any]) -> dict[str, Any]:
         if self._num_loading is None:
-            left_out = [] if self._annotations else _failing_loaders(steps, info)
-            self.steps = [s for n, s in enumerate(self.steps) if n not in left_out]
-            steps = [s for n, s in enumerate(steps) if n not in left_out]
-            self._num_loading, found = self._find_loading(info, steps)
-            return found
-        results = info
+            return self._find_loading(results, steps)
         for step in steps[: self._num_loading]:
             results = _run(step, results)
         return results
 
-    def _find_loading(
-        self, info: dict[str, Any], steps: Sequence[Any]
-    ) -> tuple[int, dict[str, Any]]:
-        """How many steps load, found out on an image, and what they give for it.
+    def _find_loading(self, info: dict[str, Any], steps: list[Any]) -> dict[str, Any]:
+        """Find out on an image how many steps load, and give what they do.
 
         The step that brings the image loads, and so do those behind it that bring
         another image or more channels, up to the first one that moves pixels.
         """
+        left_out: list[int] = []
         count, loaded, results = 0, info, info
         for number, step in enumerate(steps, 1):
-            if "img" in results and not _loads_image(step):
-                if _is_known_geometry(step):
-                    break
-                after = step(_copied_results(results))
-                if not after or "img" not in after:
+            later = "img" in results and not _loads_image(step)
+            if later and _is_known_geometry(step):
+                break
+            try:
+                after = _run(step, _copied_results(results))
+            except VisError:
+                if self._annotations or not _loads_more(step):
+                    raise
+                left_out.append(number)  # what it loads is not there for this image
+                continue
+            if later:
+                if "img" not in after:
                     break
                 brings = _brings_image(step, results, after)
                 if not brings and moves_pixels(step, results):
@@ -230,12 +216,12 @@ class ImagePipeline:
                 results = after
                 if not brings:
                     continue
-            else:
-                results = _run(step, results)
-            count, loaded = number, results
+            count, loaded, results = number - len(left_out), after, after
         if "img" not in loaded:
             raise _no_loader(self.steps)
-        return count, loaded
+        self.steps = [s for n, s in enumerate(self.steps, 1) if n not in left_out]
+        self._num_loading = count
+        return loaded
 
     def _named_loading(self) -> int:
         """How many steps load, guessed by their names where no file is read."""
@@ -273,9 +259,8 @@ def moves_pixels(step: Callable, results: Mapping[str, Any]) -> bool:
         return False
     texture = _texture_like(results["img"])
     for _ in range(_NUM_TRIES):
-        tried = {**_copied_results(results), "img": texture.copy()}
         try:
-            after = step(tried)
+            after = step({**_copied_results(results), "img": texture.copy()})
         except Exception:  # nobody knows, so the picture must not rely on it
             return True
         if not after or "img" not in after:
@@ -285,23 +270,15 @@ def moves_pixels(step: Callable, results: Mapping[str, Any]) -> bool:
             return True
         if np.array_equal(image, texture):
             continue
-        if not compare_places(_limited(texture), _limited(image)).holds:
+        if not compare_places(texture, image).holds:
             return True
     return False
 
 
 def prepare_data(dataset: Any, index: int, pipeline: Callable) -> Any:
-    """Send one image of a data set through another pipeline.
+    """Send one image of a data set, below all wrappers, through another pipeline.
 
     The data set itself is not changed, and its workers see nothing of it.
-
-    Args:
-        dataset: A data set below all wrappers.
-        index (int): Index into it.
-        pipeline (Callable): Takes what the data set knows of the image.
-
-    Returns:
-        What the pipeline gives.
     """
     # Not copy.copy: BaseDataset's own copying leaves out the annotations.
     view = object.__new__(type(dataset))
@@ -310,29 +287,20 @@ def prepare_data(dataset: Any, index: int, pipeline: Callable) -> Any:
     return view.prepare_data(index)
 
 
-def flatten_steps(pipeline: Any) -> list[Any]:
+def flatten_steps(pipeline: Any, *, flips: bool = True) -> list[Any]:
     """Transforms of a pipeline in a row; of an augmented one those of the first view.
 
     Args:
         pipeline: ``Compose``, list, ``TestTimeAug`` or a transform.
+        flips (bool): False leaves out flips in augmented views.
     """
     if hasattr(pipeline, "subroutines"):  # TestTimeAug
-        return flatten_steps(pipeline.subroutines[0])
-    if isinstance(pipeline, (list, tuple)):
-        return [step for part in pipeline for step in flatten_steps(part)]
+        steps = flatten_steps(pipeline.subroutines[0])
+        return [s for s in steps if flips or step_name(s) != "RandomFlip"]
     if step_name(pipeline) == "Compose":
-        return flatten_steps(list(pipeline.transforms))
-    return [pipeline]
-
-
-def _unflipped_steps(pipeline: Any) -> list[Any]:
-    if hasattr(pipeline, "subroutines"):
-        steps = flatten_steps(pipeline)
-        return [step for step in steps if step_name(step) != "RandomFlip"]
+        pipeline = list(pipeline.transforms)
     if isinstance(pipeline, (list, tuple)):
-        return [step for part in pipeline for step in _unflipped_steps(part)]
-    if step_name(pipeline) == "Compose":
-        return _unflipped_steps(list(pipeline.transforms))
+        return [s for part in pipeline for s in flatten_steps(part, flips=flips)]
     return [pipeline]
 
 
@@ -346,11 +314,14 @@ def _run(step: Callable, results: dict[str, Any]) -> dict[str, Any]:
             f"{path} is no image that {step_name(step)} can read: {reason}"
         ) from error
     if after is None:
-        raise VisError(
-            f"the test pipeline gave nothing for {path!r}, at its step "
-            f"{step_name(step)}"
-        )
+        raise _gave_nothing(step, path)
     return after
+
+
+def _gave_nothing(step: Any, path: Any) -> VisError:
+    return VisError(
+        f"the test pipeline gave nothing for {path}, at its step {step_name(step)}"
+    )
 
 
 def _no_loader(steps: Sequence[Any]) -> VisConfigError:
@@ -366,40 +337,24 @@ def _is_known_geometry(step: Any) -> bool:
 
 
 def _loads_image(step: Any) -> bool:
-    name = step_name(step)
-    return isinstance(step, LoadImageFromFile) or (
-        name.startswith("Load") and "Image" in name
-    )
+    return isinstance(step, LoadImageFromFile) or _is_named(step, "Image")
 
 
 def _loads_annotations(step: Any) -> bool:
-    return isinstance(step, LoadAnnotations) or (
-        step_name(step).startswith("Load") and "Annotations" in step_name(step)
-    )
+    return isinstance(step, LoadAnnotations) or _is_named(step, "Annotations")
 
 
 def _loads_more(step: Any) -> bool:
     """Whether a step loads what only a data set has, perhaps."""
-    name = step_name(step)
     return (
-        name.startswith("Load") and not _loads_image(step) and "Proposals" not in name
+        _is_named(step, "")
+        and not _loads_image(step)
+        and not _is_named(step, "Proposals")
     )
 
 
-def _failing_loaders(steps: Sequence[Any], info: Mapping[str, Any]) -> list[int]:
-    """Steps that load something beside an image, which is not there for this one."""
-    failing: list[int] = []
-    results = dict(info)
-    for number, step in enumerate(steps):
-        if "img" in results and not (_loads_image(step) or _loads_more(step)):
-            break
-        try:
-            results = step(_copied_results(results)) or results
-        except Exception:  # of what is needed it is raised where the image is loaded
-            if not _loads_more(step):
-                break
-            failing.append(number)
-    return failing
+def _is_named(step: Any, what: str) -> bool:
+    return step_name(step).startswith("Load") and what in step_name(step)
 
 
 def _brings_image(
@@ -407,16 +362,12 @@ def _brings_image(
 ) -> bool:
     """Whether a step loads: it adds channels, or does not look at the image it gets."""
     given, image = np.asarray(before["img"]), np.asarray(after["img"])
-    if _num_channels(image) > _num_channels(given):
+    if num_channels(image) > num_channels(given):
         return True
     if np.array_equal(image, given):
         return False
     blank = step({**_copied_results(before), "img": np.zeros_like(given)})
     return bool(blank) and np.array_equal(blank.get("img"), image)
-
-
-def _num_channels(image: np.ndarray) -> int:
-    return 1 if image.ndim == 2 else image.shape[2]
 
 
 def _reading_files(step: Any) -> Any:
@@ -456,21 +407,11 @@ def _texture_like(image: np.ndarray) -> np.ndarray:
     grey = cv2.resize(grey, (width, height))
     low, high = np.percentile(grey, (1, 99))
     grey = ((grey - low) / max(high - low, 1e-6)).clip(0, 1)
-    values = np.nan_to_num(image[np.isfinite(image)].astype(np.float64))
-    bounds = np.percentile(values, (1, 99)) if values.size else (0.0, 0.0)
+    values = image[np.isfinite(image)].astype(np.float64)
+    darkest, brightest = np.percentile(values, (1, 99)) if values.size else (0, 0)
     # An image of one colour says nothing about the range.
-    span = bounds[1] - bounds[0] if bounds[1] - bounds[0] > 1e-6 else 255.0
-    texture = (grey * span + bounds[0]).astype(image.dtype)
-    return (
-        texture
-        if image.ndim == 2
-        else np.repeat(texture[..., None], image.shape[2], axis=2)
-    )
-
-
-def _limited(image: np.ndarray) -> np.ndarray:
-    shrink = _MAX_TRIED_SIDE / max(image.shape[:2])
-    grey = image.reshape(*image.shape[:2], -1).mean(axis=2, dtype=np.float32)
-    if shrink >= 1:
-        return grey
-    return cv2.resize(grey, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+    span = brightest - darkest if brightest - darkest > 1e-6 else 255.0
+    texture = (grey * span + darkest).astype(image.dtype)
+    if image.ndim == 2:
+        return texture
+    return texture[..., None].repeat(image.shape[2], axis=2)

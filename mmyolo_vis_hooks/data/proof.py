@@ -69,11 +69,18 @@ def compare_places(first: np.ndarray, second: np.ndarray) -> Agreement:
         first (np.ndarray): ``(H, W)`` or ``(H, W, C)``, any real dtype.
         second (np.ndarray): The same height and width.
     """
-    edges = [_edges(picture) for picture in (first, second)]
+    shrink = min(1.0, _MAX_SIDE / max(first.shape[:2]))
+    greys = [_grey(picture) for picture in (first, second)]
+    if shrink < 1:
+        greys = [
+            cv2.resize(grey, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+            for grey in greys
+        ]
+    edges = [_edges(grey) for grey in greys]
     tiles = [
         fits
-        for rows in _spans(first.shape[0])
-        for columns in _spans(first.shape[1])
+        for rows in _spans(edges[0].shape[0])
+        for columns in _spans(edges[0].shape[1])
         if (fits := _fits(edges[0], edges[1], rows, columns)) is not None
     ]
     return Agreement(len(tiles), sum(tiles))
@@ -89,14 +96,11 @@ def compare_with_input(
         inputs (Tensor): ``(C, h, w)``, the network's input.
         frame (FrameTransform): Where the image is said to lie in the input.
     """
-    height, width = frame.image_hw
     # Where the network sees less than the image holds, no more can be compared.
-    shrink = min(1.0, *frame.scale_xy, _MAX_SIDE / max(height, width))
-    size_hw = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-    picture = cv2.resize(
-        _grey(image), (size_hw[1], size_hw[0]), interpolation=cv2.INTER_AREA
-    )
-    return compare_places(picture, _put_back(inputs, frame, size_hw))
+    shrink = min(1.0, *frame.scale_xy, _MAX_SIDE / max(frame.image_hw))
+    height, width = (max(1, round(side * shrink)) for side in frame.image_hw)
+    picture = cv2.resize(_grey(image), (width, height), interpolation=cv2.INTER_AREA)
+    return compare_places(picture, _put_back(inputs, frame, (height, width)))
 
 
 def _put_back(
@@ -104,27 +108,21 @@ def _put_back(
 ) -> np.ndarray:
     """The network's input over the image frame, ``size_hw`` pixels large."""
     grey = _grey(inputs.detach().float().cpu().numpy().transpose(1, 2, 0))
-    # Network pixels per pixel of the result; continuous positions have their pixel's
-    # centre at .5, those of OpenCV at .0.
+    # Network pixels per pixel of the result.
     steps = [
         frame.scale_xy[axis] * frame.image_hw[1 - axis] / size_hw[1 - axis]
         for axis in (0, 1)
     ]
-    blur = [max(0.0, step - 1) / 2 for step in steps]
-    if max(blur) > 0:
-        grey = cv2.GaussianBlur(
-            grey, (0, 0), sigmaX=max(blur[0], 0.01), sigmaY=max(blur[1], 0.01)
-        )
+    if max(steps) > 1:
+        blur_x, blur_y = (max(0.01, (step - 1) / 2) for step in steps)
+        grey = cv2.GaussianBlur(grey, (0, 0), sigmaX=blur_x, sigmaY=blur_y)
+    # Continuous positions have their pixel's centre at .5, those of OpenCV at .0.
     x, y = (
         ((np.arange(size) + 0.5) * step + offset - 0.5).astype(np.float32)
         for size, step, offset in zip(size_hw[::-1], steps, frame.offset_xy)
     )
-    return cv2.remap(
-        grey,
-        *np.meshgrid(x, y),
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
+    border = cv2.BORDER_REPLICATE
+    return cv2.remap(grey, *np.meshgrid(x, y), cv2.INTER_LINEAR, borderMode=border)
 
 
 def _grey(picture: np.ndarray) -> np.ndarray:
@@ -132,8 +130,8 @@ def _grey(picture: np.ndarray) -> np.ndarray:
     return np.nan_to_num(grey, posinf=0.0, neginf=0.0)
 
 
-def _edges(picture: np.ndarray) -> np.ndarray:
-    grey = cv2.GaussianBlur(_grey(picture), (0, 0), sigmaX=1.0)
+def _edges(grey: np.ndarray) -> np.ndarray:
+    grey = cv2.GaussianBlur(grey, (0, 0), sigmaX=1.0)
     slopes = [cv2.Sobel(grey, cv2.CV_32F, *order) for order in ((1, 0), (0, 1))]
     # The root, or else a few strong edges are all that counts.
     return np.sqrt(np.hypot(*slopes))

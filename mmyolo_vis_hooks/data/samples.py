@@ -13,12 +13,9 @@ from ..records import Detections
 
 
 def detections_of(data_sample: Any) -> Detections:
-    """Read the final detections of a data sample, in the original image's frame.
+    """Read the final detections of a data sample, if it has any.
 
-    Args:
-        data_sample (DetDataSample): With ``pred_instances``; without them there
-            are no detections. Rotated boxes ``(cx, cy, w, h, radian)`` give the
-            upright boxes around them.
+    Rotated boxes ``(cx, cy, w, h, radian)`` give the upright boxes around them.
     """
     instances = getattr(data_sample, "pred_instances", None)
     if instances is None or "bboxes" not in instances:
@@ -49,11 +46,7 @@ def class_names_of(metainfo: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def palette_of(metainfo: Mapping[str, Any]) -> list[tuple[int, ...]] | None:
-    """RGB colours of a dataset's classes; None if it lists none.
-
-    MMDetection also takes one colour for all classes, and names such as
-    ``'random'``, which list none.
-    """
+    """RGB colours of a dataset's classes, or one for all; None for ``'random'``."""
     palette = metainfo.get("palette", metainfo.get("PALETTE"))
     if isinstance(palette, np.ndarray):
         palette = palette.tolist()
@@ -71,20 +64,14 @@ def labels_of(
     Raises:
         VisConfigError: If the data set has no such class.
     """
-    labels = []
+    names = list(class_names)
     for value in classes:
-        if isinstance(value, int):
-            known = value < len(class_names) or not class_names
-            label = value
-        else:
-            known = value in class_names
-            label = list(class_names).index(value) if known else -1
-        if not known:
-            near = difflib.get_close_matches(str(value), class_names, n=1)
+        known = not names or value < len(names) if isinstance(value, int) else False
+        if not known and value not in names:
+            near = difflib.get_close_matches(str(value), names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise VisConfigError(
                 f"classes: {value!r} is no class of the data set; {hint}It has "
-                f"{', '.join(map(repr, class_names)) or 'no names'}"
+                f"{', '.join(map(repr, names)) or 'no names'}"
             )
-        labels.append(label)
-    return tuple(labels)
+    return tuple(c if isinstance(c, int) else names.index(c) for c in classes)

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..errors import VisConfigError
 
-ALL_IMAGES = -1
 _MAX_ID_LENGTH = 80
 
 
@@ -40,10 +39,8 @@ class ImageSelector:
 
     Args:
         dataset: The dataset of the loop, wrapped or not.
-        num_images (int): How many images, spread evenly over the dataset;
-            -1 takes all of them.
-        image_indices (Sequence[int], optional): Explicit indices into the
-            (wrapped) dataset; ``num_images`` is then not looked at.
+        num_images (int): How many, spread evenly over the dataset; -1 takes all.
+        image_indices (Sequence[int], optional): Explicit indices instead.
 
     Raises:
         VisConfigError: If an index lies outside the dataset.
@@ -52,29 +49,26 @@ class ImageSelector:
     def __init__(
         self, dataset: Any, num_images: int, image_indices: Sequence[int] | None
     ) -> None:
+        outside = [i for i in image_indices or () if i >= len(dataset)]
         if image_indices is None:
-            indices: Sequence[int] = spread_indices(len(dataset), num_images)
-        else:
-            outside = [i for i in image_indices if i >= len(dataset)]
-            if outside:
-                raise VisConfigError(
-                    f"image_indices={list(image_indices)} but the dataset has "
-                    f"{len(dataset)} images; remove {outside}"
-                )
-            indices = image_indices
+            image_indices = spread_indices(len(dataset), num_images)
+        elif outside:
+            raise VisConfigError(
+                f"image_indices={list(image_indices)} but the dataset has "
+                f"{len(dataset)} images; remove {outside}"
+            )
         self._by_key: dict[tuple[Any, Any], SelectedImage] = {}
         taken: set[str] = set()
-        for index in indices:
+        for index in image_indices:
             leaf, leaf_index = resolve_index(dataset, index)
             info = leaf.get_data_info(leaf_index)
-            img_id, img_path = info.get("img_id"), info.get("img_path")
-            # Multispectral images have a list of files.
-            key = (img_id, _hashable(img_path))
+            key = _key_of(info)
             if key in self._by_key:  # an image that a wrapper repeats
                 continue
-            image_id = _unique(make_image_id(img_id, img_path, index), taken)
+            img_id, img_path = info.get("img_id"), info.get("img_path")
+            name = make_image_id(img_id, img_path, index)
             self._by_key[key] = SelectedImage(
-                image_id, img_id, img_path, leaf, leaf_index
+                unique_name(name, taken), img_id, img_path, leaf, leaf_index
             )
 
     @property
@@ -86,29 +80,27 @@ class ImageSelector:
         """Find the selected image that a data sample holds.
 
         Args:
-            metainfo (Mapping): Of the data sample; ``img_path`` and ``img_id``,
-                or one of them.
+            metainfo (Mapping): With ``img_path`` and ``img_id``, or one of them.
         """
+        wanted = _key_of(metainfo)
         if "img_id" in metainfo and "img_path" in metainfo:
-            return self._by_key.get(
-                (metainfo["img_id"], _hashable(metainfo["img_path"]))
-            )
-        for position, key in enumerate(("img_id", "img_path")):
-            if key in metainfo:
-                for known, image in self._by_key.items():
-                    if known[position] == _hashable(metainfo[key]):
-                        return image
+            return self._by_key.get(wanted)
+        for position, name in enumerate(("img_id", "img_path")):
+            for known, image in self._by_key.items():
+                if name in metainfo and known[position] == wanted[position]:
+                    return image
         return None
 
 
-def spread_indices(num_total: int, num_images: int) -> list[int]:
-    """Spread ``num_images`` indices evenly over a dataset, ends included.
+def _key_of(info: Mapping[str, Any]) -> tuple[Any, Any]:
+    path = info.get("img_path")
+    # Multispectral images have a list of files.
+    return info.get("img_id"), tuple(path) if isinstance(path, list) else path
 
-    Args:
-        num_total (int): Size of the dataset.
-        num_images (int): How many; -1 for all.
-    """
-    if num_images == ALL_IMAGES or num_images >= num_total:
+
+def spread_indices(num_total: int, num_images: int) -> list[int]:
+    """Spread indices evenly over a dataset, ends included; -1 gives all."""
+    if num_images == -1 or num_images >= num_total:
         return list(range(num_total))
     if num_images == 1:
         return [0]
@@ -116,14 +108,10 @@ def spread_indices(num_total: int, num_images: int) -> list[int]:
 
 
 def resolve_index(dataset: Any, index: int) -> tuple[Any, int]:
-    """Follow an index through dataset wrappers to the dataset that loads it.
-
-    Args:
-        dataset: Any nesting of MMEngine's, MMDetection's and torch's wrappers.
-        index (int): Index into the outermost one.
+    """Follow an index through any nesting of dataset wrappers.
 
     Returns:
-        tuple: The innermost dataset and the index into it.
+        tuple: The innermost dataset, which loads the image, and the index into it.
     """
     if hasattr(dataset, "full_init"):
         dataset.full_init()
@@ -155,17 +143,14 @@ def leaf_datasets(dataset: Any) -> list[Any]:
         children = [dataset.dataset]
     else:
         return [dataset]
-    leaves: list[Any] = []
-    for child in children:
-        leaves += [d for d in leaf_datasets(child) if not any(d is x for x in leaves)]
-    return leaves
+    leaves = [leaf for child in children for leaf in leaf_datasets(child)]
+    return list({id(leaf): leaf for leaf in leaves}.values())
 
 
 def make_image_id(img_id: Any, img_path: Any, index: int) -> str:
-    """Name an image for tags and file names.
+    """Name an image for tags and file names: the dataset's id and the file's stem.
 
-    The name holds the dataset's id and the file's stem. Characters that a file
-    name or a tag cannot hold are replaced and a short hash keeps it unique.
+    Other characters are replaced, and a short hash then keeps the name unique.
     """
     if isinstance(img_path, (list, tuple)):
         img_path = img_path[0] if img_path else None
@@ -181,11 +166,8 @@ def make_image_id(img_id: Any, img_path: Any, index: int) -> str:
     return safe
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _unique(name: str, taken: set[str]) -> str:
+def unique_name(name: str, taken: set[str]) -> str:
+    """A name with a number where it was taken; it is taken then."""
     candidate, count = name, 1
     while candidate in taken:
         count += 1

@@ -69,8 +69,7 @@ class ImageSource:
     Args:
         sources (Sequence[str]): Image files, videos, folders, which are searched
             with all folders in them, and addresses (``https://``, ``s3://``).
-        exclude (str, optional): A folder whose images are left out, such as the one
-            that results are written to. Defaults to None.
+        exclude (str, optional): A folder that is left out, such as that of the results.
 
     Raises:
         ImageReadError: If something does not exist, a folder holds no image, a video
@@ -86,7 +85,8 @@ class ImageSource:
                 count = 1
                 if is_video:
                     try:
-                        count = _count_frames(location)
+                        with _open_video(location) as video:
+                            count = max(1, len(video))
                     except ImageReadError:
                         # In a folder one bad file must not stop the others; it is
                         # met again, and reported, when its turn comes.
@@ -116,22 +116,19 @@ class ImageSource:
 
 
 def _download(entry: _Entry) -> SourceImage:
+    image = None
+    message = f"{entry.title} is no image that OpenCV can decode"
     try:
         # Not mmengine's get(), which fails for an address in the query of another.
         scheme = entry.location.partition("://")[0] + "://"
         content = get_file_backend(scheme).get(entry.location)
-    except Exception as error:  # each file backend has errors of its own
-        reason = ImageReadError(f"cannot read {entry.title}: {error}")
-        return SourceImage(entry.name, entry.title, None, reason)
-    image = None
-    if content:
         # More pixels than OpenCV takes, or a damaged header.
         with contextlib.suppress(cv2.error):
             image = mmcv.imfrombytes(content, channel_order="rgb")
-    if image is None:
-        reason = ImageReadError(f"{entry.title} is no image that OpenCV can decode")
-        return SourceImage(entry.name, entry.title, None, reason)
-    return SourceImage(entry.name, entry.title, image)
+    except Exception as error:  # each file backend has errors of its own
+        message = f"cannot read {entry.title}: {error}"
+    reason = ImageReadError(message) if image is None else None
+    return SourceImage(entry.name, entry.title, image, reason)
 
 
 def safe_name(name: str) -> str:
@@ -191,13 +188,9 @@ def _open_video(location: str) -> mmcv.VideoReader:
     return video
 
 
-def _count_frames(location: str) -> int:
-    with _open_video(location) as video:
-        return max(1, len(video))
-
-
 def _frames(entry: _Entry) -> Iterator[SourceImage]:
     number = 0
+    reason = ImageReadError(f"{entry.title} holds no frame that can be decoded")
     try:
         with _open_video(entry.location) as video:
             for frame_bgr in video:
@@ -206,10 +199,8 @@ def _frames(entry: _Entry) -> Iterator[SourceImage]:
                 yield SourceImage(name, title, mmcv.bgr2rgb(frame_bgr))
                 number += 1
     except ImageReadError as error:
-        yield SourceImage(entry.name, entry.title, None, error)
-        return
+        reason = error
     if not number:
-        reason = ImageReadError(f"{entry.title} holds no frame that can be decoded")
         yield SourceImage(entry.name, entry.title, None, reason)
 
 
@@ -217,26 +208,24 @@ class _UniqueNames:
     """Names of images and videos that also differ from all names of frames."""
 
     def __init__(self) -> None:
-        # Some file systems take 'A' and 'a' for the same.
+        # All in lower case: some file systems take 'A' and 'a' for the same.
         self._taken: set[str] = set()
         self._videos: set[str] = set()
         self._perhaps_frames: set[str] = set()
         self._counts: Counter[str] = Counter()
 
     def take(self, name: str, is_video: bool) -> str:
-        candidate = name
-        while not self._is_free(candidate.lower(), is_video):
+        key = own = name.lower()
+        while (
+            key in self._taken
+            or _FRAME_NUMBER.sub("", key) in self._videos
+            or (is_video and key in self._perhaps_frames)
+        ):
             # Not from 2 on each time: thousands may have the same name.
-            self._counts[name.lower()] += 1
-            candidate = f"{name}-{self._counts[name.lower()] + 1}"
-        key = candidate.lower()
+            self._counts[own] += 1
+            key = f"{own}-{self._counts[own] + 1}"
         self._taken.add(key)
         self._perhaps_frames.add(_FRAME_NUMBER.sub("", key))
         if is_video:
             self._videos.add(key)
-        return candidate
-
-    def _is_free(self, key: str, is_video: bool) -> bool:
-        if key in self._taken or _FRAME_NUMBER.sub("", key) in self._videos:
-            return False
-        return not (is_video and key in self._perhaps_frames)
+        return name + key[len(own) :]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from mmengine.dataset import Compose
 from mmengine.model import BaseTTAModel
 from mmengine.runner import BaseLoop
 from torch import nn
@@ -83,7 +84,7 @@ class VisLoop:
                     "override_loop_pipeline=True cannot work with this test pipeline: "
                     f"{placement.reason}; leave it False"
                 )
-            leaf.pipeline = placement.pipeline.compose()
+            leaf.pipeline = Compose(placement.pipeline.steps)
             # Its batches are padded to one size.
             self.placements[id(leaf)] = replace(placement, alignment="letterbox")
 
