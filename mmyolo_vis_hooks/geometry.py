@@ -1,18 +1,16 @@
 """How the pixels of an image lie in the network's input and in its feature maps.
 
-Frames. All coordinates are continuous: a pixel with index ``i`` covers
-``[i, i + 1)`` and its centre is ``i + 0.5``. The *image frame* is the picture
-that is drawn on; the *network frame* is the padded tensor that the network
-received. Every step of a test pipeline that this package supports is an
-axis-aligned scaling followed by padding, so one scale and one offset per axis
-lead from the image frame to the network frame.
+Coordinates are continuous: pixel ``i`` covers ``[i, i + 1)``. The *image frame* is the
+picture that is drawn on, the *network frame* the padded tensor that the network got.
+Every supported pipeline scales along the axes and then pads, so one scale and one
+offset per axis lead from the one to the other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,12 +35,7 @@ class AxisSampling:
     upper_weight: np.ndarray
 
     def cell_weights(self, num_cells: int) -> np.ndarray:
-        """How much each cell counts in the sum of all interpolated pixels.
-
-        Returns:
-            np.ndarray: ``(num_cells,)`` float64, the column sums of the
-            interpolation matrix.
-        """
+        """``(num_cells,)`` float64: what each cell counts in the sum of all pixels."""
         weights = np.zeros(num_cells)
         np.add.at(weights, self.lower, 1.0 - self.upper_weight)
         np.add.at(weights, self.upper, self.upper_weight)
@@ -102,29 +95,14 @@ class FrameTransform:
                 f"(flip_direction={metainfo.get('flip_direction')!r}); use "
                 "alignment='resize', which never flips"
             )
-        ori_shape = metainfo.get("ori_shape", image_hw)
-        if ori_shape is None:
-            raise VisConfigError(
-                "'ori_shape' is not packed by the test pipeline; add it to the "
-                "meta_keys of PackDetInputs"
-            )
-        image_hw = (int(ori_shape[0]), int(ori_shape[1]))
         img_shape = metainfo.get("img_shape")
+        image_hw = _size(metainfo.get("ori_shape", image_hw), "ori_shape")
+        network_hw = _size(metainfo.get("batch_input_shape", img_shape), "img_shape")
         pad_param = metainfo.get("pad_param")
         scale_factor = metainfo.get("scale_factor")
-        network_shape = metainfo.get("batch_input_shape", img_shape)
-        if network_shape is None:
-            raise VisConfigError(
-                "neither 'batch_input_shape' nor 'img_shape' is known; add "
-                "'img_shape' to the meta_keys of PackDetInputs"
-            )
-        network_hw = (int(network_shape[0]), int(network_shape[1]))
         if scale_factor is None:
             if pad_param is not None or img_shape is None:
-                raise VisConfigError(
-                    "'scale_factor' is not packed by the test pipeline; add it to "
-                    "the meta_keys of PackDetInputs"
-                )
+                raise _missing("scale_factor")
             scale_factor = (img_shape[1] / image_hw[1], img_shape[0] / image_hw[0])
         offset = (0.0, 0.0) if pad_param is None else (pad_param[2], pad_param[0])
         return cls(
@@ -134,43 +112,40 @@ class FrameTransform:
             (float(offset[0]), float(offset[1])),
         )
 
+    def resized(self, image_hw: tuple[int, int]) -> FrameTransform:
+        """The frame of the same image at another size."""
+        scale_x, scale_y = self.scale_xy
+        scale = (
+            scale_x * self.image_hw[1] / image_hw[1],
+            scale_y * self.image_hw[0] / image_hw[0],
+        )
+        return replace(self, image_hw=image_hw, scale_xy=scale)
+
     def boxes_to_network(self, boxes_xyxy: np.ndarray) -> np.ndarray:
-        """Move boxes from the image frame to the network frame.
-
-        Args:
-            boxes_xyxy (np.ndarray): ``(N, 4)`` in pixels of the image.
-
-        Returns:
-            np.ndarray: ``(N, 4)`` float32 in pixels of the network's input.
-        """
+        """``(N, 4)`` float32: boxes of the image in pixels of the network's input."""
         scale = np.array(self.scale_xy * 2, dtype=np.float32)
         offset = np.array(self.offset_xy * 2, dtype=np.float32)
         return np.asarray(boxes_xyxy, dtype=np.float32) * scale + offset
 
     def axis_samplings(
-        self, map_hw: tuple[int, int]
+        self, map_hw: tuple[int, ...]
     ) -> tuple[AxisSampling, AxisSampling]:
-        """Where the image's rows and columns lie in a feature map.
+        """Where the image's rows and columns lie in the cells of a feature map.
 
-        Args:
-            map_hw (tuple): Height and width of the feature map, cells.
-
-        Returns:
-            tuple[AxisSampling, AxisSampling]: For the rows and for the columns.
-            Pixels outside the outermost cell centres take the outermost cell,
-            as ``F.interpolate(align_corners=False)`` does.
+        Pixels outside the outermost cell centres take the outermost cell, as
+        ``F.interpolate(align_corners=False)`` does.
         """
         cells_hw = cells_per_pixel(map_hw, self.network_hw)
-        rows, columns = (
-            _axis_sampling(
-                size=self.image_hw[axis],
-                scale=self.scale_xy[1 - axis] * cells_hw[axis],
-                offset=self.offset_xy[1 - axis] * cells_hw[axis],
-                num_cells=map_hw[axis],
-            )
-            for axis in (0, 1)
-        )
-        return rows, columns
+        samplings = []
+        for axis in (0, 1):
+            scale = self.scale_xy[1 - axis] * cells_hw[axis]
+            offset = self.offset_xy[1 - axis] * cells_hw[axis]
+            position = (np.arange(self.image_hw[axis]) + 0.5) * scale + offset - 0.5
+            position = np.clip(position, 0.0, map_hw[axis] - 1)
+            lower = np.floor(position).astype(np.int64)
+            upper = np.minimum(lower + 1, map_hw[axis] - 1)
+            samplings.append(AxisSampling(lower, upper, position - lower))
+        return samplings[0], samplings[1]
 
     def resample(self, maps: torch.Tensor) -> torch.Tensor:
         """Interpolate maps at the centres of the image's pixels.
@@ -182,29 +157,25 @@ class FrameTransform:
         Returns:
             Tensor: ``(K, H, W)``, same dtype and device, over the image frame.
         """
-        map_hw = (maps.shape[-2], maps.shape[-1])
-        if self._fills_network(map_hw):
-            return F.interpolate(
-                maps[None], self.image_hw, mode="bilinear", align_corners=False
-            )[0]
-        rows, columns = self.axis_samplings(map_hw)
-        return _lerp(_lerp(maps, rows, dim=1), columns, dim=2)
-
-    def _fills_network(self, map_hw: tuple[int, int]) -> bool:
-        """Whether the map's cells divide the image's frame evenly."""
+        map_hw = maps.shape[1:]
         cells_hw = cells_per_pixel(map_hw, self.network_hw)
-        return self.offset_xy == (0.0, 0.0) and all(
+        if self.offset_xy == (0.0, 0.0) and all(
             math.isclose(
                 self.image_hw[axis] * self.scale_xy[1 - axis] * cells_hw[axis],
                 map_hw[axis],
                 rel_tol=1e-9,
             )
             for axis in (0, 1)
-        )
+        ):  # the cells divide the image evenly
+            return F.interpolate(
+                maps[None], self.image_hw, mode="bilinear", align_corners=False
+            )[0]
+        rows, columns = self.axis_samplings(map_hw)
+        return _lerp(_lerp(maps, rows, dim=1), columns, dim=2)
 
 
 def cells_per_pixel(
-    map_hw: tuple[int, int], network_hw: tuple[int, int]
+    map_hw: tuple[int, ...], network_hw: tuple[int, int]
 ) -> tuple[float, float]:
     """Size of a network pixel in cells of a feature map, per axis.
 
@@ -218,14 +189,17 @@ def cells_per_pixel(
     return map_hw[0] / network_hw[0], map_hw[1] / network_hw[1]
 
 
-def _axis_sampling(
-    size: int, scale: float, offset: float, num_cells: int
-) -> AxisSampling:
-    position = (np.arange(size) + 0.5) * scale + offset - 0.5
-    position = np.clip(position, 0.0, num_cells - 1)
-    lower = np.floor(position).astype(np.int64)
-    upper = np.minimum(lower + 1, num_cells - 1)
-    return AxisSampling(lower, upper, position - lower)
+def _size(shape: Any, key: str) -> tuple[int, int]:
+    if shape is None:
+        raise _missing(key)
+    return int(shape[0]), int(shape[1])
+
+
+def _missing(key: str) -> VisConfigError:
+    return VisConfigError(
+        f"{key!r} is not packed by the test pipeline; add it to the meta_keys of "
+        "PackDetInputs"
+    )
 
 
 def _lerp(maps: torch.Tensor, sampling: AxisSampling, dim: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .attribution.saliency import FUSIONS
 from .attribution.targets import TARGETS, validate_target
 from .declare import Check, Options, option, refuse
 from .errors import ErrorPolicy, VisConfigError
-from .featmap import CHANNEL_REDUCTIONS, validate_reduction_options
+from .featmap import CHANNEL_REDUCTIONS
 from .network.layer_path import parse_layer_path
 from .render.heatmap import colormap_lut
 
@@ -114,7 +114,9 @@ def class_list(name: str, value: Any) -> tuple[str | int, ...]:
 
 
 def grid(name: str, value: Any) -> tuple[int, int]:
-    validate_reduction_options("select_max", 1, value)
+    is_pair = isinstance(value, Sequence) and len(value) == 2
+    if not is_pair or not all(is_int(n) and n > 0 for n in value):
+        raise refuse(name, value, "use two positive numbers, rows and columns")
     rows, columns = int(value[0]), int(value[1])
     if rows * columns > _MAX_TILES:
         raise refuse(name, value, f"use at most {_MAX_TILES} places in all")
@@ -246,7 +248,13 @@ class FeatMapOptions(_Seen):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate_reduction_options(self.channel_reduction, self.topk, self.arrangement)
+        rows, columns = self.arrangement
+        if self.channel_reduction is None and self.topk > rows * columns:
+            raise VisConfigError(
+                f"topk={self.topk} tiles do not fit arrangement={self.arrangement}, "
+                f"which has {rows * columns} places; set a larger arrangement such as "
+                f"({rows}, {-(-self.topk // rows)}), or topk={rows * columns}"
+            )
 
 
 @dataclass(frozen=True)

@@ -45,25 +45,22 @@ class Detections:
         labels: ``(N,)`` int64, indices into the classes.
     """
 
-    boxes_xyxy: np.ndarray = field(
-        default_factory=lambda: np.zeros((0, 4), dtype=np.float32)
-    )
-    scores: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
-    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    boxes_xyxy: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.scores)
 
 
 @dataclass(frozen=True)
-class VisSample:
-    """Everything that is needed to draw one image.
+class Sample:
+    """What is needed to draw one image, but for its maps.
 
     Attributes:
         image_id: Unique name of the image, safe in file names.
         image_rgb: ``(H, W, 3)`` uint8, RGB; the frame that is drawn on.
         frame: How a pixel of ``image_rgb`` lies in the network's input.
-        activations: Maps of the image, in the order of the layers and calls.
         detections: In pixels of ``image_rgb``.
         note: How ``image_rgb`` was made of an image that is not three 8-bit
             channels, a few words for the caption; empty otherwise.
@@ -72,9 +69,15 @@ class VisSample:
     image_id: str
     image_rgb: np.ndarray
     frame: FrameTransform
-    activations: tuple[Activation, ...]
     detections: Detections
-    note: str = ""
+    note: str = field(default="", kw_only=True)
+
+
+@dataclass(frozen=True)
+class VisSample(Sample):
+    """An image with its feature maps, in the order of the layers and calls."""
+
+    activations: tuple[Activation, ...]
 
 
 @dataclass(frozen=True)
@@ -125,36 +128,15 @@ class BoxExplanation:
 
 
 @dataclass(frozen=True)
-class BoxSample:
-    """Everything that is needed to draw the explanations of one image.
+class BoxSample(Sample):
+    """An image with what made some of its detections, the highest score first."""
 
-    Attributes:
-        image_id: Unique name of the image, safe in file names.
-        image_rgb: ``(H, W, 3)`` uint8, RGB; the frame that is drawn on.
-        frame: How a pixel of ``image_rgb`` lies in the network's input.
-        detections: In pixels of ``image_rgb``.
-        explanations: Of the detections that were asked about, the highest score
-            first.
-        note: How ``image_rgb`` was made of an image that is not three 8-bit
-            channels, a few words for the caption; empty otherwise.
-    """
-
-    image_id: str
-    image_rgb: np.ndarray
-    frame: FrameTransform
-    detections: Detections
     explanations: tuple[BoxExplanation, ...]
-    note: str = ""
 
 
 @dataclass(frozen=True)
 class VisImage:
-    """One finished picture.
-
-    Attributes:
-        image_id: Unique name of the image, safe in file names.
-        image_rgb: ``(H, W, 3)`` uint8, RGB.
-    """
+    """One finished picture, ``(H, W, 3)`` uint8, RGB, with the name of its image."""
 
     image_id: str
     image_rgb: np.ndarray

@@ -20,7 +20,6 @@ from .data.samples import labels_of
 from .declare import read_options
 from .errors import VisConfigError
 from .options import BoxAMOptions, class_list
-from .publish.entries import page_entry
 from .publish.files import (
     PICTURE_SUFFIXES,
     encode,
@@ -28,20 +27,11 @@ from .publish.files import (
     write_image,
     write_whole,
 )
-from .publish.html_page import HtmlPage, PageEntry
+from .publish.html_page import HtmlPage
 from .records import Activation, BoxExplanation, BoxSample, Detections, VisSample
 from .render.boxam_panel import BoxAMPanel
 from .render.boxes import class_name
 from .render.featmap_panel import FeatMapPanel
-
-# Options that a finished result can still be drawn with.
-_BOXAM_DRAWING = (
-    "scope", "fusion", "normalize_layers", "smooth", "norm_in_bbox", "alpha",
-    "colormap", "score_thr",
-)  # fmt: skip
-_FEATMAP_DRAWING = (
-    "channel_reduction", "topk", "arrangement", "alpha", "colormap", "score_thr",
-)  # fmt: skip
 
 # A notebook keeps what it shows.
 _SHOWN_QUALITY = 90
@@ -139,11 +129,15 @@ class _Result(Sequence[Item], Generic[Item]):
     """What explanations and feature maps of an image share."""
 
     _items: tuple[Item, ...]
-    _sample: Any
-    _look: Look
-    _drawing: tuple[str, ...]
-    _fades: bool
     _panel_kind: type
+    _page_title: str
+    _fades: bool
+    # Options that a finished result can still be drawn with.
+    _drawing: tuple[str, ...]
+
+    def __init__(self, sample: Any, look: Look) -> None:
+        self._sample = sample
+        self._look = look
 
     @property
     def image_id(self) -> str:
@@ -200,7 +194,14 @@ class _Result(Sequence[Item], Generic[Item]):
         Raises:
             VisConfigError: If an option cannot work, or would need another look.
         """
-        return self._panel(options)(self._sample)
+        read_options(f"{type(self).__name__}.draw", options, type(self.options))
+        other = sorted(set(options) - set(self._drawing))
+        if other:
+            raise VisConfigError(
+                f"{other[0]}={options[other[0]]!r} cannot work in draw(): the image "
+                "must be looked at again; give it to explain() or feature_maps()"
+            )
+        return self._panel(**options)(self._sample)
 
     def save(self, path: str | os.PathLike) -> list[Path]:
         """Write the picture, the numbers and a page to look through.
@@ -216,26 +217,22 @@ class _Result(Sequence[Item], Generic[Item]):
         """
         path = Path(path)
         suffix = path.suffix.lower()
-        if path.is_dir():
-            return save_all([self], path)
-        if suffix in (".npz", ".json", *PICTURE_SUFFIXES):
-            make_writable(path.parent)
+        if path.is_dir() or not suffix:
+            return Gallery([self]).save(path)
+        if suffix not in (".npz", ".json", *PICTURE_SUFFIXES):
+            raise VisConfigError(
+                f"path={str(path)!r} cannot work: use a folder, or a name that ends in "
+                f".npz, .json, {', '.join(PICTURE_SUFFIXES)}"
+            )
+        make_writable(path.parent)
         if suffix == ".npz":
             data = BytesIO()
             np.savez_compressed(data, **self.arrays())  # type: ignore[arg-type]
             write_whole(path, data.getvalue())
         elif suffix == ".json":
-            text = json.dumps(self.to_coco(), indent=1)
-            write_whole(path, text.encode())
-        elif suffix in PICTURE_SUFFIXES:
-            write_image(str(path), self.draw())
-        elif suffix:
-            raise VisConfigError(
-                f"path={str(path)!r} cannot work: use a folder, or a name that ends in "
-                f".npz, .json, {', '.join(PICTURE_SUFFIXES)}"
-            )
+            write_whole(path, json.dumps(self.to_coco(), indent=1).encode())
         else:
-            return save_all([self], path)
+            write_image(str(path), self.draw())
         return [path]
 
     def to_coco(self) -> list[dict[str, Any]]:
@@ -245,50 +242,26 @@ class _Result(Sequence[Item], Generic[Item]):
             list[dict]: ``image_id``, ``category_id`` (the label), ``category_name``,
             ``bbox`` as x, y, width, height in pixels of the image, and ``score``.
         """
-        found = self.detections
-        return [
-            self._coco(int(label), float(score), box)
-            for label, score, box in zip(found.labels, found.scores, found.boxes_xyxy)
-        ]
+        return [self._coco(i) for i in range(len(self.detections))]
 
-    def _coco(self, label: int, score: float, box: np.ndarray) -> dict[str, Any]:
-        x1, y1, x2, y2 = (float(v) for v in box)
+    def _coco(self, index: int) -> dict[str, Any]:
+        label = int(self.detections.labels[index])
+        x1, y1, x2, y2 = self.detections.boxes_xyxy[index].tolist()
         return {
             "image_id": self.image_id,
             "category_id": label,
             "category_name": class_name(label, self._look.class_names),
             "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
-            "score": round(score, 5),
+            "score": round(float(self.detections.scores[index]), 5),
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What goes into the NPZ file."""
         raise NotImplementedError
 
-    def page_entry(self, picture: str = "", order: int = 0) -> PageEntry:
-        """The image as a page of results shows it.
-
-        Args:
-            picture (str): Path of the finished picture, relative to the page.
-                Defaults to '', none.
-            order (int): Place on the page. Defaults to 0.
-        """
-        return page_entry(
-            self._sample, self._panel({}), self._look.class_names, picture, order
-        )
-
-    def _panel(self, options: Mapping[str, Any]) -> Any:
-        kind = type(self._look.options)
-        read_options(f"{type(self).__name__}.draw", options, kind)
-        other = sorted(set(options) - set(self._drawing))
-        if other:
-            raise VisConfigError(
-                f"{other[0]}={options[other[0]]!r} cannot work in draw(): the image "
-                "must be looked at again; give it to explain() or feature_maps()"
-            )
-        changed = dataclasses.replace(self._look.options, **options)
-        look = self._look
-        return self._panel_kind(changed, look.class_names, look.palette)
+    def _panel(self, **options: Any) -> Any:
+        changed = dataclasses.replace(self.options, **options)
+        return self._panel_kind(changed, self._look.class_names, self._look.palette)
 
     def _subset(self, indices: Sequence[int]) -> Any:
         raise NotImplementedError
@@ -311,13 +284,14 @@ class Explanations(_Result[Explanation]):
     It has a length, is indexed by number, and shows itself in a notebook.
     """
 
-    _drawing = _BOXAM_DRAWING
-    _fades = True
-    _panel_kind = BoxAMPanel
+    _panel_kind, _page_title, _fades = BoxAMPanel, "Box activation maps", True
+    _drawing = (
+        "scope", "fusion", "normalize_layers", "smooth", "norm_in_bbox", "alpha",
+        "colormap", "score_thr",
+    )  # fmt: skip
 
     def __init__(self, sample: BoxSample, look: Look) -> None:
-        self._sample = sample
-        self._look = look
+        super().__init__(sample, look)
         self._items = tuple(self._explanation(e) for e in sample.explanations)
 
     def of_class(self, *names: str | int) -> Explanations:
@@ -352,35 +326,30 @@ class Explanations(_Result[Explanation]):
     def to_coco(self) -> list[dict[str, Any]]:
         """The explained detections as COCO's results, with ``layer`` and ``note``."""
         return [
-            {
-                **self._coco(e.label, e.score, e.box_xyxy),
-                "layer": e.layer,
-                "note": e.note,
-            }
+            {**self._coco(e._record.index), "layer": e.layer, "note": e.note}
             for e in self
         ]
 
     def _explanation(self, record: BoxExplanation) -> Explanation:
-        found = self._sample.detections
+        found = self.detections
         label = int(found.labels[record.index])
         return Explanation(
             class_name=class_name(label, self._look.class_names),
             label=label,
             score=float(found.scores[record.index]),
             box_xyxy=found.boxes_xyxy[record.index],
-            layer=", ".join(m.layer for m in record.maps),
+            layer=record.layer,
             raw_maps={m.layer: m.saliency for m in record.maps},
             note=record.warning,
             _record=record,
             _sample=self._sample,
-            _options=self._look.options,
+            _options=self.options,
         )
 
     def _subset(self, indices: Sequence[int]) -> Explanations:
         kept = tuple(self._sample.explanations[n] for n in indices)
-        return Explanations(
-            dataclasses.replace(self._sample, explanations=kept), self._look
-        )
+        sample = dataclasses.replace(self._sample, explanations=kept)
+        return Explanations(sample, self._look)
 
     def _words(self) -> list[str]:
         return [f"{e.class_name} {e.score:.2f}" for e in self] or ["no box"]
@@ -389,13 +358,13 @@ class Explanations(_Result[Explanation]):
 class FeatureMaps(_Result[FeatureMap]):
     """Feature maps of an image, in the order of the layers and their calls."""
 
-    _drawing = _FEATMAP_DRAWING
-    _fades = False
-    _panel_kind = FeatMapPanel
+    _panel_kind, _page_title, _fades = FeatMapPanel, "Feature maps", False
+    _drawing = (
+        "channel_reduction", "topk", "arrangement", "alpha", "colormap", "score_thr",
+    )  # fmt: skip
 
     def __init__(self, sample: VisSample, look: Look) -> None:
-        self._sample = sample
-        self._look = look
+        super().__init__(sample, look)
         self._items = tuple(FeatureMap(a.title, _numpy(a)) for a in sample.activations)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -404,62 +373,55 @@ class FeatureMaps(_Result[FeatureMap]):
 
     def _subset(self, indices: Sequence[int]) -> FeatureMaps:
         kept = tuple(self._sample.activations[n] for n in indices)
-        return FeatureMaps(
-            dataclasses.replace(self._sample, activations=kept), self._look
-        )
+        sample = dataclasses.replace(self._sample, activations=kept)
+        return FeatureMaps(sample, self._look)
 
     def _words(self) -> list[str]:
         return [f"{m.layer} {' x '.join(map(str, m.values.shape))}" for m in self]
 
 
-Result = TypeVar("Result", Explanations, FeatureMaps)
-
-
-class Gallery(list, Generic[Result]):
-    """Results of several images."""
+class Gallery(list):
+    """Results of several images, of one kind and with names of their own."""
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
         return Gallery(found) if isinstance(index, slice) else found
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
-        """Write all of them and one page to look through, as a single result does."""
-        return save_all(self, Path(folder))
+        """Write all of them and one page to look through, as a single result does.
+
+        Returns:
+            list[Path]: The files, the page first.
+        """
+        if not self:
+            raise VisConfigError("there is no result to save; look at an image first")
+        folder, first = Path(folder), self[0]
+        page = HtmlPage(
+            folder,
+            title=first._page_title,
+            colormap=first.options.colormap,
+            fade=first._fades,
+            alpha=first.options.alpha,
+        )
+        files: list[Path] = []
+        for order, result in enumerate(self):
+            name = page.files.free_name(result.image_id)
+            for suffix in (".jpg", ".npz", ".json"):
+                files += result.save(folder / f"{name}{suffix}")
+                page.files.adopt(f"{name}{suffix}")
+            page.add(
+                result._sample,
+                result._panel(),
+                name=name,
+                title=result.image_id,
+                picture=f"{name}.jpg",
+                order=order,
+            )
+        return [page.write(), *files]
 
     def _repr_html_(self) -> str:
         pictures = (b64encode(result._repr_jpeg_()).decode() for result in self)
         return "".join(f'<img src="data:image/jpeg;base64,{p}">' for p in pictures)
-
-
-def save_all(results: Sequence[Any], folder: Path) -> list[Path]:
-    """Write pictures, numbers and a page of results.
-
-    Args:
-        results (Sequence): Of one kind, with names of their own.
-        folder (Path): Made if it is missing.
-
-    Returns:
-        list[Path]: The files, the page first.
-    """
-    if not results:
-        raise VisConfigError("there is no result to save; look at an image first")
-    options = results[0].options
-    page = HtmlPage(
-        folder,
-        title="Box activation maps" if results[0]._fades else "Feature maps",
-        colormap=options.colormap,
-        fade=results[0]._fades,
-        alpha=options.alpha,
-    )
-    files: list[Path] = []
-    for order, result in enumerate(results):
-        name = page.files.free_name(result.image_id)
-        for suffix in (".jpg", ".npz", ".json"):
-            files += result.save(folder / f"{name}{suffix}")
-            page.files.adopt(f"{name}{suffix}")
-        entry = result.page_entry(f"{name}.jpg", order)
-        page.add(dataclasses.replace(entry, name=name))
-    return [Path(page.write()), *files]
 
 
 def _numpy(activation: Activation) -> np.ndarray:

@@ -115,7 +115,7 @@ class SampleMaker:
             detections = _to_network(detections_of(output), inputs, metainfo)
         else:
             detections = self._found_in_network(inputs, metainfo)
-        return VisSample(image_id, image_rgb, frame, activations, detections, note)
+        return VisSample(image_id, image_rgb, frame, detections, activations, note=note)
 
     def _picture(
         self,
@@ -222,7 +222,9 @@ class BoxSampleMaker(SampleMaker):
         if leads_there:
             detections = _to_network(detections, inputs, metainfo)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
-        return BoxSample(image_id, image_rgb, frame, detections, explanations, note)
+        return BoxSample(
+            image_id, image_rgb, frame, detections, explanations, note=note
+        )
 
 
 def _slot_of(record: ForwardRecord, image_id: str, position: int) -> int:

@@ -49,8 +49,10 @@ FEATMAP: list[tuple[dict[str, Any], str]] = [
     (dict(channel_reduction="mean"), "channel_reduction='mean'"),
     (dict(channel_reduction=np.zeros(2)), "channel_reduction="),
     (dict(channel_reduction=None, topk=0), "topk=0"),
-    (dict(channel_reduction=None, topk=5), "arrangement"),
-    (dict(arrangement=(2,)), "arrangement"),
+    (dict(channel_reduction=None, topk=5), r"topk=5 .* 4 places.*\(2, 3\)"),
+    (dict(arrangement=(2,)), r"arrangement=\(2,\).*rows and columns"),
+    (dict(arrangement=(2, 0)), r"arrangement=\(2, 0\)"),
+    (dict(arrangement="22"), "arrangement='22'"),
     (dict(arrangement=(1000, 1000)), "arrangement.*at most 1024"),
 ]
 BOXAM: list[tuple[dict[str, Any], str]] = [

@@ -57,7 +57,6 @@ from mmyolo_vis_hooks.detector import (
 )
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
-from mmyolo_vis_hooks.publish.entries import page_entry
 from mmyolo_vis_hooks.publish.files import (
     PICTURE_SUFFIXES,
     make_writable,
@@ -364,11 +363,8 @@ class Demo:
                 file = page.write_picture(sample.image_id, picture_rgb)
             if page is not None:
                 path = os.path.relpath(file, self.args.out_dir)
-                page.add(
-                    page_entry(
-                        sample, panel, self.class_names, path, number, image.title
-                    )
-                )
+                texts = dict(name=sample.image_id, title=image.title, picture=path)
+                page.add(sample, panel, order=number, **texts)
             return picture_rgb if self.args.show else None
 
         def finish(

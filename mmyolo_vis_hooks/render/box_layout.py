@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,67 +19,55 @@ _GOOD_ASPECT = 1.4
 _CAPTION_HEIGHT = 50
 
 
-@dataclass(frozen=True)
-class PanelLayout:
-    """How panels are laid out below two large pictures, or beside one.
+def panel_layout(
+    count: int, picture_hw: tuple[int, int], gutter: int, max_cell_size: int
+) -> tuple[int, tuple[int, int]]:
+    """Columns of panels that fill the width of two large pictures and suit a screen.
 
-    Attributes:
-        columns: Panels in a row.
-        panel_hw: Room of a panel's picture.
+    Args:
+        count (int): Number of panels; a single one is as large as a picture.
+        picture_hw (tuple): Size of a large picture.
+        gutter (int): White pixels between pictures.
+        max_cell_size (int): Longest side of a panel, pixels.
+
+    Returns:
+        tuple: Panels in a row, and the height and width that each has.
     """
+    picture_h, picture_w = picture_hw
+    if count < 2:
+        return 1, picture_hw
+    aspect = _window_aspect(picture_hw)
+    inner = max(picture_w, MIN_COLUMN_WIDTH) + gutter + picture_w
+    layouts: list[tuple[float, int, tuple[int, int]]] = []
+    for columns in range(2, min(count, _MAX_COLUMNS) + 1):
+        width = (inner - (columns - 1) * gutter) // columns
+        if width < _MIN_PANEL_WIDTH and layouts:
+            break
+        panel_w = max(1, min(width, max_cell_size, round(max_cell_size * aspect)))
+        panel_h = max(1, round(panel_w / aspect))
+        rows = math.ceil(count / columns)
+        height = picture_h + rows * (panel_h + _CAPTION_HEIGHT)
+        cost = abs(math.log(inner / height / _GOOD_ASPECT)) + gap_cost(count, columns)
+        layouts.append((cost, columns, (panel_h, panel_w)))
+    return min(layouts)[1:]
 
-    columns: int
-    panel_hw: tuple[int, int]
 
-    @classmethod
-    def of(
-        cls, count: int, picture_hw: tuple[int, int], gutter: int, max_cell_size: int
-    ) -> PanelLayout:
-        """Columns that fill the width of the large pictures and suit a screen.
-
-        Args:
-            count (int): Number of panels.
-            picture_hw (tuple): Size of a large picture; the only panel gets it, too.
-            gutter (int): White pixels between pictures.
-            max_cell_size (int): Longest side of a panel, pixels.
-        """
-        picture_h, picture_w = picture_hw
-        if count < 2:
-            return cls(1, picture_hw)
-        aspect = _window_aspect(picture_hw)
-        inner = max(picture_w, MIN_COLUMN_WIDTH) + gutter + picture_w
-        layouts: list[tuple[float, int, PanelLayout]] = []
-        for columns in range(2, min(count, _MAX_COLUMNS) + 1):
-            width = (inner - (columns - 1) * gutter) // columns
-            if width < _MIN_PANEL_WIDTH and layouts:
-                break
-            panel_w = max(1, min(width, max_cell_size, round(max_cell_size * aspect)))
-            panel_h = max(1, round(panel_w / aspect))
-            rows = math.ceil(count / columns)
-            height = picture_h + rows * (panel_h + _CAPTION_HEIGHT)
-            cost = abs(math.log(inner / height / _GOOD_ASPECT))
-            cost += gap_cost(count, columns)
-            layouts.append((cost, columns, cls(columns, (panel_h, panel_w))))
-        return min(layouts, key=lambda entry: entry[:2])[2]
-
-    def picture_size_hw(self, window_hw: tuple[int, int]) -> tuple[int, int]:
-        """Size at which a part of the image is drawn: as large as there is room."""
-        scale = min(room / size for room, size in zip(self.panel_hw, window_hw))
-        height, width = (max(1, round(size * scale)) for size in window_hw)
-        # Windows are whole pixels; panels that differ by one would look careless.
-        if height > 0.98 * self.panel_hw[0] and width > 0.98 * self.panel_hw[1]:
-            return self.panel_hw
-        return height, width
+def panel_size_hw(
+    window_hw: tuple[int, int], panel_hw: tuple[int, int]
+) -> tuple[int, int]:
+    """Size at which a part of the image is drawn: as large as there is room."""
+    scale = min(room / size for room, size in zip(panel_hw, window_hw))
+    height, width = (max(1, round(size * scale)) for size in window_hw)
+    # Windows are whole pixels; panels that differ by one would look careless.
+    if height > 0.98 * panel_hw[0] and width > 0.98 * panel_hw[1]:
+        return panel_hw
+    return height, width
 
 
 def crop_window(
     box_xyxy: np.ndarray, image_hw: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """The part of an image that shows a box with what is around it.
-
-    Args:
-        box_xyxy (np.ndarray): ``(4,)``, pixels of the image.
-        image_hw (tuple): Height and width of the image, pixels.
+    """The part of an image that shows a box, ``(4,)``, with what is around it.
 
     Returns:
         tuple[int, int, int, int]: x1, y1, x2, y2 within the image. All windows of

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,8 @@ import numpy as np
 
 from ..attribution.methods import caption_of
 from ..attribution.saliency import box_saliency, saliency_range
-from ..geometry import FrameTransform
 from ..records import BoxExplanation, BoxSample, OverlayMap
-from .box_layout import PanelLayout, crop_window
+from .box_layout import crop_window, panel_layout, panel_size_hw
 from .boxes import class_name, outline_boxes
 from .colorbar import ColorScale
 from .heatmap import fade_heatmap
@@ -28,7 +26,6 @@ from .overview import (
     joined,
     overview_cell,
     resized_boxes,
-    resized_frame,
 )
 
 if TYPE_CHECKING:
@@ -57,12 +54,12 @@ class BoxAMPanel:
 
     Args:
         options (BoxAMOptions): What is drawn and how.
-        class_names (Sequence[str]): Names of the classes. Defaults to none.
+        class_names (Sequence[str]): Names of the classes; may be empty.
         palette (Sequence, optional): RGB of the classes, as in a data set's
             ``dataset_meta``. Defaults to None, colours that are easy to tell
             apart.
         max_cell_size (int): Longest side of a picture in the panel, pixels; a
-            small image is enlarged. Defaults to 1024.
+            small image is enlarged.
     """
 
     options: BoxAMOptions
@@ -70,16 +67,8 @@ class BoxAMPanel:
     palette: Sequence[Sequence[int]] | None = None
     max_cell_size: int = 1024
 
-    @property
-    def _caption(self) -> str:
-        return caption_of(self.options.method, self.options.target)
-
     def __call__(self, sample: BoxSample) -> np.ndarray:
-        """Draw one image.
-
-        Args:
-            sample (BoxSample): The image, its boxes and their maps; nothing of it
-                is modified.
+        """Draw one image; nothing of the sample is modified.
 
         Returns:
             np.ndarray: ``(H, W, 3)`` uint8, RGB. Without an explained box only the
@@ -89,73 +78,61 @@ class BoxAMPanel:
         num_panels = 0 if self.options.scope == "image" else len(groups)
         many = num_panels > _MANY_PANELS
         least = _MIN_PICTURE_SIZE_OF_MANY if many else _MIN_PICTURE_SIZE
-        image_hw = sample.image_rgb.shape[:2]
-        drawing = self._drawing(
-            sample, cell_size_hw(image_hw, self.max_cell_size, least)
-        )
-        first = overview_cell(
-            sample,
-            drawing.picture_rgb,
-            score_thr=self.options.score_thr,
-            class_names=self.class_names,
-            palette=self.palette,
-            explained={e.index for e in sample.explanations},
-            numbers=drawing.numbers,
-        )
+        size_hw = cell_size_hw(sample.image_rgb.shape[:2], self.max_cell_size, least)
+        picture_rgb = resize_image(sample.image_rgb, size_hw)
+        explained = [e.index for e in sample.explanations]
+        numbers = self._numbers(sample)
+        first = overview_cell(sample, picture_rgb, self, explained, numbers)
         if not groups:
             return montage([first])
-        picture_hw = drawing.picture_rgb.shape[:2]
-        gutter = gutter_of(picture_hw)
-        layout = PanelLayout.of(num_panels, picture_hw, gutter, self.max_cell_size)
-        joint_map = np.zeros(picture_hw, np.float32)
+        gutter = gutter_of(size_hw)
+        columns, panel_hw = panel_layout(
+            num_panels, size_hw, gutter, self.max_cell_size
+        )
+        joint_map = np.zeros(size_hw, np.float32)
         num_silent = 0
         panels: list[Cell] = []
-        for group in groups:
-            group_map, silent = self._group_map(group, drawing)
+        for group, group_map, silent in self._group_maps(sample, size_hw):
             np.maximum(joint_map, group_map, out=joint_map)
             num_silent += silent
             if num_panels:
-                panels.append(self._panel(group, group_map, silent, drawing, layout))
+                picture = self._part(sample, group, group_map, panel_hw, columns == 1)
+                texts = self._group_texts(sample, group, silent, numbers)
+                scale = self._scale(silent < len(group), _UNIT if columns == 1 else "")
+                panels.append(Cell(picture, *texts, scale))
         if len(panels) == 1:
-            return montage([first, *panels], (1, 2), gutter=gutter)
-        second = self._joint_cell(joint_map, num_silent, drawing)
-        above = montage([first, second], (1, 2), gutter=gutter)
-        if not panels:
-            return above
-        rows = math.ceil(len(panels) / layout.columns)
-        below = montage(panels, (rows, layout.columns), gutter=gutter)
-        return _stacked(above, below)
+            return montage([first, *panels], 2, gutter=gutter)
+        second = self._joint_cell(sample, picture_rgb, joint_map, num_silent)
+        rows = [montage([first, second], 2, gutter=gutter)]
+        if panels:
+            rows.append(montage(panels, columns, gutter=gutter))
+        width = max(row.shape[1] for row in rows)
+        gaps = [((0, 0), (0, width - row.shape[1]), (0, 0)) for row in rows]
+        padded = [np.pad(r, g, constant_values=255) for r, g in zip(rows, gaps)]
+        return np.concatenate(padded)
 
-    def overlay_maps(
-        self, sample: BoxSample, max_size: int = MAX_OVERLAY_SIZE
-    ) -> tuple[OverlayMap, ...]:
-        """The maps by themselves: of all explained boxes, then of each box or class.
-
-        Args:
-            sample (BoxSample): As for a picture.
-            max_size (int): Longest side of a map, pixels. Defaults to 480.
-        """
+    def overlay_maps(self, sample: BoxSample) -> tuple[OverlayMap, ...]:
+        """The maps by themselves: of all explained boxes, then of each box or class."""
         if not sample.explanations:
             return ()
-        size_hw = cell_size_hw(sample.image_rgb.shape[:2], max_size)
-        drawing = self._drawing(sample, size_hw)
+        size_hw = cell_size_hw(sample.image_rgb.shape[:2], MAX_OVERLAY_SIZE)
+        numbers = self._numbers(sample)
         joint_map = np.zeros(size_hw, np.float32)
         maps: list[OverlayMap] = []
-        for group in self._groups(sample):
-            group_map, silent = self._group_map(group, drawing)
+        for group, group_map, silent in self._group_maps(sample, size_hw):
             np.maximum(joint_map, group_map, out=joint_map)
             if self.options.scope != "image":
-                title, note = self._group_texts(group, silent, drawing)
+                title, note = self._group_texts(sample, group, silent, numbers)
                 maps.append(OverlayMap(title, note, _levels(group_map), group[0].index))
         title = _explained(len(sample.explanations))
         return (OverlayMap(title, self._caption, _levels(joint_map)), *maps)
 
-    def _groups(self, sample: BoxSample) -> list[list[BoxExplanation]]:
-        """The explanations that share a panel, in the order of their best box.
+    @property
+    def _caption(self) -> str:
+        return caption_of(self.options.method, self.options.target)
 
-        One at a time is turned into a map: a hundred maps at the size of the
-        picture would take hundreds of megabytes.
-        """
+    def _groups(self, sample: BoxSample) -> list[list[BoxExplanation]]:
+        """The explanations that share a panel, in the order of their best box."""
         if self.options.scope != "class":
             return [[explanation] for explanation in sample.explanations]
         by_class: dict[int, list[BoxExplanation]] = {}
@@ -164,118 +141,120 @@ class BoxAMPanel:
             by_class.setdefault(label, []).append(explanation)
         return list(by_class.values())
 
-    def _drawing(self, sample: BoxSample, size_hw: tuple[int, int]) -> _Drawing:
-        found, image_hw = sample.detections, sample.image_rgb.shape[:2]
-        explained = [e.index for e in sample.explanations]
+    def _numbers(self, sample: BoxSample) -> dict[int, int]:
+        """Places of the explained boxes that are written as another one is."""
+        if self.options.scope != "box":
+            return {}
+        found, explained = sample.detections, [e.index for e in sample.explanations]
         written = [(int(c), f"{s:.2f}") for c, s in zip(found.labels, found.scores)]
-        visible = {
-            *explained,
-            *np.flatnonzero(found.scores > self.options.score_thr).tolist(),
-        }
-        alike = Counter(written[index] for index in visible)
-        numbers = {
-            index: number
-            for number, index in enumerate(explained, 1)
-            if self.options.scope == "box" and alike[written[index]] > 1
-        }
-        return _Drawing(
-            sample,
-            resize_image(sample.image_rgb, size_hw),
-            resized_frame(sample.frame, size_hw),
-            resized_boxes(found.boxes_xyxy, image_hw, size_hw),
-            numbers,
-        )
+        drawn = np.flatnonzero(found.scores > self.options.score_thr).tolist()
+        alike = Counter(written[index] for index in {*explained, *drawn})
+        places = enumerate(explained, 1)
+        return {index: n for n, index in places if alike[written[index]] > 1}
 
-    def _group_map(
-        self, group: Sequence[BoxExplanation], drawing: _Drawing
-    ) -> tuple[np.ndarray, int]:
-        """The largest of some boxes' maps, and how many of these are zero."""
-        group_map = np.zeros(drawing.picture_rgb.shape[:2], np.float32)
-        silent = 0
-        for explanation in group:
-            box_map = box_saliency(
-                explanation,
-                drawing.frame,
-                drawing.boxes_xyxy[explanation.index],
-                smooth=self.options.sigma,
-                fusion=self.options.fusion,
-                normalize_layers=self.options.normalize_layers,
-                norm_in_bbox=self.options.norm_in_bbox,
-            )
-            silent += not box_map.any()
-            np.maximum(group_map, box_map, out=group_map)
-        return group_map, silent
+    def _group_maps(
+        self, sample: BoxSample, size_hw: tuple[int, int]
+    ) -> Iterator[tuple[list[BoxExplanation], np.ndarray, int]]:
+        """Each group, the largest of its boxes' maps, and how many of these are zero.
+
+        One at a time: a hundred maps at the size of the picture would take hundreds
+        of megabytes.
+        """
+        image_hw, found = sample.image_rgb.shape[:2], sample.detections
+        frame = sample.frame.resized(size_hw)
+        boxes_xyxy = resized_boxes(found.boxes_xyxy, image_hw, size_hw)
+        for group in self._groups(sample):
+            group_map = np.zeros(size_hw, np.float32)
+            silent = 0
+            for explanation in group:
+                box_map = box_saliency(
+                    explanation,
+                    frame,
+                    boxes_xyxy[explanation.index],
+                    smooth=self.options.sigma,
+                    fusion=self.options.fusion,
+                    normalize_layers=self.options.normalize_layers,
+                    norm_in_bbox=self.options.norm_in_bbox,
+                )
+                silent += not box_map.any()
+                np.maximum(group_map, box_map, out=group_map)
+            yield group, group_map, silent
 
     def _joint_cell(
-        self, joint_map: np.ndarray, num_silent: int, drawing: _Drawing
+        self,
+        sample: BoxSample,
+        picture_rgb: np.ndarray,
+        joint_map: np.ndarray,
+        num_silent: int,
     ) -> Cell:
-        explanations = drawing.sample.explanations
-        overlay = self._overlay(joint_map, drawing.picture_rgb)
-        outline_boxes(overlay, [drawing.boxes_xyxy[e.index] for e in explanations])
-        count = len(explanations)
+        overlay = self._overlay(joint_map, picture_rgb)
+        boxes = sample.detections.boxes_xyxy[[e.index for e in sample.explanations]]
+        image_hw, count = sample.image_rgb.shape[:2], len(boxes)
+        outline_boxes(overlay, resized_boxes(boxes, image_hw, picture_rgb.shape[:2]))
         whose = "the map" if count == 1 else "each box's map"
-        how = (
-            "inside its box divided by its maximum there"
-            if self.options.norm_in_bbox
-            else "divided by its maximum"
-        )
-        notes = [self._caption, f"{whose} {how}"]
-        if count > 1:
-            notes.append("the largest at each pixel")
-        notes.append(_silence(num_silent, count))
-        scale = (
-            ColorScale(self.options.colormap, label=_UNIT)
-            if num_silent < count
-            else None
-        )
+        how = "divided by its maximum"
+        if self.options.norm_in_bbox:
+            how = "inside its box divided by its maximum there"
+        notes = [
+            self._caption,
+            f"{whose} {how}",
+            "the largest at each pixel" if count > 1 else "",
+            _silence(num_silent, count),
+        ]
+        scale = self._scale(num_silent < count, _UNIT)
         return Cell(overlay, _explained(count), joined(notes), scale)
 
-    def _panel(
+    def _part(
         self,
+        sample: BoxSample,
         group: Sequence[BoxExplanation],
         group_map: np.ndarray,
-        num_silent: int,
-        drawing: _Drawing,
-        layout: PanelLayout,
-    ) -> Cell:
+        panel_hw: tuple[int, int],
+        alone: bool,
+    ) -> np.ndarray:
         """Part of the image with the heat and the outlines of some boxes."""
-        sample = drawing.sample
-        image_hw = sample.image_rgb.shape[:2]
-        boxes = [sample.detections.boxes_xyxy[e.index] for e in group]
-        alone = layout.columns == 1
-        window = (0, 0, image_hw[1], image_hw[0])
+        image_h, image_w = image_hw = sample.image_rgb.shape[:2]
+        boxes = sample.detections.boxes_xyxy[[e.index for e in group]]
+        x1, y1, x2, y2 = 0, 0, image_w, image_h
         if self.options.scope == "box":
-            shown = drawing.with_heat(boxes[0], group_map) if alone else boxes[0]
-            window = crop_window(shown, image_hw)
-        x1, y1, x2, y2 = window
-        size_hw = layout.picture_size_hw((y2 - y1, x2 - x1))
+            shown = _with_heat(boxes[0], group_map, image_hw) if alone else boxes[0]
+            x1, y1, x2, y2 = crop_window(shown, image_hw)
+        window_hw = y2 - y1, x2 - x1
+        size_hw = panel_size_hw(window_hw, panel_hw)
         crop = resize_image(sample.image_rgb[y1:y2, x1:x2], size_hw)
-        overlay = self._overlay(drawing.map_in(group_map, window, size_hw), crop)
-        window_hw = (y2 - y1, x2 - x1)
+        to_map = np.array([group_map.shape[1] / image_w, group_map.shape[0] / image_h])
+        step = np.array([(x2 - x1) / size_hw[1], (y2 - y1) / size_hw[0]]) * to_map
+        # OpenCV counts from the centre of the first pixel.
+        start = np.array([x1, y1]) * to_map + 0.5 * step - 0.5
+        heat = cv2.warpAffine(
+            group_map,
+            np.array([[step[0], 0, start[0]], [0, step[1], start[1]]]),
+            size_hw[::-1],
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        overlay = self._overlay(heat, crop)
         outline_boxes(
-            overlay,
-            [resized_boxes(b - (x1, y1, x1, y1), window_hw, size_hw) for b in boxes],
+            overlay, resized_boxes(boxes - (x1, y1, x1, y1), window_hw, size_hw)
         )
-        scale = (
-            ColorScale(self.options.colormap, label=_UNIT if alone else "")
-            if num_silent < len(group)
-            else None
-        )
-        return Cell(overlay, *self._group_texts(group, num_silent, drawing), scale)
+        return overlay
 
     def _overlay(self, saliency: np.ndarray, image_rgb: np.ndarray) -> np.ndarray:
-        return fade_heatmap(
-            saliency,
-            image_rgb,
-            alpha=self.options.alpha,
-            colormap=self.options.colormap,
-        )
+        alpha, colormap = self.options.alpha, self.options.colormap
+        return fade_heatmap(saliency, image_rgb, alpha=alpha, colormap=colormap)
+
+    def _scale(self, has_heat: bool, label: str) -> ColorScale | None:
+        return ColorScale(self.options.colormap, label=label) if has_heat else None
 
     def _group_texts(
-        self, group: Sequence[BoxExplanation], num_silent: int, drawing: _Drawing
+        self,
+        sample: BoxSample,
+        group: Sequence[BoxExplanation],
+        num_silent: int,
+        numbers: Mapping[int, int],
     ) -> tuple[str, str]:
         """Title and note of a box or class."""
-        sample, first = drawing.sample, group[0]
+        first = group[0]
         name = class_name(int(sample.detections.labels[first.index]), self.class_names)
         notes = [self._caption]
         if self.options.scope == "class":
@@ -285,27 +264,23 @@ class BoxAMPanel:
             notes += sorted({e.warning for e in group})
             return f"{name} ({count_boxes(len(group))})", joined(notes)
         title = f"{name} {sample.detections.scores[first.index]:.2f}"
-        if first.index in drawing.numbers:
-            title += f" #{drawing.numbers[first.index]}"
-        notes += self._layer_notes(first, sample.frame)
+        if first.index in numbers:
+            title += f" #{numbers[first.index]}"
+        notes += self._layer_notes(sample, first)
         notes.append(first.warning or (self._why_silent(first) if num_silent else ""))
         return title, joined(notes)
 
-    def _layer_notes(
-        self, explanation: BoxExplanation, frame: FrameTransform
-    ) -> list[str]:
+    def _layer_notes(self, sample: BoxSample, explanation: BoxExplanation) -> list[str]:
         """Layers with their sizes, and the range of the maps as they came."""
-        if not explanation.maps:
+        maps = explanation.maps
+        if not maps:
             return []
-        layers = ", ".join(
-            f"{m.layer} {cells_text(m.saliency.shape)}" for m in explanation.maps
-        )
-        ranges = [saliency_range(m.saliency, frame) for m in explanation.maps]
-        low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+        layers = ", ".join(f"{m.layer} {cells_text(m.saliency.shape)}" for m in maps)
+        lows, highs = zip(*(saliency_range(m.saliency, sample.frame) for m in maps))
         # What three digits of the high do not show is 0.
-        low = 0.0 if low < 5e-4 * high else low
-        shown = f"{low:.3g} to {high:.3g}".replace(" ", NO_BREAK)
-        if len(ranges) == 1:
+        low = 0.0 if min(lows) < 5e-4 * max(highs) else min(lows)
+        shown = f"{low:.3g} to {max(highs):.3g}".replace(" ", NO_BREAK)
+        if len(maps) == 1:
             return [layers, f"map{NO_BREAK}{shown}"]
         each = "normalised " if self.options.normalize_layers else ""
         return [f"{self.options.fusion} of {each}{layers}", f"maps{NO_BREAK}{shown}"]
@@ -321,63 +296,17 @@ class BoxAMPanel:
         return "the map is zero on the image; its heat lies in the padding"
 
 
-@dataclass(frozen=True)
-class _Drawing:
-    """A sample at the resolution of the drawing.
-
-    Attributes:
-        sample: As it was given.
-        picture_rgb: The image at the size of the large pictures.
-        frame: How a pixel of it lies in the network's input.
-        boxes_xyxy: All boxes, pixels of the picture.
-        numbers: By the index of the detection, for those that need one.
-    """
-
-    sample: BoxSample
-    picture_rgb: np.ndarray
-    frame: FrameTransform
-    boxes_xyxy: np.ndarray
-    numbers: dict[int, int]
-
-    def map_in(
-        self,
-        saliency: np.ndarray,
-        window: tuple[int, int, int, int],
-        size_hw: tuple[int, int],
-    ) -> np.ndarray:
-        """The part of a map, over the picture, that lies in a window of the image."""
-        x1, y1, x2, y2 = window
-        image_h, image_w = self.sample.image_rgb.shape[:2]
-        picture_h, picture_w = saliency.shape
-        to_picture = np.array([picture_w / image_w, picture_h / image_h])
-        step = np.array([(x2 - x1) / size_hw[1], (y2 - y1) / size_hw[0]]) * to_picture
-        # OpenCV counts from the centre of the first pixel.
-        start = np.array([x1, y1]) * to_picture + 0.5 * step - 0.5
-        return cv2.warpAffine(
-            saliency,
-            np.array([[step[0], 0, start[0]], [0, step[1], start[1]]]),
-            (size_hw[1], size_hw[0]),
-            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-
-    def with_heat(self, box_xyxy: np.ndarray, saliency: np.ndarray) -> np.ndarray:
-        """A box of the image, widened to hold what is strong in its map."""
-        rows, columns = np.nonzero(saliency >= 0.5)
-        if not len(rows):
-            return box_xyxy
-        heat = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        heat = resized_boxes(heat, saliency.shape, self.sample.image_rgb.shape)
-        low, high = np.minimum(box_xyxy, heat), np.maximum(box_xyxy, heat)
-        return np.array([low[0], low[1], high[2], high[3]])
-
-
-def _stacked(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    width = max(above.shape[1], below.shape[1])
-    stacked = np.full((above.shape[0] + below.shape[0], width, 3), 255, np.uint8)
-    stacked[: above.shape[0], : above.shape[1]] = above
-    stacked[above.shape[0] :, : below.shape[1]] = below
-    return stacked
+def _with_heat(
+    box_xyxy: np.ndarray, saliency: np.ndarray, image_hw: tuple[int, int]
+) -> np.ndarray:
+    """A box of the image, widened to hold what is strong in its map."""
+    rows, columns = np.nonzero(saliency >= 0.5)
+    if not len(rows):
+        return box_xyxy
+    heat = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+    heat = resized_boxes(heat, saliency.shape, image_hw)
+    low, high = np.minimum(box_xyxy, heat), np.maximum(box_xyxy, heat)
+    return np.array([low[0], low[1], high[2], high[3]])
 
 
 def _levels(saliency: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import cv2
 import numpy as np
@@ -39,16 +38,10 @@ _RANK_COST = 0.02
 
 
 def class_color(label: int, palette: Sequence[Sequence[int]] | None = None) -> Color:
-    """Colour of a class.
+    """RGB of a class, 0 to 255.
 
-    Args:
-        label (int): Index of the class.
-        palette (Sequence, optional): RGB of each class, as in a data set's
-            ``dataset_meta['palette']``; starts over where it is too short.
-            Defaults to None, colours that are easy to tell apart.
-
-    Returns:
-        tuple: RGB, 0 to 255.
+    A palette, as in a data set's ``dataset_meta``, starts over where it is too short;
+    without one, colours are easy to tell apart.
     """
     if palette is not None and len(palette) > 0:
         red, green, blue = (int(v) for v in palette[label % len(palette)])
@@ -69,12 +62,7 @@ def contrast_color(color: Color) -> Color:
 
 
 def class_name(label: int, class_names: Sequence[str] | None) -> str:
-    """Name of a class as it is drawn: its number where no font has the name.
-
-    Args:
-        label (int): Index of the class.
-        class_names (Sequence[str], optional): The names.
-    """
+    """Name of a class as it is drawn: its number where no font has the name."""
     if class_names is not None and 0 <= label < len(class_names):
         name = str(class_names[label])
         if is_drawable(name):
@@ -87,10 +75,10 @@ class _Box:
     """A box as it is drawn: first and last column and row, line and label."""
 
     corners: tuple[int, int, int, int]
-    color: Color
-    line_width: int
     name: str
     tail: str
+    color: Color
+    line_width: int
     font_size: int
     paper: Color
 
@@ -98,13 +86,12 @@ class _Box:
 def draw_detections(
     image_rgb: np.ndarray,
     detections: Detections,
+    shown: Iterable[int] | None = None,
     *,
     class_names: Sequence[str] | None = None,
     palette: Sequence[Sequence[int]] | None = None,
-    numbers: Mapping[int, int] = MappingProxyType({}),
+    numbers: Mapping[int, int] | None = None,
     faint: Collection[int] = (),
-    line_width: int | None = None,
-    font_size: int | None = None,
 ) -> np.ndarray:
     """Draw boxes with class names and scores.
 
@@ -117,37 +104,27 @@ def draw_detections(
     Args:
         image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
         detections (Detections): In pixels of the image.
+        shown (Iterable[int], optional): Indices of those that are drawn. Defaults to
+            None, all.
         class_names (Sequence[str], optional): A label without a name is drawn as
-            its number. Defaults to None.
-        palette (Sequence, optional): RGB of each class. Defaults to None, colours
-            that are easy to tell apart.
-        numbers (Mapping[int, int]): Number that the label of a detection ends with,
-            by its index. Defaults to none.
+            its number.
+        palette (Sequence, optional): See :func:`class_color`.
+        numbers (Mapping[int, int], optional): Number that the label of a detection
+            ends with, by its index.
         faint (Collection[int]): Indices of detections that are drawn with thin lines
-            and pale, small labels, below the others. Defaults to ().
-        line_width (int, optional): Pixels. Defaults to None, by the image's size.
-        font_size (int, optional): Pixels. Defaults to None, by the image's size.
+            and pale, small labels, below the others.
 
     Returns:
         np.ndarray: ``(H, W, 3)`` uint8, RGB, a new array.
-
-    Examples:
-        >>> image_rgb = np.zeros((240, 320, 3), dtype=np.uint8)
-        >>> found = Detections(
-        ...     boxes_xyxy=np.array([[40, 60, 200, 180]], dtype=np.float32),
-        ...     scores=np.array([0.9], dtype=np.float32),
-        ...     labels=np.array([0]),
-        ... )
-        >>> draw_detections(image_rgb, found, class_names=['dog']).shape
-        (240, 320, 3)
     """
     image = np.array(image_rgb, order="C")
     image_hw = image.shape[:2]
-    width = line_width or max(1, round(max(image_hw) / 280))
-    size = font_size or int(np.clip(round(7 + max(image_hw) / 110), 10, 40))
-    order = np.argsort(-detections.scores, kind="stable").tolist()
+    width = max(1, round(max(image_hw) / 280))
+    size = int(np.clip(round(7 + max(image_hw) / 110), 10, 40))
+    indices = range(len(detections)) if shown is None else shown
+    numbers = numbers or {}
     boxes = []
-    for i in sorted(order, key=lambda i: i in faint):
+    for i in sorted(indices, key=lambda i: (i in faint, -detections.scores[i])):
         corners = _pixels(detections.boxes_xyxy[i], image_hw)
         if corners is None:
             continue
@@ -155,11 +132,11 @@ def draw_detections(
         color, name = class_color(label, palette), class_name(label, class_names)
         tail = f" {score:.2f}" + (f" #{numbers[i]}" if i in numbers else "")
         if i in faint:
-            pale = _mixed(color, (255, 255, 255))
-            style = (color, max(1, width // 3), name, tail, max(9, size * 3 // 4), pale)
+            red, green, blue = ((value + 255) // 2 for value in color)
+            look = max(1, width // 3), max(9, size * 3 // 4), (red, green, blue)
         else:
-            style = (color, width, name, tail, size, color)
-        boxes.append(_Box(corners, *style))
+            look = width, size, color
+        boxes.append(_Box(corners, name, tail, color, *look))
     labels = _place_labels(boxes, image_hw)
     for box in reversed(boxes):
         _draw_box(image, box)
@@ -169,11 +146,6 @@ def draw_detections(
         ink, x = contrast_color(box.paper), x1 + _padding(box.font_size)
         draw_text(image[:, :x2], text, (x, y1), size=box.font_size, color=ink)
     return image
-
-
-def _mixed(one: Color, other: Color) -> Color:
-    red, green, blue = ((a + b) // 2 for a, b in zip(one, other))
-    return red, green, blue
 
 
 def _pixels(
@@ -219,10 +191,7 @@ def _draw_lines(
 def outline_boxes(image_rgb: np.ndarray, boxes_xyxy: Iterable[np.ndarray]) -> None:
     """Draw boxes, in place: white, which no colour map of heat is, edged in black.
 
-    Args:
-        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. **Modified.**
-        boxes_xyxy (Iterable[np.ndarray]): ``(4,)`` each, pixels of the image; what
-            is off the image or not finite is left out.
+    What is off the image or not finite is left out.
     """
     image_hw = image_rgb.shape[:2]
     width = max(1, round(max(image_hw) / 450))

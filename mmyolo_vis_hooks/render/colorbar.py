@@ -36,29 +36,19 @@ class ColorScale:
 def colorbar(height: int, scale: ColorScale) -> np.ndarray:
     """Draw a vertical bar of a colour map with ticks at both ends and between.
 
-    Args:
-        height (int): Pixels. Where it is too small for three ticks, the middle one
-            is left out; where it is too small for two, all are.
-        scale (ColorScale): Its label is written upwards beside the ticks where the
-            bar is long enough.
+    Ticks for which ``height`` has no room are left out, the middle one first. The
+    label is written upwards beside them where the bar is long enough.
 
     Returns:
         np.ndarray: ``(height, w, 3)`` uint8, RGB, on white. The width does not
         depend on what fits.
-
-    Raises:
-        VisConfigError: If nobody knows the colour map.
-
-    Examples:
-        >>> colorbar(240, ColorScale(high=0.5)).shape[0]
-        240
     """
     size = int(np.clip(round(height / 26), 11, 15))
     bar_width = int(np.clip(round(height / 28), 7, 16))
-    low, high = scale.low, scale.high
     texts = ["max", "", "min"]
-    if low is not None and high is not None:
-        texts = [f"{value:.3g}" for value in (high, (low + high) / 2, low)]
+    if scale.low is not None and scale.high is not None:
+        values = scale.high, (scale.low + scale.high) / 2, scale.low
+        texts = [f"{value:.3g}" for value in values]
     text_x = bar_width + _TICK + max(2, size // 5)
     label_x = text_x + max(text_width(text, size) for text in texts)
     line = line_height(size)
@@ -71,18 +61,15 @@ def colorbar(height: int, scale: ColorScale) -> np.ndarray:
     cv2.rectangle(canvas, (0, 0), (bar_width - 1, height - 1), _EDGE_COLOR, 1)
 
     room = height // line
-    shown = (0, 1, 2) if room >= 3 else (0, 2) if room == 2 else ()
-    for place in shown:
-        if not texts[place]:
-            continue
-        middle = round(place * (height - 1) / 2)
-        canvas[middle, bar_width : bar_width + _TICK] = _EDGE_COLOR
-        y = int(np.clip(middle - line // 2, 0, height - line))
-        draw_text(canvas, texts[place], (text_x, y), size=size, color=_TEXT_COLOR)
+    for place in (0, 1, 2) if room >= 3 else (0, 2) if room == 2 else ():
+        if texts[place]:
+            middle = round(place * (height - 1) / 2)
+            canvas[middle, bar_width : bar_width + _TICK] = _EDGE_COLOR
+            xy = text_x, int(np.clip(middle - line // 2, 0, height - line))
+            draw_text(canvas, texts[place], xy, size=size, color=_TEXT_COLOR)
     free = height - text_width(scale.label, size)
     if scale.label and free >= 0:
         # A view of the strip that is turned by 90 degrees.
-        strip = np.rot90(canvas[:, label_x:], -1)
-        place_xy = (free // 2, 0)
-        draw_text(strip, scale.label, place_xy, size=size, color=_TEXT_COLOR)
+        strip, xy = np.rot90(canvas[:, label_x:], -1), (free // 2, 0)
+        draw_text(strip, scale.label, xy, size=size, color=_TEXT_COLOR)
     return canvas

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..errors import VisConfigError
 from ..featmap import ReducedMaps, reduce_feature_map
 from ..geometry import FrameTransform
 from ..records import Activation, OverlayMap, VisSample
 from .colorbar import ColorScale
-from .heatmap import heat_levels, overlay_heatmap, validate_overlay_options
+from .heatmap import heat_levels, overlay_heatmap
 from .montage import (
     MIN_CELL_SIZE,
     Cell,
@@ -23,7 +22,7 @@ from .montage import (
     resize_image,
     tile_block,
 )
-from .overview import MAX_OVERLAY_SIZE, cells_text, overview_cell, resized_frame
+from .overview import MAX_OVERLAY_SIZE, cells_text, overview_cell
 
 if TYPE_CHECKING:
     from ..options import FeatMapOptions
@@ -42,12 +41,12 @@ class FeatMapPanel:
 
     Args:
         options (FeatMapOptions): What is drawn and how.
-        class_names (Sequence[str]): Names of the classes. Defaults to none.
+        class_names (Sequence[str]): Names of the classes; may be empty.
         palette (Sequence, optional): RGB of the classes, as in a data set's
             ``dataset_meta``. Defaults to None, colours that are easy to tell
             apart.
         max_cell_size (int): Longest side of a picture in the panel, pixels; a
-            small image is enlarged. Defaults to 1024.
+            small image is enlarged.
     """
 
     options: FeatMapOptions
@@ -55,16 +54,8 @@ class FeatMapPanel:
     palette: Sequence[Sequence[int]] | None = None
     max_cell_size: int = 1024
 
-    @property
-    def _has_tiles(self) -> bool:
-        return self.options.channel_reduction is None and self.options.topk > 0
-
     def __call__(self, sample: VisSample) -> np.ndarray:
-        """Draw one image.
-
-        Args:
-            sample (VisSample): The image, its activations and detections; nothing
-                of it is modified.
+        """Draw one image; nothing of the sample is modified.
 
         Returns:
             np.ndarray: ``(H, W, 3)`` uint8, RGB: first the image with its boxes,
@@ -76,45 +67,45 @@ class FeatMapPanel:
             FeatureShapeError: If an activation is not ``(C, h, w)``.
         """
         picture_hw, map_hw = self._sizes(sample.image_rgb.shape[:2])
+        picture_rgb = resize_image(sample.image_rgb, picture_hw)
         background = resize_image(sample.image_rgb, map_hw)
-        map_frame = resized_frame(sample.frame, map_hw)
-        first = overview_cell(
-            sample,
-            resize_image(sample.image_rgb, picture_hw),
-            score_thr=self.options.score_thr,
-            class_names=self.class_names,
-            palette=self.palette,
-        )
-        maps = [
-            self._layer_cell(activation, sample, background, map_frame)
-            for activation in sample.activations
-        ]
-        return montage([first, *maps])
+        frame = sample.frame.resized(map_hw)
+        cells = [overview_cell(sample, picture_rgb, self)]
+        alpha, colormap = self.options.alpha, self.options.colormap
+        arrangement = self.options.arrangement if self._has_tiles else None
+        for activation in sample.activations:
+            reduced = self._reduced(activation, sample)
+            picture = _overlay(
+                reduced, background, frame, alpha, colormap, arrangement, _TILE_GAP
+            )
+            note = self._note(activation, reduced)
+            cells.append(Cell(picture, activation.title, note, self._scale(reduced)))
+        return montage(cells)
 
     def overlay_maps(
         self, sample: VisSample, max_size: int = MAX_OVERLAY_SIZE
     ) -> tuple[OverlayMap, ...]:
         """The maps of the panel by themselves, one per activation and shown channel.
 
-        Args:
-            sample (VisSample): As for a panel.
-            max_size (int): Longest side of a map, pixels. Defaults to 480.
-
         Raises:
             VisConfigError, FeatureShapeError: As for a panel.
         """
         size_hw = cell_size_hw(sample.image_rgb.shape[:2], max_size)
-        frame = resized_frame(sample.frame, size_hw)
+        frame = sample.frame.resized(size_hw)
         maps = []
         for activation in sample.activations:
             reduced = self._reduced(activation, sample)
-            note = self._note(reduced)
+            note = self._note(activation, reduced)
             for number, tile in enumerate(reduced.resampled_tiles(frame)):
                 title = activation.title
                 if self._has_tiles:
                     title += f" · channel {reduced.channels[number]}"
                 maps.append(OverlayMap(title, note, heat_levels(tile)))
         return tuple(maps)
+
+    @property
+    def _has_tiles(self) -> bool:
+        return self.options.channel_reduction is None and self.options.topk > 0
 
     def _sizes(
         self, image_hw: tuple[int, int]
@@ -126,34 +117,13 @@ class FeatMapPanel:
         rows, columns = self.options.arrangement
         most = max(rows, columns)
         room = (self.max_cell_size - (most - 1) * _TILE_GAP) // most
-        tile_hw = cell_size_hw(
-            image_hw, min(self.max_cell_size, max(MIN_CELL_SIZE, room))
-        )
-        block = (rows * tile_hw[0], columns * tile_hw[1])
-        scale = min(block[0] / image_hw[0], block[1] / image_hw[1])
+        room = min(self.max_cell_size, max(MIN_CELL_SIZE, room))
+        tile_hw = cell_size_hw(image_hw, room)
+        # As large as fits beside a block of tiles.
+        block_hw = (rows * tile_hw[0], columns * tile_hw[1])
+        scale = min(block / size for block, size in zip(block_hw, image_hw))
         longest = round(scale * max(image_hw))
-        picture_hw = cell_size_hw(image_hw, self.max_cell_size, min_cell_size=longest)
-        return picture_hw, tile_hw
-
-    def _layer_cell(
-        self,
-        activation: Activation,
-        sample: VisSample,
-        background: np.ndarray,
-        map_frame: FrameTransform,
-    ) -> Cell:
-        reduced = self._reduced(activation, sample)
-        picture = _overlay(
-            reduced,
-            background,
-            map_frame,
-            self.options.alpha,
-            self.options.colormap,
-            self.options.arrangement if self._has_tiles else None,
-            _TILE_GAP,
-        )
-        note = self._note(reduced)
-        return Cell(picture, activation.title, note, self._scale(reduced))
+        return cell_size_hw(image_hw, self.max_cell_size, longest), tile_hw
 
     def _reduced(self, activation: Activation, sample: VisSample) -> ReducedMaps:
         try:
@@ -162,14 +132,13 @@ class FeatMapPanel:
                 sample.frame,
                 channel_reduction=self.options.channel_reduction,
                 topk=self.options.topk,
-                arrangement=self.options.arrangement,
             )
         except ValueError as error:
             # Both errors of the reduction derive from ValueError; only the layer's
             # name is missing in them.
             raise type(error)(f"layer {activation.title!r}: {error}") from error
 
-    def _note(self, reduced: ReducedMaps) -> str:
+    def _note(self, activation: Activation, reduced: ReducedMaps) -> str:
         if self._has_tiles:
             shown = f"top {len(reduced.channels)} channels"
         elif self.options.channel_reduction == "select_max":
@@ -178,7 +147,7 @@ class FeatMapPanel:
             shown = "mean of channels"
         else:
             shown = "as a picture"
-        count, *map_hw = reduced.shape
+        count, *map_hw = activation.feature_map.shape
         size = f"{count} channel{'' if count == 1 else 's'} of {cells_text(map_hw)}"
         return f"{size} · {shown} · {reduced.value_range}"
 
@@ -186,7 +155,7 @@ class FeatMapPanel:
         varied = [r for r in reduced.value_ranges if r.low < r.high]
         if not varied:
             return None
-        if len(reduced.value_ranges) > 1 or len(reduced.maps) > 1:
+        if len(reduced.maps) > 1:
             return ColorScale(self.options.colormap, None, None)
         return ColorScale(self.options.colormap, varied[0].low, varied[0].high)
 
@@ -215,60 +184,22 @@ def overlay_feature_map(
     Args:
         feature_map (Tensor): ``(C, h, w)``, any real dtype and device.
         image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
-        channel_reduction (str, optional): ``'squeeze_mean'``, ``'select_max'`` or
-            None. Defaults to ``'select_max'``.
-        topk (int): Number of channels to show if ``channel_reduction`` is None;
-            -1 takes a map of 1 or 3 channels as a picture. Defaults to 4.
-        arrangement (Sequence[int]): Rows and columns of the ``topk`` tiles.
-            Defaults to (2, 2).
-        alpha (float): Share of the heat map in the blend, 0 to 1. Defaults to 0.5.
-        colormap (str | int): Name of an OpenCV or matplotlib colour map. Defaults
-            to ``'jet'``.
+        channel_reduction, topk, arrangement, alpha, colormap: As the options of
+            these names.
         frame (FrameTransform, optional): How the image lies in the network's
             input. Defaults to None: the map covers the image exactly.
 
     Returns:
         np.ndarray: ``(H, W, 3)`` uint8, RGB; with ``topk`` tiles
         ``(rows * H, columns * W, 3)``.
-
-    Raises:
-        VisConfigError: If an option is wrong or does not suit the map.
-        FeatureShapeError: If the map is not a non-empty ``(C, h, w)``.
-
-    Examples:
-        >>> feature_map = torch.rand(256, 20, 20)
-        >>> image_rgb = np.zeros((480, 640, 3), dtype=np.uint8)
-        >>> overlay_feature_map(feature_map, image_rgb).shape
-        (480, 640, 3)
-        >>> overlay_feature_map(
-        ...     feature_map, image_rgb, channel_reduction=None, topk=3
-        ... ).shape
-        (960, 1280, 3)
     """
-    validate_overlay_options(alpha, colormap)
-    if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8:
-        raise VisConfigError(
-            f"image_rgb has the shape {image_rgb.shape} and is {image_rgb.dtype}; pass "
-            "(H, W, 3) uint8"
-        )
-    image_hw = image_rgb.shape[:2]
     if frame is None:
-        map_hw = (feature_map.shape[-2], feature_map.shape[-1])
-        frame = FrameTransform.stretch(image_hw, map_hw)
-    elif frame.image_hw != image_hw:
-        raise VisConfigError(
-            f"frame.image_hw={frame.image_hw} is not the size {image_hw} of image_rgb; "
-            "pass the frame of this very image"
-        )
+        height, width = feature_map.shape[1:]
+        frame = FrameTransform.stretch(image_rgb.shape[:2], (height, width))
     reduced = reduce_feature_map(
-        feature_map,
-        frame,
-        channel_reduction=channel_reduction,
-        topk=topk,
-        arrangement=arrangement,
+        feature_map, frame, channel_reduction=channel_reduction, topk=topk
     )
-    has_tiles = channel_reduction is None and topk > 0
-    grid = arrangement if has_tiles else None
+    grid = arrangement if channel_reduction is None and topk > 0 else None
     return _overlay(reduced, image_rgb, frame, alpha, colormap, grid, gap=0)
 
 
@@ -294,4 +225,4 @@ def _overlay(
     if arrangement is None:
         return tiles[0]
     labels = [f"channel: {channel}" for channel in reduced.channels]
-    return tile_block(tiles, labels, (arrangement[0], arrangement[1]), gap)
+    return tile_block(tiles, labels, arrangement, gap)

@@ -15,20 +15,12 @@ from ..network.layer_table import LayerRow
 def layer_tree(
     rows: Sequence[LayerRow], *, depth: int = 3, all_layers: bool = False
 ) -> Group:
-    """Make a table of layers that rich can print.
-
-    Nothing in it is folded or cut, so that every path can be copied: print it as wide
-    as it is.
+    """Make a table of layers that rich can print, as wide as it is.
 
     Args:
         rows (Sequence[LayerRow]): What ``survey_layers`` gave.
-        depth (int): How many levels are shown; what lies deeper is counted. Defaults
-            to 3.
+        depth (int): How many levels are shown; what lies deeper is counted.
         all_layers (bool): Also show layers that cannot be targeted, with the reason.
-            Defaults to False.
-
-    Returns:
-        Group: The table, and what to do with it.
 
     Raises:
         VisConfigError: If ``depth`` is no number of levels.

@@ -16,10 +16,9 @@ from .text import draw_text, line_height, text_width, wrap_text
 MIN_CELL_SIZE = 320
 """Longest side, in pixels, that a small image is enlarged to."""
 
-MAX_PIXELS = 2**28
-MAX_SIDE = 65_500
-"""The largest picture that is made: 268 million pixels, and a side of a JPEG file."""
-
+# The largest picture that is made, and the longest side of a JPEG file.
+_MAX_PIXELS = 2**28
+_MAX_SIDE = 65_500
 _BACKGROUND = 255  # a colour of three parts would be filled ten times slower
 _EMPTY_TILE = (236, 238, 241)
 _TITLE_COLOR = (28, 32, 38)
@@ -51,17 +50,10 @@ def cell_size_hw(
     max_cell_size: int = 1024,
     min_cell_size: int = MIN_CELL_SIZE,
 ) -> tuple[int, int]:
-    """Size at which an image is drawn in a grid.
+    """Size at which an image is drawn in a grid, with its proportions.
 
-    Args:
-        image_hw (tuple): Height and width of the image, pixels.
-        max_cell_size (int): A larger image is reduced to this longest side.
-            Defaults to 1024.
-        min_cell_size (int): A smaller image is enlarged to this longest side,
-            unless ``max_cell_size`` is less. Defaults to 320.
-
-    Returns:
-        tuple[int, int]: Height and width with the image's proportions.
+    A larger image is reduced to the one longest side, a smaller one enlarged to the
+    other; the maximum wins.
     """
     long_side = max(image_hw)
     target = min(max(long_side, min_cell_size), max_cell_size)
@@ -70,53 +62,37 @@ def cell_size_hw(
 
 
 def resize_image(image_rgb: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resize an image without aliasing.
-
-    Args:
-        image_rgb (np.ndarray): ``(H, W, 3)`` uint8.
-        size_hw (tuple): New height and width, pixels.
-
-    Returns:
-        np.ndarray: ``size_hw + (3,)`` uint8; the same array if nothing changes.
-    """
+    """Resize ``(H, W, 3)`` uint8 without aliasing."""
     height, width = image_rgb.shape[:2]
     if (height, width) == tuple(size_hw):
         return image_rgb
     shrinks = size_hw[0] * size_hw[1] < height * width
-    return cv2.resize(
-        image_rgb,
-        (size_hw[1], size_hw[0]),
-        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC,
-    )
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return cv2.resize(image_rgb, size_hw[::-1], interpolation=interpolation)
 
 
 def tile_block(
     tiles: Sequence[np.ndarray],
     labels: Sequence[str],
-    arrangement: tuple[int, int],
-    gap: int = 4,
+    arrangement: Sequence[int],
+    gap: int,
 ) -> np.ndarray:
     """Put tiles of one size into rows, each with a label in its corner.
 
     Args:
         tiles (Sequence[np.ndarray]): ``(H, W, 3)`` uint8, RGB, equal sizes. They
             are not modified.
-        labels (Sequence[str]): One for each tile, '' for none.
-        arrangement (tuple): Rows and columns; places without a tile stay grey.
-        gap (int): White pixels between tiles. Defaults to 4.
+        labels (Sequence[str]): One for each tile.
+        arrangement (Sequence[int]): Rows and columns; places without a tile stay grey.
+        gap (int): White pixels between tiles.
 
     Returns:
         np.ndarray: ``(rows * H + gaps, columns * W + gaps, 3)`` uint8, RGB.
 
     Raises:
-        VisConfigError: If the block would exceed ``MAX_PIXELS`` or ``MAX_SIDE``.
-        ValueError: If the tiles do not fit.
+        VisConfigError: If nobody could open a block of this size.
     """
     rows, columns = arrangement
-    if not 0 < len(tiles) <= rows * columns or len(labels) != len(tiles):
-        raise ValueError(
-            f"{len(tiles)} tiles with {len(labels)} labels do not fit {arrangement}"
-        )
     height, width = tiles[0].shape[:2]
     block = _white(
         rows * height + (rows - 1) * gap,
@@ -136,20 +112,17 @@ def tile_block(
 
 
 def _white(height: int, width: int, what: str) -> np.ndarray:
-    """An empty picture, unless it would be larger than anybody could open."""
-    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
+    if height * width > _MAX_PIXELS or max(height, width) > _MAX_SIDE:
         raise VisConfigError(
             f"{what} would be a picture of {width} x {height} pixels; at most "
-            f"{MAX_PIXELS // 10**6} million pixels and {MAX_SIDE} on a side are drawn: "
-            "show fewer or smaller ones"
+            f"{_MAX_PIXELS // 10**6} million pixels and {_MAX_SIDE} on a side are "
+            "drawn: show fewer or smaller ones"
         )
     return np.full((height, width, 3), _BACKGROUND, dtype=np.uint8)
 
 
 def _draw_tile_label(tile: np.ndarray, label: str) -> None:
     """White on a dark chip that is kept inside the tile."""
-    if not label:
-        return
     height, width = tile.shape[:2]
     size = int(np.clip(round(max(height, width) / 28), 10, 40))
     while size > 7 and text_width(label, size) > width - size:
@@ -161,36 +134,23 @@ def _draw_tile_label(tile: np.ndarray, label: str) -> None:
 
 
 def gap_cost(count: int, columns: int) -> float:
-    """How bad the gaps of a grid look, to be added to how wrong its proportions are.
-
-    Args:
-        count (int): Number of cells.
-        columns (int): Cells in a row.
-    """
+    """How bad the gaps of a grid look, to be added to how wrong its proportions are."""
     rows = math.ceil(count / columns)
     alone = columns > 1 and rows > 1 and count % columns == 1
     return 4 * (rows * columns - count) / count + alone
 
 
-def grid_arrangement(count: int, cell_hw: tuple[int, int] = (1, 1)) -> tuple[int, int]:
-    """Rows and columns for a number of cells.
+def grid_columns(count: int, cell_hw: tuple[int, int]) -> int:
+    """Columns for a number of cells of a size.
 
     Empty places weigh more than proportions, and no cell is alone in its row.
-
-    Args:
-        count (int): Number of cells, 1 or more.
-        cell_hw (tuple): Height and width of the largest cell.
-
-    Returns:
-        tuple[int, int]: ``(2, 3)`` for five square cells.
     """
 
     def cost(columns: int) -> float:
         aspect = columns * cell_hw[1] / (math.ceil(count / columns) * cell_hw[0])
         return abs(math.log(aspect / _GOOD_ASPECT)) + gap_cost(count, columns)
 
-    columns = min(range(1, count + 1), key=cost)
-    return math.ceil(count / columns), columns
+    return min(range(1, count + 1), key=cost)
 
 
 def gutter_of(cell_hw: tuple[int, int]) -> int:
@@ -199,10 +159,7 @@ def gutter_of(cell_hw: tuple[int, int]) -> int:
 
 
 def montage(
-    cells: Sequence[Cell],
-    arrangement: tuple[int, int] | None = None,
-    *,
-    gutter: int | None = None,
+    cells: Sequence[Cell], columns: int | None = None, *, gutter: int | None = None
 ) -> np.ndarray:
     """Lay cells out by rows, captions above the pictures.
 
@@ -214,8 +171,8 @@ def montage(
     Args:
         cells (Sequence[Cell]): One or more; sizes may differ. Their pictures are
             not modified.
-        arrangement (tuple, optional): Rows and columns. Defaults to None, what
-            suits a screen.
+        columns (int, optional): Cells in a row. Defaults to None, what suits a
+            screen.
         gutter (int, optional): White pixels around cells. Defaults to None, by the
             size of the cells.
 
@@ -223,52 +180,38 @@ def montage(
         np.ndarray: ``(H, W, 3)`` uint8, RGB.
 
     Raises:
-        VisConfigError: If it would exceed ``MAX_PIXELS`` or ``MAX_SIDE``.
-        ValueError: If there are no cells, or more than the arrangement holds.
-
-    Examples:
-        >>> picture = np.zeros((60, 80, 3), dtype=np.uint8)
-        >>> montage([Cell(picture, f'layer {i}') for i in range(5)]).ndim
-        3
+        VisConfigError: If nobody could open a picture of this size.
     """
-    if not cells:
-        raise ValueError("a montage needs at least one cell")
-    largest_hw = (
-        max(cell.image_rgb.shape[0] for cell in cells),
-        max(cell.image_rgb.shape[1] for cell in cells),
-    )
-    rows, columns = arrangement or grid_arrangement(len(cells), largest_hw)
-    if len(cells) > rows * columns:
-        raise ValueError(
-            f"{len(cells)} cells do not fit {rows} rows of {columns} columns"
-        )
-    columns = min(columns, len(cells))
-    if gutter is None:
-        gutter = gutter_of(largest_hw)
+    heights = [cell.image_rgb.shape[0] for cell in cells]
+    largest_hw = (max(heights), max(cell.image_rgb.shape[1] for cell in cells))
+    columns = min(columns or grid_columns(len(cells), largest_hw), len(cells))
+    gutter = gutter_of(largest_hw) if gutter is None else gutter
     widths = [
         max(MIN_COLUMN_WIDTH, *(c.image_rgb.shape[1] for c in cells[column::columns]))
         for column in range(columns)
     ]
     captions = _captions(cells, widths, largest_hw)
-    starts = range(0, len(cells), columns)
-    bars = [_bar_of(cells[start : start + columns]) for start in starts]
+    rows = [
+        slice(s, min(s + columns, len(cells))) for s in range(0, len(cells), columns)
+    ]
+    bars = [_bar_of(cells[row]) for row in rows]
     bar_room = max(0 if bar is None else bar.shape[1] + _BAR_GAP for bar in bars)
     tops, height = [], gutter
-    for start in starts:
-        places = slice(start, start + columns)
-        tops.append(height + max(caption.shape[0] for caption in captions[places]))
-        height = tops[-1] + max(c.image_rgb.shape[0] for c in cells[places]) + gutter
+    for row in rows:
+        tops.append(height + max(caption.shape[0] for caption in captions[row]))
+        height = tops[-1] + max(heights[row]) + gutter
     width = sum(widths) + gutter * (columns + 1) + bar_room
-    panel = _white(height, width, f"{len(cells)} pictures in {rows} x {columns} places")
-    for place, (cell, caption) in enumerate(zip(cells, captions)):
-        row, column = divmod(place, columns)
-        x = gutter * (column + 1) + sum(widths[:column])
-        # Captions stand on their picture, however many lines the others have.
-        _paste(panel, caption, (x, tops[row] - caption.shape[0]))
-        _paste(panel, cell.image_rgb, (x, tops[row]))
-        bar = bars[row]
-        if bar is not None and place in (starts[row] + columns - 1, len(cells) - 1):
-            _paste(panel, bar, (x + cell.image_rgb.shape[1] + _BAR_GAP, tops[row]))
+    panel = _white(height, width, f"{len(cells)} pictures in {columns} columns")
+    for row, top, bar in zip(rows, tops, bars):
+        x = gutter
+        for cell, caption, width in zip(cells[row], captions[row], widths):
+            # Captions stand on their picture, however many lines the others have.
+            _paste(panel, caption, (x, top - caption.shape[0]))
+            _paste(panel, cell.image_rgb, (x, top))
+            bar_x = x + cell.image_rgb.shape[1] + _BAR_GAP
+            x += width + gutter
+        if bar is not None:
+            _paste(panel, bar, (bar_x, top))
     return panel
 
 
@@ -321,8 +264,7 @@ def _caption(cell: Cell, width: int, title_size: int, note_size: int) -> np.ndar
 
 
 def _common_size(texts: Sequence[tuple[str, int]], size: int, bold: bool) -> int:
-    """One font size for texts with their widths: a little smaller if that puts
-    each on one line, otherwise the wanted size, to be wrapped."""
+    """A font size that puts texts on one line of their widths, or the wanted one."""
     for smaller in range(size, round(size * 0.9) - 1, -1):
         if all(text_width(text, smaller, bold) <= width for text, width in texts):
             return smaller

@@ -1,34 +1,19 @@
-"""The first picture of a panel: the image with its boxes."""
+"""The first picture of a panel, the image with its boxes; and words of captions."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from ..geometry import FrameTransform
-from ..records import BoxSample, Detections, VisSample
+from ..records import Detections, Sample
 from .boxes import draw_detections
 from .montage import Cell
 
 NO_BREAK = "\u00a0"
 MAX_OVERLAY_SIZE = 480
 """Longest side, in pixels, of a map that a page lays over an image."""
-
-
-def resized_frame(frame: FrameTransform, image_hw: tuple[int, int]) -> FrameTransform:
-    """The frame of the same image after it was resized.
-
-    Args:
-        frame (FrameTransform): The frame of the image as it is.
-        image_hw (tuple): Its new height and width, pixels.
-    """
-    scale_xy = (
-        frame.scale_xy[0] * frame.image_hw[1] / image_hw[1],
-        frame.scale_xy[1] * frame.image_hw[0] / image_hw[0],
-    )
-    return replace(frame, image_hw=image_hw, scale_xy=scale_xy)
 
 
 def resized_boxes(
@@ -50,54 +35,43 @@ def cells_text(map_hw: Sequence[int]) -> str:
 
 
 def overview_cell(
-    sample: VisSample | BoxSample,
+    sample: Sample,
     picture_rgb: np.ndarray,
-    *,
-    score_thr: float,
-    class_names: Sequence[str] | None,
-    palette: Sequence[Sequence[int]] | None,
+    panel: Any,
     explained: Collection[int] | None = None,
     numbers: Mapping[int, int] | None = None,
 ) -> Cell:
     """Draw the boxes of an image and say in the caption what is shown.
 
     Args:
-        sample (VisSample | BoxSample): The image and its detections.
+        sample (Sample): The image and its detections.
         picture_rgb (np.ndarray): The image at the size of the drawing.
-        score_thr (float): Boxes with a higher score are drawn; 1 draws none.
-        class_names (Sequence[str], optional): Names of the classes.
-        palette (Sequence, optional): RGB of the classes.
+        panel: With options, and names and colours of the classes.
         explained (Collection[int], optional): Indices of the detections that are
             explained; the others are drawn faintly. Defaults to None, all alike.
         numbers (Mapping[int, int], optional): Numbers for labels, by the index of the
-            detection. Defaults to None.
+            detection.
     """
     found, image_hw = sample.detections, sample.image_rgb.shape[:2]
-    indices = np.flatnonzero(found.scores > score_thr)
-    boxes = resized_boxes(found.boxes_xyxy[indices], image_hw, picture_rgb.shape[:2])
-    faint = {
-        place
-        for place, index in enumerate(indices.tolist())
-        if explained is not None and index not in explained
-    }
+    score_thr = panel.options.score_thr
+    shown = np.flatnonzero(found.scores > score_thr).tolist()
+    faint = set(shown) - set(shown if explained is None else explained)
+    boxes = resized_boxes(found.boxes_xyxy, image_hw, picture_rgb.shape[:2])
     drawn = draw_detections(
         picture_rgb,
-        Detections(boxes, found.scores[indices], found.labels[indices]),
-        class_names=class_names,
-        palette=palette,
-        numbers={
-            place: numbers[index]
-            for place, index in enumerate(indices.tolist())
-            if numbers and index in numbers
-        },
+        Detections(boxes, found.scores, found.labels),
+        shown,
+        class_names=panel.class_names,
+        palette=panel.palette,
+        numbers=numbers,
         faint=faint,
     )
     notes = [f"{image_hw[1]} x {image_hw[0]} px", sample.note]
     if score_thr < 1:
-        notes.append(f"{count_boxes(len(indices))} with score > {score_thr:g}")
+        notes.append(f"{count_boxes(len(shown))} with score > {score_thr:g}")
     if explained is not None and score_thr == 1:
         notes.append(f"{count_boxes(len(explained))} explained")
-    elif explained or (explained is not None and len(indices)):
+    elif explained or (explained is not None and shown):
         others = ", the others thin" if explained and faint else ""
         notes.append(f"{len(explained) or 'none'} explained{others}")
     return Cell(drawn, sample.image_id, joined(notes))

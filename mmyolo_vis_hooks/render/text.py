@@ -33,10 +33,7 @@ def clean_text(text: str) -> str:
 
 
 def is_drawable(text: str) -> bool:
-    """Whether a font on this machine has every character of the text.
-
-    Where none has, the log says once which one helps.
-    """
+    """Whether a font on this machine has every character; the log says once if not."""
     if _font_path(clean_text(text), False) is not None:
         return True
     if not _undrawable:
@@ -122,15 +119,9 @@ def draw_text(
     color: tuple[int, int, int],
     bold: bool = False,
 ) -> None:
-    """Draw one line into an image, in place; what leaves the image is cut off.
+    """Draw one line into an RGB image, in place; what leaves the image is cut off.
 
-    Args:
-        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. **Modified.**
-        text (str): One line. A character that no font has becomes ``'?'``.
-        xy (tuple): Left and top edge of the line, pixels.
-        size (int): Font size, pixels.
-        color (tuple): RGB, 0 to 255.
-        bold (bool): Defaults to False.
+    ``xy`` is its left and top edge. A character that no font has becomes ``'?'``.
     """
     x, y = xy
     left, top = max(x, 0), max(y, 0)
@@ -151,15 +142,8 @@ def draw_text(
 def wrap_text(text: str, max_width: int, size: int, bold: bool = False) -> list[str]:
     """Break a text into lines, after punctuation where there is some.
 
-    Args:
-        text (str): The text.
-        max_width (int): Greatest width of a line, pixels.
-        size (int): Font size, pixels.
-        bold (bool): Defaults to False.
-
-    Returns:
-        list[str]: Lines that are not wider than ``max_width``, unless a single
-        character is. A separating ``·`` at the end of a line is left out.
+    No line is wider than ``max_width``, unless a single character is. A separating
+    ``·`` at the end of a line is left out.
     """
     lines = [""]
     for piece in _BREAKS.split(clean_text(text).strip()):
