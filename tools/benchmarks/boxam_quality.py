@@ -21,222 +21,132 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import os
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
-from rich.console import Console
+from _measure import CONFIG, SHARED, WEIGHTS, print_table
+from mmengine.dataset import pseudo_collate
+from pycocotools.coco import COCO
 from rich.progress import track
-from rich.table import Table
+from torchvision.ops import box_iou
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from mmyolo_vis_hooks.attribution.anchors import locate_anchors  # noqa: E402
-from mmyolo_vis_hooks.attribution.attribute import BoxAttributor  # noqa: E402
-from mmyolo_vis_hooks.attribution.methods import METHODS, weigh  # noqa: E402
-from mmyolo_vis_hooks.attribution.saliency import box_saliency  # noqa: E402
-from mmyolo_vis_hooks.attribution.targets import class_logits  # noqa: E402
-from mmyolo_vis_hooks.geometry import FrameTransform  # noqa: E402
-from mmyolo_vis_hooks.metrics.pointing_game import (  # noqa: E402
+from mmyolo_vis_hooks import explain, load
+from mmyolo_vis_hooks.attribution.anchors import locate_anchors
+from mmyolo_vis_hooks.attribution.methods import METHODS, weigh
+from mmyolo_vis_hooks.attribution.targets import class_logits
+from mmyolo_vis_hooks.detector import build_pipeline, read_dataset
+from mmyolo_vis_hooks.metrics.pointing_game import (
     energy_inside,
     pointing_hit,
     spearman,
 )
-from mmyolo_vis_hooks.network.graph import (  # noqa: E402
-    GraphForward,
-    HeadKey,
-    TapPoint,
-)
-from mmyolo_vis_hooks.network.state import frozen  # noqa: E402
-from mmyolo_vis_hooks.options import BoxAMOptions  # noqa: E402
+from mmyolo_vis_hooks.network.graph import GraphForward, HeadKey, TapPoint
+from mmyolo_vis_hooks.network.state import frozen
 
-CONFIG = ROOT / "configs" / "coco128" / "yolox_nano_coco128.py"
+DATA = SHARED / "data" / "coco128"
 SLOW = ("ablationcam", "scorecam", "drise", "eigengradcam", "kpcacam", "shapleycam")
 SMALL_BOX = 64
-FIXED_LAYER = "neck[2] only"
+Object = tuple[str, Any, np.ndarray]
+"""Class, ``(4,)`` xyxy and ``(H, W)`` mask."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """A detection that matches an object.
-
-    Attributes:
-        index: Of the detection.
-        box_xyxy: Predicted box, pixels of the image.
-        true_box: ``(H, W)`` bool.
-        true_mask: ``(H, W)`` bool.
-    """
-
-    index: int
-    box_xyxy: np.ndarray
-    true_box: np.ndarray
-    true_mask: np.ndarray
+def images(count: int) -> Iterator[tuple[str, list[Object]]]:
+    """Path and objects, but for crowds, of each image."""
+    coco = COCO(DATA / "annotations" / "instances_train2017.json")
+    names = {c["id"]: c["name"] for c in coco.loadCats(coco.getCatIds())}
+    for info in track(list(coco.imgs.values())[:count], transient=True):
+        objects = []
+        for ann in coco.loadAnns(coco.getAnnIds(imgIds=info["id"], iscrowd=False)):
+            x, y, w, h = ann["bbox"]
+            if w > 1 and h > 1:
+                box, mask = torch.tensor([x, y, x + w, y + h]), coco.annToMask(ann)
+                objects.append((names[ann["category_id"]], box, mask.astype(bool)))
+        yield str(DATA / "train2017" / info["file_name"]), objects
 
 
-def shared_folder() -> Path:
-    return Path(os.environ.get("MMVIS_SHARED", ROOT.parent / "shared"))
-
-
-def build(config: Config) -> tuple[Any, Any]:
-    """The detector with its weights, and the data set with its test pipeline."""
-    init_default_scope("mmyolo")
-    detector = MODELS.build(config.model)
-    load_checkpoint(
-        detector,
-        str(shared_folder() / "weights" / "yolox_nano_coco.pth"),
-        map_location="cpu",
-        logger="silent",
-    )
-    dataset = DATASETS.build(config.test_dataloader.dataset)
-    return detector.eval(), dataset
-
-
-def inputs_of(detector: Any, dataset: Any, index: int) -> tuple[torch.Tensor, dict]:
-    data = dataset[index]
-    batch = detector.data_preprocessor(
-        dict(inputs=[data["inputs"]], data_samples=[data["data_samples"]]), False
-    )
-    metainfo = dict(batch["data_samples"][0].metainfo)
-    metainfo.setdefault("batch_input_shape", tuple(batch["inputs"].shape[-2:]))
-    return batch["inputs"], metainfo
-
-
-def objects_of(coco: Any, dataset: Any, index: int) -> list[tuple[int, Any, Any]]:
-    """Class, box and mask of each object that is no crowd."""
-    info = dataset.get_data_info(index)
-    labels = {c: i for i, c in enumerate(coco.getCatIds(dataset.metainfo["classes"]))}
-    by_name = {
-        c["id"]: dataset.metainfo["classes"].index(c["name"])
-        for c in coco.loadCats(list(labels))
-    }
-    objects = []
-    for ann in coco.loadAnns(coco.getAnnIds(imgIds=info["img_id"], iscrowd=False)):
-        x, y, w, h = ann["bbox"]
-        if ann["category_id"] in by_name and w > 1 and h > 1:
-            mask = coco.annToMask(ann).astype(bool)
-            objects.append((by_name[ann["category_id"]], (x, y, x + w, y + h), mask))
-    return objects
-
-
-def matches(predictions: Any, objects: list, image_hw: tuple) -> list[Found]:
+def matches(result: Sequence[Any], objects: list[Object]) -> Iterator[tuple[Any, int]]:
     """The best detections that match an object of their class, each object once."""
-    found: list[Found] = []
-    taken: set[int] = set()
-    boxes = predictions.bboxes.numpy()
-    for index in predictions.scores.argsort(descending=True).tolist():
-        if predictions.scores[index] < 0.3 or len(found) == 3:
-            break
-        best, most = None, 0.5
-        for number, (label, box, _) in enumerate(objects):
-            if number in taken or label != int(predictions.labels[index]):
-                continue
-            overlap = iou(boxes[index], box)
-            if overlap >= most:
-                best, most = number, overlap
-        if best is not None:
-            taken.add(best)
-            _, box, mask = objects[best]
-            found.append(Found(index, boxes[index], region(box, image_hw), mask))
-    return found
+    free = dict(enumerate(objects))
+    for found in sorted(result, key=lambda found: -found.score):
+        box = torch.as_tensor(found.box_xyxy)[None]
+        overlaps = {
+            number: float(box_iou(box, own[None]))
+            for number, (name, own, _) in free.items()
+            if name == found.class_name
+        }
+        best = max(overlaps, key=lambda number: overlaps[number], default=None)
+        if best is not None and overlaps[best] >= 0.5:
+            del free[best]
+            yield found, best
+        if len(objects) - len(free) == 3:
+            return
 
 
-def iou(a: Any, b: Any) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(width, 0) * max(height, 0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return float(shared / (sum(areas) - shared))
-
-
-def region(box_xyxy: Any, image_hw: tuple) -> np.ndarray:
+def evenly(box_xyxy: Any, image_hw: Sequence[int]) -> np.ndarray:
+    """1 in a box, 0 elsewhere."""
     ys, xs = (np.arange(size) + 0.5 for size in image_hw)
-    x1, y1, x2, y2 = box_xyxy
-    return ((ys >= y1) & (ys <= y2))[:, None] & ((xs >= x1) & (xs <= x2))
+    x1, y1, x2, y2 = map(float, box_xyxy)
+    region = ((ys >= y1) & (ys <= y2))[:, None] & ((xs >= x1) & (xs <= x2))
+    return region.astype(np.float32)
 
 
-def gaussian(box_xyxy: Any, image_hw: tuple) -> np.ndarray:
+def gaussian(box_xyxy: Any, image_hw: Sequence[int]) -> np.ndarray:
+    """A Gaussian whose standard deviations are quarters of a box's sides."""
     ys, xs = (np.arange(size) + 0.5 for size in image_hw)
-    x1, y1, x2, y2 = box_xyxy
+    x1, y1, x2, y2 = map(float, box_xyxy)
     along_y = np.exp(-(((ys - (y1 + y2) / 2) / ((y2 - y1) / 4)) ** 2) / 2)
     along_x = np.exp(-(((xs - (x1 + x2) / 2) / ((x2 - x1) / 4)) ** 2) / 2)
     return along_y[:, None] * along_x
 
 
-class Scores:
-    """Sums of what is measured of one method."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[float, ...]] = []
-        self.small: list[float] = []
-        self.seconds = 0.0
-
-    def add(self, saliency: np.ndarray, found: Found) -> None:
-        blank = not saliency.max() > 0
-        row = tuple(
-            0.0 if blank else float(measure(saliency, area))
-            for measure in (pointing_hit, energy_inside)
-            for area in (found.true_box, found.true_mask)
-        )
-        self.rows.append((*row, float(blank)))
-        x1, y1, x2, y2 = found.box_xyxy
-        if (x2 - x1) * (y2 - y1) < SMALL_BOX**2:
-            self.small.append(row[3])
+def scores_of(saliency: np.ndarray, box: Any, mask: np.ndarray) -> list[float]:
+    """Pointing and energy, each in box and mask, and whether the map is blank."""
+    if not saliency.max() > 0:
+        return [0, 0, 0, 0, 1]
+    areas = evenly(box, mask.shape) > 0, mask
+    measures = (pointing_hit, energy_inside)
+    return [*(float(m(saliency, area)) for m in measures for area in areas), 0]
 
 
 def measure_methods(
-    detector: Any, dataset: Any, coco: Any, methods: list[str], num_images: int
-) -> dict[str, Scores]:
-    logger = logging.getLogger("boxam_quality")
-    logger.setLevel(logging.ERROR)
-    options: dict = dict(score_thr=0.0, topk=-1, batch_size=16, num_masks=600)
-    mappers: dict[str, tuple[BoxAttributor, float]] = {}
-    for method in methods:
-        own = BoxAMOptions(method=method, **options)
-        smooth = METHODS[method].default_smooth
-        mappers[method] = (BoxAttributor(detector, own, logger=logger), smooth)
-    fixed = BoxAMOptions(method="gradcam", target_layers=["neck"], **options)
-    mappers[FIXED_LAYER] = (BoxAttributor(detector, fixed, logger=logger), 0.0)
-    none = BoxAttributor(detector, BoxAMOptions(score_thr=1.0), logger=logger)
-    scores: dict[str, Scores] = {
-        name: Scores() for name in (*mappers, "box", "Gaussian on the box")
-    }
-    for index in track(range(min(num_images, len(dataset))), transient=True):
-        inputs, metainfo = inputs_of(detector, dataset, index)
-        frame = FrameTransform.from_metainfo(metainfo)
-        plain, _ = none.explain(inputs, metainfo)
-        chosen = matches(plain, objects_of(coco, dataset, index), frame.image_hw)
-        for found in chosen:
-            scores["box"].add(
-                region(found.box_xyxy, frame.image_hw).astype(np.float32), found
-            )
-            scores["Gaussian on the box"].add(
-                gaussian(found.box_xyxy, frame.image_hw), found
-            )
-        for name, (mapper, smooth) in mappers.items():
-            mapper.choose = lambda _, own=chosen: [f.index for f in own]  # type: ignore
+    detector: Any, methods: Sequence[str], num_images: int
+) -> list[list[str]]:
+    """The rows of the table."""
+    ways: dict[str, dict[str, Any]] = {name: dict(method=name) for name in methods}
+    one_layer = dict(method="gradcam", target_layers=["neck.out_convs[2]"])
+    ways["gradcam at neck.out_convs[2] only"] = one_layer
+    options = dict(topk=-1, score_thr=0.3, alignment="letterbox", num_masks=600)
+    scores: dict[str, list[list[float]]] = defaultdict(list)
+    small: dict[str, list[float]] = defaultdict(list)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for path, objects in images(num_images):
+        for name, way in ways.items():
             start = time.perf_counter()
-            _, explanations = mapper.explain(inputs, metainfo)
-            scores[name].seconds += time.perf_counter() - start
-            for found, explanation in zip(chosen, explanations):
-                if name == FIXED_LAYER:
-                    explanation = copy.copy(explanation)
-                    maps = tuple(m for m in explanation.maps if m.layer == "neck[2]")
-                    object.__setattr__(explanation, "maps", maps)
-                saliency = box_saliency(
-                    explanation, frame, found.box_xyxy, smooth=smooth
-                )
-                scores[name].add(saliency, found)
-    return scores
+            result = explain(detector, path, **options, **way)
+            spent = (time.perf_counter() - start) / max(1, len(result))
+            for found, number in matches(result, objects):
+                _, box, mask = objects[number]
+                maps = {name: found.saliency}
+                if name == methods[0]:
+                    maps["the box"] = evenly(found.box_xyxy, mask.shape)
+                    maps["a Gaussian on the box"] = gaussian(found.box_xyxy, mask.shape)
+                x1, y1, x2, y2 = found.box_xyxy
+                for key, saliency in maps.items():
+                    scores[key].append(scores_of(saliency, box, mask))
+                    if (x2 - x1) * (y2 - y1) < SMALL_BOX**2:
+                        small[key].append(scores[key][-1][3])
+                seconds[name].append(spent)
+    rows = []
+    for name, own in scores.items():
+        *means, blank = np.asarray(own).mean(axis=0)
+        cells = [f"{value:.3f}" for value in (*means, np.mean(small[name]))]
+        ms = f"{np.mean(seconds[name]) * 1e3:.1f}" if seconds[name] else ""
+        rows.append([name, *cells, f"{blank:.0%}", ms, str(len(own))])
+    return rows
 
 
 def randomised(detector: Any, part: str) -> Any:
@@ -250,92 +160,72 @@ def randomised(detector: Any, part: str) -> Any:
     return other
 
 
-def sanity(detector: Any, dataset: Any, num_images: int) -> Iterator[tuple[str, Any]]:
+def sanity(detector: Any, num_images: int) -> Iterator[list[str]]:
     """Rank correlations of maps before and after weights were made random."""
-    parts = {"the same weights": None, "random head": "bbox_head", "all random": ""}
     others = {
-        name: detector if part is None else randomised(detector, part)
-        for name, part in parts.items()
+        "the same weights": detector,
+        "random head": randomised(detector, "bbox_head"),
+        "all random": randomised(detector, ""),
     }
-    found: dict[str, list[float]] = {name: [] for name in parts}
-    for index in track(range(min(num_images, len(dataset))), transient=True):
-        inputs, metainfo = inputs_of(detector, dataset, index)
+    pipeline = build_pipeline(detector.cfg, read_dataset(detector.cfg))
+    found: dict[str, list[float]] = defaultdict(list)
+    for path, _ in images(num_images):
+        data = pseudo_collate([pipeline.pack(pipeline.load(path))])
+        batch = detector.data_preprocessor(data, False)
+        inputs, metainfo = batch["inputs"], dict(batch["data_samples"][0].metainfo)
+        metainfo.setdefault("batch_input_shape", tuple(inputs.shape[-2:]))
         first: list[np.ndarray] = []
-        places: list = []
+        places: list[Any] = []
         for name, other in others.items():
             with frozen(other):
-                graph = GraphForward(other, [TapPoint("neck", other.neck)]).run(
-                    inputs, metainfo
-                )
-                if name == "the same weights":
+                forward = GraphForward(other, [TapPoint("neck", other.neck)])
+                graph = forward.run(inputs, metainfo)
+                if other is detector:
                     scores = graph.predictions.scores
                     kept = (scores > 0.3).nonzero()[:3, 0].tolist()
                     if not kept:
                         break
                     labels = graph.predictions.labels[kept].tolist()
-                    raw: dict = dict(graph.head_outputs)
+                    raw: Any = dict(graph.head_outputs)
                     anchors = locate_anchors(scores[kept], labels, raw)
                     places = [class_logits(a)[0] for a in anchors if a.entries]
                 maps = []
                 for key, place in places:
-                    output = graph.head_outputs[HeadKey(*key)]
+                    output = graph.head_outputs[HeadKey(*key)][place]
                     tap = list(graph.taps.values())[key[2][-1]]
-                    (gradient,) = torch.autograd.grad(
-                        output[place], tap, retain_graph=True
-                    )
-                    maps.append(weigh("boxam", tap.detach(), gradient)[0].numpy())
+                    (slope,) = torch.autograd.grad(output, tap, retain_graph=True)
+                    maps.append(weigh("boxam", tap.detach(), slope)[0].numpy())
             first = first or maps
-            found[name] += [
-                spearman(a[b + a > 0], b[b + a > 0]) for a, b in zip(first, maps)
-            ]
+            pairs = zip(first, maps)
+            found[name] += [spearman(a[b + a > 0], b[b + a > 0]) for a, b in pairs]
     for name, values in found.items():
-        yield name, np.asarray(values)
+        error = np.std(values) / len(values) ** 0.5
+        yield [name, f"{np.mean(values):.3f}", f"{error:.3f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-    )
-    default = [name for name in METHODS if name not in SLOW]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    quick = [name for name in METHODS if name not in SLOW]
     parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=default, metavar="NAME"
+        "--methods", nargs="+", choices=METHODS, default=quick, metavar="NAME"
     )
-    parser.add_argument("--images", type=int, default=128, help="default: 128")
+    parser.add_argument("--images", type=int, default=128, help="(128)")
     parser.add_argument("--sanity", action="store_true", help="also randomise weights")
     args = parser.parse_args()
-    console = Console(width=max(110, Console().width))
-    if not (shared_folder() / "data" / "coco128").is_dir():
-        console.print("Real images not found; MMVIS_SHARED names their folder.")
+    if not WEIGHTS.is_file() or not DATA.is_dir():
+        print(f"Real images and weights are not in {SHARED}; MMVIS_SHARED names them")
         return
-    from pycocotools.coco import COCO
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    config = Config.fromfile(CONFIG)
-    detector, dataset = build(config)
-    coco = COCO(dataset.ann_file)
-    scores = measure_methods(detector, dataset, coco, args.methods, args.images)
-    count = len(scores["box"].rows)
-    table = Table(title=f"{count} detections, {len(scores['box'].small)} of them small")
-    table.add_column("map", no_wrap=True, min_width=20)
-    for column in (
-        *("pointing, box", "mask", "energy, box", "mask", "mask, small"),
-        *("blank", "ms/box"),
-    ):
-        table.add_column(column, justify="right")
-    for name, own in scores.items():
-        means = np.asarray(own.rows).mean(axis=0)
-        cells = [f"{value:.3f}" for value in (*means[:4], np.mean(own.small))]
-        time_per_box = f"{own.seconds / count * 1e3:.1f}" if own.seconds else ""
-        table.add_row(name, *cells, f"{means[4]:.0%}", time_per_box)
-    console.print(table)
+    logging.getLogger("mmyolo_vis_hooks").setLevel(logging.ERROR)
+    detector = load(CONFIG, WEIGHTS, device="cpu")
+    columns = ["map", "pointing, box", "mask", "energy, box", "mask", "mask, small"]
+    columns += ["blank", "ms per box", "boxes"]
+    rows = measure_methods(detector, args.methods, args.images)
+    print_table("Maps on their objects", columns, rows)
     if args.sanity:
-        table = Table(title="rank correlation with the map of the trained weights")
-        for column in ("weights", "mean", "standard error"):
-            table.add_column(column)
-        for name, values in sanity(detector, dataset, args.images):
-            error = values.std() / len(values) ** 0.5
-            table.add_row(name, f"{values.mean():.3f}", f"{error:.3f}")
-        console.print(table)
+        columns = ["weights", "rank correlation", "standard error"]
+        print_table(
+            "The trained detector's map", columns, sanity(detector, args.images)
+        )
 
 
 if __name__ == "__main__":

@@ -1,110 +1,83 @@
 """Speed and memory of the demo tools over a folder of images.
 
-- ``speed``: images per second of ``featmap_vis_demo.py`` and ``boxam_vis_demo.py``
-  with their pictures and page, beside a plain loop over the same images: read, test
-  pipeline, network, and a picture of the same size written as JPEG. The network's part
-  of ``boxam_vis_demo.py`` is the forward with the explanations, which
-  ``boxam.py`` measures in forwards. Both take turns, round after round. The goal: at
-  least 80 % of the plain loop, since reading, drawing and encoding overlap with the
-  network.
-- ``memory``: resident memory of a process while it draws 1,000 images.
+- Images per second with their pictures and page, beside a plain loop over the same
+  images: read, test pipeline, network, and a picture of the same size written as JPEG.
+  The network's part of ``boxam_vis_demo.py`` is the forward with the explanations,
+  which ``boxam.py`` measures. The goal: at least 80 % of the plain loop, since reading,
+  drawing and encoding overlap with the network.
+- Resident memory of a process while it draws 1,000 images. Linux only.
 
     python tools/benchmarks/vis_demo.py
-    python tools/benchmarks/vis_demo.py --parts memory --images 200
+    python tools/benchmarks/vis_demo.py --images 200
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import itertools
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from _measure import (
-    describe_machine,
+    CONFIG,
+    SHARED,
+    WEIGHTS,
     format_bytes,
     format_seconds,
-    num_cores,
-    positive,
-    warn_if_busy,
+    print_table,
+    status,
+    take_turns,
+    verdict,
 )
-from rich.console import Console
-from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(os.environ.get("MMVIS_SHARED") or ROOT.parent / "shared")
-PARTS = ("speed", "memory")
 TOOLS = ("featmap_vis_demo", "boxam_vis_demo")
-TARGET_SPEED = 0.8
+LEAST_SPEED = 0.8
 # Of the memory after a tenth of the images.
-TARGET_GROWTH = 1.05
+MOST_GROWTH = 1.05
 
 
 def fill_folder(folder: Path, count: int) -> None:
     """Put so many photographs into a folder, the same few again and again."""
+    folder.mkdir()
     photos = sorted((SHARED / "data" / "coco128").rglob("*.jpg"))
-    if not photos:
-        import cv2
-        from sklearn.datasets import load_sample_images
-
-        for number, image in enumerate(load_sample_images().images):
-            path = folder.parent / f"photo{number}.jpg"
-            cv2.imwrite(str(path), image[..., ::-1])
-            photos.append(path)
     for number, photo in zip(range(count), itertools.cycle(photos)):
         os.symlink(photo, folder / f"{number:05d}.jpg")
 
 
-def prepare(
-    tool: str, folder: Path, out_dir: Path
-) -> tuple[Any, Callable[[], Any], Any]:
-    """A tool's network, ready, and the function that draws the folder."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-    import importlib
-
+def prepare(tool: str, folder: Path, out_dir: Path) -> tuple[Any, Any, Callable]:
+    """A tool's run and what makes its samples, and the function that draws a folder."""
     import _vis_demo
 
-    module = importlib.import_module(tool)
-    weights = SHARED / "weights" / "yolox_nano_coco.pth"
-    config = ROOT / "configs" / "coco128" / "yolox_nano_coco128.py"
-    if not weights.is_file():
-        sys.exit(f"the weights of YOLOX-nano are not in {SHARED}")
-    found: dict[str, Any] = {}
+    found: list[Any] = []
 
-    def keep(demo: Any, maker: Any, panel: Any, **page: Any) -> int:
-        found.update(demo=demo, maker=maker, panel=panel, **page)
+    def keep(demo: Any, *args: Any, **page: Any) -> int:
+        found.extend([demo, args, page])
         return 0
 
-    arguments = [tool, str(folder), str(config), str(weights), "--out-dir"]
-    os.environ.setdefault("MMVIS_SHARED", str(SHARED))
+    words = [tool, folder, CONFIG, WEIGHTS, "--out-dir", out_dir]
     with (
-        mock.patch.object(sys, "argv", [*arguments, str(out_dir)]),
+        mock.patch.object(sys, "argv", list(map(str, words))),
         mock.patch.object(_vis_demo.Demo, "run", keep),
         contextlib.suppress(SystemExit),
     ):
-        module.main()
-    demo = found.pop("demo")
+        importlib.import_module(tool).main()
+    demo, (maker, panel), page = found
 
     def draw() -> None:
-        with mock.patch.object(_vis_demo, "Console", _silent):
-            demo.run(**found)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            demo.run(maker, panel, **page)
 
-    return demo, draw, found["maker"]
-
-
-def _silent(**options: Any) -> Console:
-    return Console(file=open(os.devnull, "w"), **{**options, "stderr": False})
+    return demo, maker, draw
 
 
 def plain_loop(
@@ -117,10 +90,10 @@ def plain_loop(
 
     import _vis_demo
 
-    detector = maker._detector
-    drawn = Path(demo.args.out_dir)
+    out_dir.mkdir()
     pictures: dict[str, Any] = {
-        path.stem: cv2.imread(str(path)) for path in sorted(drawn.glob("*.jpg"))
+        path.stem: cv2.imread(str(path))
+        for path in Path(demo.args.out_dir).glob("*.jpg")
     }
 
     def loop() -> None:
@@ -131,143 +104,74 @@ def plain_loop(
             else:
                 data = demo.placement.pipeline.pack(loaded)
                 with torch.no_grad():
-                    detector.test_step(pseudo_collate([data]))
-            file = out_dir / f"{image.name}.jpg"
+                    maker._detector.test_step(pseudo_collate([data]))
             quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
-            cv2.imwrite(str(file), pictures[image.name], quality)
+            file = str(out_dir / f"{image.name}.jpg")
+            cv2.imwrite(file, pictures[image.name], quality)
 
     return loop
 
 
-def measure_speed(tool: str, count: int, rounds: int) -> tuple[float, float, float]:
-    """Median seconds per image of the tool and of the plain loop, and their ratio."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, drawn, plain = (Path(scratch) / n for n in ("in", "drawn", "plain"))
-        for path in (folder, plain):
-            path.mkdir()
-        fill_folder(folder, count)
-        demo, draw, maker = prepare(tool, folder, drawn)
+def speed_of(tool: str, count: int, rounds: int) -> list[str]:
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        fill_folder(scratch / "in", count)
+        demo, maker, draw = prepare(tool, scratch / "in", scratch / "drawn")
         draw()
-        loop = plain_loop(demo, maker, tool == "boxam_vis_demo", plain)
-        loop()
-        ours: list[float] = []
-        others: list[float] = []
-        for _ in range(rounds):
-            for job, seconds in ((draw, ours), (loop, others)):
-                start = time.perf_counter()
-                job()
-                seconds.append((time.perf_counter() - start) / count)
-    ratios = [plain / own for own, plain in zip(ours, others)]
-    return statistics.median(ours), statistics.median(others), statistics.median(ratios)
+        loop = plain_loop(demo, maker, tool == TOOLS[1], scratch / "plain")
+        own, plain = take_turns({"own": draw, "plain": loop}, rounds).values()
+    shown = [format_seconds(statistics.median(s) / count) for s in (own, plain)]
+    speed = statistics.median(b / a for a, b in zip(own, plain))
+    job = f"time per image, {count} images"
+    return [tool, job, *shown, f"{speed:.2f} of its speed", verdict(speed, LEAST_SPEED)]
 
 
-def measure_memory(tool: str, count: int) -> list[int]:
-    """Resident bytes after each tenth of the images, in a process of its own."""
-    request = json.dumps(dict(tool=tool, count=count))
-    result = subprocess.run(
-        [sys.executable, __file__, "--child", request],
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+def memory_of(tool: str, count: int) -> list[str]:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        first, *_, last = pool.submit(watch_memory, tool, count).result()
+    shown = f"{format_bytes(first)} at first, {format_bytes(last)} at last"
+    growth = last / first
+    goal = verdict(growth, MOST_GROWTH, at_most=True)
+    return [tool, f"memory over {count} images", shown, "", f"{growth:.3f}", goal]
 
 
-def child_main(tool: str, count: int) -> None:
-    """Draw a folder and print what it took."""
+def watch_memory(tool: str, count: int) -> list[int]:
+    """Resident bytes after each tenth of the images."""
     import _vis_demo
 
     sizes: list[int] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "in"
-        folder.mkdir()
-        fill_folder(folder, count)
-        draw = prepare(tool, folder, Path(scratch) / "out")[1]
-        load = _vis_demo.load_image
-        done = 0
+    load, numbers = _vis_demo.load_image, itertools.count(1)
 
-        def watched(*args: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done % max(1, count // 10) == 0:
-                sizes.append(resident())
-            return load(*args)
+    def watched(*args: Any) -> Any:
+        if next(numbers) % max(1, count // 10) == 0:
+            sizes.append(status("VmRSS"))
+        return load(*args)
 
+    with tempfile.TemporaryDirectory() as name:
+        fill_folder(Path(name, "in"), count)
+        _, _, draw = prepare(tool, Path(name, "in"), Path(name, "out"))
         with mock.patch.object(_vis_demo, "load_image", watched):
             draw()
-    print(json.dumps(sizes))
+    return sizes
 
 
-def resident() -> int:
-    """Bytes of memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--images", type=positive, default=1000, help="for memory")
-    parser.add_argument("--batch", type=positive, default=64, help="images of a round")
-    parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    return parser.parse_args(argv)
-
-
-def main() -> int:
-    warnings.filterwarnings("ignore")
-    if sys.argv[1:2] == ["--child"]:
-        sys.path.insert(0, str(ROOT))
-        child_main(**json.loads(sys.argv[2]))
-        return 0
-    args = parse_args()
-    console = Console()
-    if not sys.platform.startswith("linux"):
-        console.print("This benchmark reads /proc, which only Linux has.")
-        return 2
-    warn_if_busy(console)
-    table = Table(
-        title="Demo tools over a folder", caption=describe_machine(num_cores())
-    )
-    for title in ("tool", "what", "here", "plain loop", "ratio", "goal"):
-        table.add_column(title)
-    figures = []
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--images", type=int, default=1000, help="for memory (1000)")
+    parser.add_argument("--batch", type=int, default=64, help="for speed (64)")
+    parser.add_argument("--rounds", type=int, default=5, help="(5)")
+    args = parser.parse_args()
+    if not WEIGHTS.is_file():
+        sys.exit(f"the weights of YOLOX-nano are not in {SHARED}")
+    rows = []
     for tool in args.tools:
-        if "speed" in args.parts:
-            own, plain, ratio = measure_speed(tool, args.batch, args.rounds)
-            reached = "reached" if ratio >= TARGET_SPEED else "NOT reached"
-            table.add_row(
-                tool,
-                f"time per image, {args.batch} images",
-                format_seconds(own),
-                format_seconds(plain),
-                f"{ratio:.2f} of its speed",
-                f">= {TARGET_SPEED}: {reached}",
-            )
-            figures.append(dict(tool=tool, part="speed", own=own, plain=plain))
-        if "memory" in args.parts:
-            sizes = measure_memory(tool, args.images)
-            growth = sizes[-1] / sizes[0]
-            reached = "reached" if growth <= TARGET_GROWTH else "NOT reached"
-            table.add_row(
-                tool,
-                f"memory over {args.images} images",
-                f"{format_bytes(sizes[0])} at first, {format_bytes(sizes[-1])} at last",
-                "",
-                f"{growth:.3f}",
-                f"<= {TARGET_GROWTH}: {reached}",
-            )
-            figures.append(dict(tool=tool, part="memory", sizes=sizes))
-    console = console if console.is_terminal else Console(width=160)
-    console.print(table)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2))
-    return 0
+        rows.append(speed_of(tool, args.batch, args.rounds))
+        rows.append(memory_of(tool, args.images))
+    columns = ["tool", "what", "here", "plain loop", "ratio", "goal"]
+    print_table("Demo tools over a folder", columns, rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,124 @@
+"""The benchmarks run, and measure both sides of what they compare."""
+
+from __future__ import annotations
+
+import sys
+
+import _measure
+import boxam
+import boxam_quality
+import featmap
+import numpy as np
+import pytest
+import vis_demo
+
+from mmyolo_vis_hooks.attribution.methods import METHODS
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="read /proc, which only Linux has"
+)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return boxam.yolov5_s(128)
+
+
+def test_jobs_take_turns():
+    order = []
+    jobs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = _measure.take_turns(jobs, 2)
+    assert order == ["a", "b"] * 3
+    assert [len(own) for own in seconds.values()] == [2, 2]
+    # The machine was ten times slower in the second round.
+    assert boxam.ratio((2.0, 20.0, 2.0), (1.0, 10.0, 1.0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("ratio", "at_most", "verdict"),
+    [
+        (1.4, True, "<= 1.5: reached"),
+        (1.6, True, "<= 1.5: NOT reached"),
+        (1.6, False, ">= 1.5: reached"),
+        (1.4, False, ">= 1.5: NOT reached"),
+    ],
+)
+def test_verdict(ratio, at_most, verdict):
+    assert _measure.verdict(ratio, 1.5, at_most=at_most) == verdict
+
+
+def test_both_sides_explain_the_same_boxes(scene):
+    chosen = boxam.mixed_boxes(scene, 6)
+    ours = boxam.explain(boxam.attributor(scene, method="layercam"), scene, chosen)
+    assert [e.index for e in ours] == chosen
+    assert len({e.layer for e in ours}) == 3
+    theirs = boxam.backward_per_box(scene, chosen)
+    assert len(theirs) == 6
+    assert all(max(float(m.max()) for m in maps) > 0 for maps in theirs)
+
+
+def test_explanations_are_measured(scene, monkeypatch):
+    plain, *counts = boxam.measure_gradients(scene, 1)
+    assert plain[4] == "1"
+    assert [row[5].split(":")[0] for row in counts] == ["<= 1.2", "<= 1.5", "<= 2"]
+    monkeypatch.setattr(scene, "ablated", ("neck.top_down_layers.1",))
+    monkeypatch.setitem(METHODS, "timed_ablationcam", None)  # gone after the test
+    (ablation,) = boxam.measure_ablation(scene, 1)
+    assert ablation[5].startswith(">= 100")
+    monkeypatch.setattr(boxam, "NUM_MASKS", 4)
+    (masks,) = boxam.measure_drise(scene, 1)
+    assert masks[2].endswith("masks/s")
+    for row in (*counts, ablation, masks):
+        assert float(row[4]) > 0
+
+
+def test_overlays_are_measured_and_compared():
+    setting = ((320, 256), 64, "select_max", 1)
+    ours, theirs = (
+        featmap.measure(side, *setting) for side in (featmap.OURS, featmap.MMENGINE)
+    )
+    np.testing.assert_array_equal(ours[2], theirs[2])
+    # Upsampling 64 channels takes 21 MB; ours never holds that much.
+    assert ours[1] < 320 * 256 * 64 * 4 / 2 < 320 * 256 * 64 * 4 * 0.9 < theirs[1]
+
+
+def test_what_does_not_fit_is_not_tried(monkeypatch):
+    picture, tried = np.full((2, 2, 3), 100, np.uint8), []
+
+    def fake(side, *setting):
+        tried.append(side)
+        slow = side == featmap.MMENGINE
+        return (2.0, 4_270_000_000, picture - 2) if slow else (0.01, 10**7, picture)
+
+    monkeypatch.setattr(featmap, "in_a_process", fake)
+    monkeypatch.setattr(featmap, "available_bytes", lambda: 6e9)
+    full_hd = featmap.row_of((1920, 1080), 512, "select_max", 5)
+    assert full_hd[7:] == ["200x", "4.26 GB", "within 2", "100x, 4.00 GB: reached"]
+    assert tried == [featmap.OURS, featmap.MMENGINE]
+    # 512 channels of 12 megapixels, 4 bytes each.
+    assert "needs 24.58 GB" in featmap.row_of((4000, 3000), 512, "select_max", 5)
+    assert tried[2:] == [featmap.OURS]
+
+
+@pytest.mark.nightly
+@pytest.mark.real_data
+def test_maps_are_measured_on_real_objects(shared_dir, capsys, monkeypatch):
+    words = ["boxam_quality", "--images", "2", "--methods", "boxam", "--sanity"]
+    monkeypatch.setattr(sys, "argv", words)
+    boxam_quality.main()
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines()]
+    cells = {row[1].strip(): row[2].strip() for row in rows if len(row) > 2}
+    assert float(cells["boxam"]) == float(cells["the box"]) == 1
+    assert float(cells["the same weights"]) == 1
+    assert float(cells["all random"]) < 0.9
+
+
+@pytest.mark.nightly
+@pytest.mark.real_data
+def test_a_demo_is_measured_beside_a_plain_loop(shared_dir, monkeypatch):
+    row = vis_demo.speed_of("featmap_vis_demo", 2, 1)
+    assert row[4].endswith("of its speed")
+    assert row[5].startswith(">= 0.8")
+    sizes = vis_demo.watch_memory("featmap_vis_demo", 4)
+    assert len(sizes) >= 4
+    assert min(sizes) > 1e8
