@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
@@ -44,44 +44,30 @@ DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 _REMOTE = ("http://", "https://", "s3://", "petrel://", "open-mmlab://", "openmmlab://")
 
 
-# What libraries tell each other; nobody who runs a program can change it.
-_LIBRARY_NOTES = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
-_LIBRARIES = r"(torch|torchvision|mm(engine|cv|det|yolo)|numpy|matplotlib|importlib)\b"
 _TRACEBACK = "MMYOLO_VIS_TRACEBACK"
+
+# What libraries tell each other; nobody who runs a program can change it.
+if not sys.warnoptions:  # ``python -W`` and ``PYTHONWARNINGS`` bring it back
+    for _category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", _category)
+    warnings.simplefilter("ignore", SyntaxWarning)
+    _LIBRARIES = "(torch|torchvision|mm(engine|cv|det|yolo)|numpy|matplotlib|importlib)"
+    warnings.filterwarnings("ignore", category=UserWarning, module=_LIBRARIES + r"\b")
 
 
 class ToolError(Exception):
     """A mistake of the caller; the message says how to mend it."""
 
 
-def silence_libraries() -> None:
-    """Keep the warnings of other packages off the screen.
-
-    ``python -W`` and ``PYTHONWARNINGS`` bring them back.
-    """
-    if not sys.warnoptions:
-        for category in (*_LIBRARY_NOTES, SyntaxWarning):
-            warnings.simplefilter("ignore", category)
-        warnings.filterwarnings("ignore", category=UserWarning, module=_LIBRARIES)
-
-
-silence_libraries()
-
-
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool; a mistake of the caller ends it with one line, not a traceback."""
+    """Run a tool; a mistake of the caller ends it with one line and status 2."""
     try:
         main()
     except (ToolError, VisError) as error:
         if os.environ.get(_TRACEBACK):
             traceback.print_exc()
-        exit_with(str(error))
-
-
-def exit_with(message: str) -> NoReturn:
-    """End the process with status 2 and a message."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -93,9 +79,6 @@ def config_mistakes(name: str, *, while_running: bool = False) -> Iterator[None]
         while_running: True where the block runs what was built. Only what fails while
             something is built from the config is then a mistake in it; data sets are
             built that late. All else is a bug, whose traceback is needed.
-
-    Raises:
-        ToolError: With the reason.
     """
     try:
         yield
@@ -169,11 +152,7 @@ class _Settings(DictAction):
 
 
 def merge_options(config: Config, options: dict[str, Any] | None) -> None:
-    """Put the settings of ``--cfg-options`` into a config.
-
-    Raises:
-        ToolError: If one leads to no place in the config.
-    """
+    """Put the settings of ``--cfg-options`` into a config."""
     try:
         config.merge_from_dict(options or {})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -181,14 +160,7 @@ def merge_options(config: Config, options: dict[str, Any] | None) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config with the settings of the command line in it.
-
-    Args:
-        args: What :func:`make_parser` parsed.
-
-    Raises:
-        ToolError: If there is no such config, or it cannot be read.
-    """
+    """Read the config with what :func:`make_parser` parsed in it."""
     config = read_config(args.config)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
@@ -198,18 +170,28 @@ def load_config(args: argparse.Namespace) -> Config:
     elif config.get("work_dir") is None:
         name = os.path.splitext(os.path.basename(args.config))[0]
         config.work_dir = os.path.join("work_dirs", name)
-    _check_metainfo(config)
-    drop_collate_scope(config)
-    _limit_compilations()
+    for name in DATALOADERS:
+        loader = config.get(name) or ConfigDict()
+        metainfo = innermost_dataset(loader).get("metainfo") or {}
+        wrong = [key for key in metainfo if key != str(key).lower()]
+        if wrong:
+            raise ToolError(
+                f"{name}: metainfo has the key(s) {', '.join(wrong)}; MMDetection "
+                "looks for lower-case keys (classes, palette)"
+            )
+        # MMEngine marks dicts from `_base_ = 'mmyolo::...'` with the scope and passes
+        # it on to the collate function, which does not know it and is found without.
+        if isinstance(loader.get("collate_fn"), dict):
+            loader.collate_fn.pop("_scope_", None)
+    # Not above: the package looks first whether mmcv can be used.
+    from mmdet.utils import setup_cache_size_limit_of_dynamo
+
+    setup_cache_size_limit_of_dynamo()
     return config
 
 
 def check_checkpoint(path: str, option: str) -> None:
-    """Make sure that a local checkpoint exists.
-
-    Raises:
-        ToolError: If it does not.
-    """
+    """Make sure that a local checkpoint exists."""
     if "://" in path or path.startswith(_REMOTE):
         return
     if not os.path.isfile(os.path.expanduser(path)):
@@ -222,19 +204,6 @@ def innermost_dataset(loader: ConfigDict) -> ConfigDict:
     while "dataset" in dataset:
         dataset = dataset["dataset"]
     return dataset
-
-
-def drop_collate_scope(config: Config) -> None:
-    """Take the mark of ``_base_ = 'mmyolo::...'`` off the collate functions.
-
-    MMEngine marks each inherited dict that has a ``type`` with ``_scope_`` and
-    then passes the mark on to the function, which does not know it. The loaders
-    keep the function: MMEngine looks it up in all scopes.
-    """
-    for name in DATALOADERS:
-        collate = (config.get(name) or {}).get("collate_fn")
-        if isinstance(collate, dict):
-            collate.pop("_scope_", None)
 
 
 def build_runner(config: Config) -> Runner:
@@ -270,12 +239,8 @@ def print_layers(
 ) -> None:
     """Print the layers of a detector with what they put out for an image.
 
-    Args:
-        detector: In eval mode.
-        pipeline: What the image goes through.
-        loaded: The image.
-        depth: Deeper layers are only counted.
-        all_layers: Also show those that cannot be targeted, with the reason.
+    Layers below ``depth`` are only counted; ``all_layers`` adds those that cannot be
+    targeted, with the reason.
     """
     inputs, metainfo = network_input(detector, pipeline.pack(loaded))
     rows = survey_layers(detector, inputs, metainfo)
@@ -284,28 +249,6 @@ def print_layers(
     wide = Console(width=1000)
     width = Measurement.get(wide, wide.options, table).maximum
     Console(width=max(Console().width, width)).print(table)
-
-
-def _check_metainfo(config: Config) -> None:
-    for name in DATALOADERS:
-        metainfo = innermost_dataset(config.get(name) or ConfigDict()).get("metainfo")
-        wrong = [key for key in metainfo or () if key != str(key).lower()]
-        if wrong:
-            raise ToolError(
-                f"{name}: metainfo has the key(s) {', '.join(wrong)}; MMDetection "
-                "looks for lower-case keys (classes, palette)"
-            )
-
-
-def _limit_compilations() -> None:
-    try:
-        from mmdet.utils import setup_cache_size_limit_of_dynamo
-    except ImportError as error:
-        raise ToolError(
-            f"MMDetection does not import: {error}; 'pip install mmdet==3.3.0' "
-            "installs it"
-        ) from error
-    setup_cache_size_limit_of_dynamo()
 
 
 @OPTIM_WRAPPERS.register_module()

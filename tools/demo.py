@@ -100,23 +100,16 @@ def main() -> int:
 
 def run(args: argparse.Namespace, console: Console, log: Path) -> None:
     start = time.monotonic()
-    progress = Progress(
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=args.verbose,
-    )
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, *times, console=console, disable=args.verbose)
     with progress, output_to(None if args.verbose else log):
         task = progress.add_task("Importing torch and OpenMMLab", total=1)
-        config_class = import_libraries()
+        import_libraries()
         check_device(args.device)
         progress.update(task, completed=1)
 
-        data_root = make_data(args, progress)
-        config = make_config(config_class, args, data_root)
+        config = make_config(args, make_data(args, progress))
         config_path = args.work_dir / "config.py"
         config.dump(config_path)
         trained = train(config, progress)
@@ -125,12 +118,9 @@ def run(args: argparse.Namespace, console: Console, log: Path) -> None:
     if args.verbose:
         console.print()
     tell(console, trained, tested, sheets, time.monotonic() - start)
-    full = (
-        args.epochs >= EPOCHS
-        and args.num_train >= NUM_TRAIN
-        and args.num_val >= NUM_VAL
-    )
-    if full and tested["metrics"][METRIC] < REQUIRED_MAP50:
+    least = {"epochs": EPOCHS, "num_train": NUM_TRAIN, "num_val": NUM_VAL}
+    is_full = all(getattr(args, name) >= number for name, number in least.items())
+    if is_full and tested["metrics"][METRIC] < REQUIRED_MAP50:
         raise DemoError(
             f"mAP50 is {tested['metrics'][METRIC]:.3f}, and {REQUIRED_MAP50} or more "
             f"is expected after {args.epochs} epochs"
@@ -151,8 +141,8 @@ def output_to(path: Path | None) -> Iterator[None]:
         yield
 
 
-def import_libraries() -> Any:
-    """Import what takes seconds; give MMEngine's ``Config``."""
+def import_libraries() -> None:
+    """Import what takes seconds, or say what is missing."""
     # The package of this checkout, installed or not.
     sys.path.insert(0, str(TOOLS.parent))
     with warnings.catch_warnings():
@@ -161,10 +151,8 @@ def import_libraries() -> Any:
             # The package first: it looks for a usable mmcv.
             for name in ("mmyolo_vis_hooks", "mmyolo.models"):
                 importlib.import_module(name)
-            from mmengine.config import Config
         except (ImportError, RuntimeError) as error:
             raise DemoError(f"{error}\n'make install' installs all it needs") from error
-    return Config
 
 
 def check_device(device: str) -> None:
@@ -200,9 +188,11 @@ def make_data(args: argparse.Namespace, progress: Progress) -> Path:
     return root
 
 
-def make_config(config_class: Any, args: argparse.Namespace, data_root: Path) -> Any:
+def make_config(args: argparse.Namespace, data_root: Path) -> Any:
     """The demo's config with the options of the command line in it."""
-    config = config_class.fromfile(CONFIG)
+    from mmengine.config import Config
+
+    config = Config.fromfile(CONFIG)
     config.work_dir = str((args.work_dir / "train").resolve())
     config.randomness.seed = args.seed
     for split in ("train", "val", "test"):
@@ -222,10 +212,8 @@ def make_config(config_class: Any, args: argparse.Namespace, data_root: Path) ->
 def vis_hooks(config: Any) -> dict[str, Any]:
     """The configs of the hooks that the demo is about, by the name in their tags."""
     names = {"FeatMapVisHook": "featmap", "BoxAMVisHook": "boxam"}
-    hooks = {
-        names[hook.type]: hook for hook in config.custom_hooks if hook.type in names
-    }
-    return {name: hooks[name] for name in names.values()}
+    hooks = {hook.type: hook for hook in config.custom_hooks}
+    return {name: hooks[kind] for kind, name in names.items()}
 
 
 def train(config: Any, progress: Progress) -> dict[str, Any]:
@@ -238,45 +226,35 @@ def train(config: Any, progress: Progress) -> dict[str, Any]:
         """Moves the bar and keeps the metrics of each validation."""
 
         priority = "VERY_LOW"
-
-        def __init__(self) -> None:
-            self.history: dict[int, dict[str, float]] = {}
-            self.task = progress.add_task("Training", total=None)
+        history: dict[int, dict[str, float]] = {}
+        task = progress.add_task("Training", total=None)
 
         def before_train(self, runner: Runner) -> None:
             progress.update(self.task, total=runner.max_iters)
 
         def before_train_epoch(self, runner: Runner) -> None:
-            self._describe(runner, "")
+            self._describe(f"{runner.epoch + 1}/{runner.max_epochs}")
 
         def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
             progress.advance(self.task)
 
         def before_val_epoch(self, runner: Runner) -> None:
-            self._describe(runner, ", validating")
+            self._describe(f"{runner.epoch}/{runner.max_epochs}, validating")
 
-        def after_val_epoch(
-            self, runner: Runner, metrics: dict[str, float] | None = None
-        ) -> None:
-            assert metrics is not None
+        def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:
             self.history[runner.epoch] = metrics
             progress.console.print(
                 f"  epoch {runner.epoch:>2}   mAP50 {metrics[METRIC]:.3f}   "
                 f"mAP {metrics['coco/bbox_mAP']:.3f}"
             )
 
-        def _describe(self, runner: Runner, what: str) -> None:
-            epoch = runner.epoch + (not what)
-            progress.update(
-                self.task,
-                description=f"Training: epoch {epoch}/{runner.max_epochs}{what}",
-            )
+        def _describe(self, where: str) -> None:
+            progress.update(self.task, description=f"Training: epoch {where}")
 
     runner = Runner.from_cfg(config)
     # A fifth faster on a CPU; the convolutions pass the layout on.
     runner.model.to(memory_format=torch.channels_last)
-    hook = ProgressHook()
-    runner.register_hook(hook)
+    runner.register_hook(ProgressHook())
     runner.train()
     best = runner.message_hub.get_info("best_ckpt", None)
     if best is None:
@@ -284,7 +262,7 @@ def train(config: Any, progress: Progress) -> dict[str, Any]:
     return {
         "checkpoint": Path(best),
         "vis_data": Path(runner.log_dir) / "vis_data",
-        "history": hook.history,
+        "history": ProgressHook.history,
     }
 
 
@@ -319,6 +297,7 @@ def check_pictures(
     Raises:
         DemoError: If a picture is missing, on disk or in the events.
     """
+    from mmyolo_vis_hooks.publish.files import write_image
     from mmyolo_vis_hooks.render.montage import Cell, montage
 
     task = progress.add_task("Laying maps out by epoch", total=None)
@@ -342,14 +321,11 @@ def check_pictures(
         progress.update(task, total=len(sheets) + len(images))
         for image in images:
             cells = [
-                Cell(
-                    pictures[image, epoch],
-                    f"epoch {epoch} · mAP50 {scores[METRIC]:.3f}",
-                )
-                for epoch, scores in history.items()
+                Cell(pictures[image, epoch], f"epoch {epoch} · mAP50 {own[METRIC]:.3f}")
+                for epoch, own in history.items()
             ]
             sheet = trained["vis_data"].parent / f"{name}_by_epoch_{image}.png"
-            write_png(sheet, montage(cells))
+            write_image(str(sheet), montage(cells))
             sheets.append(sheet)
             progress.advance(task)
     in_events = count_events(trained["vis_data"])
@@ -390,13 +366,6 @@ def count_events(vis_data: Path) -> int:
     return sum(len(events.Images(tag)) for tag in events.Tags()[IMAGES])
 
 
-def write_png(path: Path, image_rgb: Any) -> None:
-    import cv2
-
-    if not cv2.imwrite(str(path), image_rgb[..., ::-1]):
-        raise DemoError(f"{shown(path)} cannot be written; look at the free space")
-
-
 def tell(
     console: Console,
     trained: dict[str, Any],
@@ -407,22 +376,22 @@ def tell(
     """Say what came out and where it is."""
     metrics = tested["metrics"]
     program = Path(sys.executable).with_name("tensorboard")
-    command = [shown(program)] if program.exists() else ["tensorboard"]
-    command += ["--logdir", shown(trained["vis_data"])]
+    command = shown(program) if program.exists() else "tensorboard"
+    command += f" --logdir {shown(trained['vis_data'])}"
     # Its server keeps ten pictures of a tag unless it is told otherwise.
     if len(trained["history"]) > 10:
-        command += ["--samples_per_plugin", f"images={len(trained['history'])}"]
+        command += f" --samples_per_plugin images={len(trained['history'])}"
     console.print(
         f"\n[bold]mAP50 {metrics[METRIC]:.3f}[/], mAP {metrics['coco/bbox_mAP']:.3f} "
         f"on images that the detector has not seen, after "
-        f"{seconds // 60:.0f} min {seconds % 60:.0f} s\n",
+        f"{seconds // 60:.0f} min {seconds % 60:.0f} s\n\n"
+        "[bold]The same images from epoch to epoch[/]",
         soft_wrap=True,
     )
-    console.print("[bold]The same images from epoch to epoch[/]")
     lines = [shown(sheet) for sheet in sheets]
     lines += ["", "All pictures of the training and of tools/test.py"]
     lines += [f"{shown(run['vis_data'])}/vis_image" for run in (trained, tested)]
-    lines += ["", "TensorBoard, with the losses and the mAP", " ".join(command)]
+    lines += ["", "TensorBoard, with the losses and the mAP", command]
     # Paths must stay in one piece to be copied.
     console.print("\n".join(lines), soft_wrap=True, markup=False)
 

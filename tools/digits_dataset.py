@@ -1,9 +1,9 @@
 """A small detection data set of real handwritten digits on real photos.
 
-Everything comes with scikit-learn: 1,797 digits of 8x8 grey values
-(``load_digits``), enlarged smoothly, coloured, and laid on crops of its two
-sample photos. The masks are exact, since we place the strokes ourselves. Digits
-of the validation images are other people's than those of the training images.
+Everything comes with scikit-learn: 1,797 digits of 8x8 grey values, enlarged smoothly,
+coloured, and laid on crops of its two sample photos. The masks are exact, since we
+place the strokes ourselves. Digits of the validation images are other people's than
+those of the training images.
 
     python tools/digits_dataset.py work_dirs/demo/digits
 """
@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +27,24 @@ from pycocotools import mask as rle
 from sklearn.datasets import load_digits, load_sample_images
 
 CLASSES = tuple(str(digit) for digit in range(10))
+# Share of the stroke's colour from which a pixel belongs to the digit.
 STROKE_THRESHOLD = 0.5
-"""Share of the stroke's colour from which a pixel belongs to the digit."""
 
 # The digits are ordered by writer: those from here on are the validation's.
 _FIRST_VAL_DIGIT = 1400
+# Smallest and largest: long side of an image, side of a digit's square; in pixels.
+_LONG_SIDE, _DIGIT_SIZE = (176, 224), (24, 120)
+_MAX_DIGITS = 6
 _LAYOUT = 1  # part of the cache key: raise it when the pictures change
 
 
 @dataclass(frozen=True)
 class DigitsOptions:
-    """What a data set is made of; equal options give equal files.
-
-    Attributes:
-        num_train: Number of training images.
-        num_val: Number of validation images.
-        seed: Seed of everything random.
-        long_side: Smallest and largest long side of an image, pixels.
-        digit_size: Smallest and largest side of a digit's square, pixels.
-        max_digits: Most digits on an image.
-    """
+    """What a data set is made of; equal options give equal files."""
 
     num_train: int = 600
     num_val: int = 80
     seed: int = 0
-    long_side: tuple[int, int] = (176, 224)
-    digit_size: tuple[int, int] = (24, 120)
-    max_digits: int = 6
 
 
 @dataclass(frozen=True)
@@ -73,57 +64,33 @@ class DigitsImage:
     labels: np.ndarray
 
 
-def boxes_of(masks: np.ndarray) -> np.ndarray:
-    """Tight boxes around masks.
-
-    Args:
-        masks: ``(N, H, W)`` bool, none of them empty.
-
-    Returns:
-        np.ndarray: ``(N, 4)`` int, x, y, width, height in pixels.
-    """
-    boxes = np.zeros((len(masks), 4), dtype=int)
-    for box, mask in zip(boxes, masks):
-        y, x = np.nonzero(mask)
-        box[:] = x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1
-    return boxes
-
-
-def make_image(options: DigitsOptions, split: str, index: int) -> DigitsImage:
+def make_image(seed: int, split: str, index: int) -> DigitsImage:
     """Compose one image; the same arguments give the same image.
 
     Args:
-        options: What the data set is made of.
+        seed: Of the data set.
         split: ``'train'`` or ``'val'``.
         index: Number of the image in its split.
     """
-    rng = np.random.default_rng([options.seed, split == "val", index])
-    background = _background(rng, options.long_side)
+    rng = np.random.default_rng([seed, split == "val", index])
+    background = _background(rng)
     image = background.astype(np.float32)
-    height, width = background.shape[:2]
-    taken = np.zeros((height, width), dtype=bool)
+    taken = np.zeros(background.shape[:2], dtype=bool)
     masks, labels = [], []
-    for _ in range(rng.integers(2, options.max_digits + 1)):
-        digit, label = _digit(rng, split, options.digit_size, min(height, width))
-        size = len(digit)
-        place = _free_place(rng, taken, size)
+    for _ in range(rng.integers(2, _MAX_DIGITS + 1)):
+        digit, label = _digit(rng, split, min(taken.shape))
+        place = _free_place(rng, taken, len(digit))
         if place is None:
             continue
-        y, x = place
-        area = np.s_[y : y + size, x : x + size]
-        taken[area] = True
-        mask = np.zeros((height, width), dtype=bool)
-        mask[area] = digit >= STROKE_THRESHOLD
+        taken[place] = True
+        mask = np.zeros_like(taken)
+        mask[place] = digit >= STROKE_THRESHOLD
         color = _contrasting_color(rng, background[mask])
-        image[area] += digit[..., None] * (color - image[area])
+        image[place] += digit[..., None] * (color - image[place])
         masks.append(mask)
         labels.append(label)
-    return DigitsImage(
-        np.rint(image).astype(np.uint8),
-        background,
-        np.array(masks),
-        np.array(labels),
-    )
+    image_rgb = np.rint(image).astype(np.uint8)
+    return DigitsImage(image_rgb, background, np.array(masks), np.array(labels))
 
 
 def make_dataset(
@@ -144,10 +111,13 @@ def make_dataset(
 
     Returns:
         Path: ``root``.
+
+    Raises:
+        FileExistsError: If the folder is somebody else's.
     """
     root = Path(root)
     options = options or DigitsOptions()
-    key = json.loads(json.dumps({"layout": _LAYOUT, **asdict(options)}))
+    key = {"layout": _LAYOUT, **asdict(options)}
     if _key_of(root) == key:
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -182,29 +152,24 @@ def _write_split(
     images: list[dict] = []
     annotations: list[dict] = []
     for index in range(getattr(options, f"num_{split}")):
-        made = make_image(options, split, index)
+        made = make_image(options.seed, split, index)
         height, width = made.image_rgb.shape[:2]
         name = f"{split}_{index:04d}.png"
         path = str(root / split / name)
         if not cv2.imwrite(path, made.image_rgb[..., ::-1]):
             raise OSError(f"{path} could not be written; look at the free space")
-        image_id = index + 1
-        images.append(
-            {"id": image_id, "file_name": name, "height": height, "width": width}
-        )
-        for mask, label, box in zip(made.masks, made.labels, boxes_of(made.masks)):
+        image = {"id": index + 1, "file_name": name, "height": height, "width": width}
+        images.append(image)
+        for mask, label in zip(made.masks, made.labels):
             code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": image_id,
+                    "image_id": image["id"],
                     "category_id": int(label),
-                    "bbox": box.tolist(),
-                    "area": int(mask.sum()),
-                    "segmentation": {
-                        "size": code["size"],
-                        "counts": code["counts"].decode(),
-                    },
+                    "bbox": rle.toBbox(code).tolist(),
+                    "area": int(rle.area(code)),
+                    "segmentation": {**code, "counts": code["counts"].decode()},
                     "iscrowd": 0,
                 }
             )
@@ -217,20 +182,20 @@ def _write_split(
     (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
 
 
-@lru_cache(maxsize=1)
+@cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     bunch = load_digits()
     return bunch.images.astype(np.float32) / 16, bunch.target
 
 
-@lru_cache(maxsize=1)
+@cache
 def _photos() -> list[np.ndarray]:
     return load_sample_images().images
 
 
-def _background(rng: np.random.Generator, long_side: tuple[int, int]) -> np.ndarray:
+def _background(rng: np.random.Generator) -> np.ndarray:
     photo = _photos()[rng.integers(len(_photos()))]
-    long = int(rng.integers(long_side[0], long_side[1] + 1))
+    long = int(rng.integers(_LONG_SIDE[0], _LONG_SIDE[1] + 1))
     short = round(long * rng.uniform(0.6, 1))
     height, width = (long, short) if rng.random() < 0.5 else (short, long)
     zoom = rng.uniform(1, 0.999 * min(photo.shape[0] / height, photo.shape[1] / width))
@@ -241,35 +206,31 @@ def _background(rng: np.random.Generator, long_side: tuple[int, int]) -> np.ndar
     return cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def _digit(
-    rng: np.random.Generator, split: str, sizes: tuple[int, int], room: int
-) -> tuple[np.ndarray, int]:
+def _digit(rng: np.random.Generator, split: str, room: int) -> tuple[np.ndarray, int]:
     """Coverage of a digit's square, ``(size, size)`` in [0, 1], and its label."""
     images, labels = _digits()
-    first, last = (
-        (_FIRST_VAL_DIGIT, len(labels)) if split == "val" else (0, _FIRST_VAL_DIGIT)
-    )
+    in_val = split == "val"
+    first, last = (_FIRST_VAL_DIGIT, len(labels)) if in_val else (0, _FIRST_VAL_DIGIT)
     index = rng.integers(first, last)
     # Uniform in the logarithm: as many from 20 to 40 as from 40 to 80.
-    size = round(float(np.exp(rng.uniform(*np.log(sizes)))))
-    size = min(size, room)
+    size = min(round(float(np.exp(rng.uniform(*np.log(_DIGIT_SIZE))))), room)
     # A pixel of 8x8 is a value at its centre; beyond the border is no ink.
     padded = np.pad(images[index], 1)
     enlarged = cv2.resize(padded, (size, size), interpolation=cv2.INTER_CUBIC)
     # Steeper than the interpolation, so that strokes have an edge.
-    coverage = np.clip((enlarged - 0.5) * 2.5 + 0.5, 0, 1)
-    return coverage, int(labels[index])
+    return np.clip((enlarged - 0.5) * 2.5 + 0.5, 0, 1), int(labels[index])
 
 
 def _free_place(
     rng: np.random.Generator, taken: np.ndarray, size: int
-) -> tuple[int, int] | None:
+) -> tuple[slice, slice] | None:
     height, width = taken.shape
     for _ in range(30):
         y = int(rng.integers(height - size + 1))
         x = int(rng.integers(width - size + 1))
-        if not taken[y : y + size, x : x + size].any():
-            return y, x
+        place = (slice(y, y + size), slice(x, x + size))
+        if not taken[place].any():
+            return place
     return None
 
 
@@ -283,9 +244,9 @@ def _contrasting_color(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarr
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root", help="folder of the data set")
-    parser.add_argument("--num-train", type=int, default=DigitsOptions.num_train)
-    parser.add_argument("--num-val", type=int, default=DigitsOptions.num_val)
-    parser.add_argument("--seed", type=int, default=DigitsOptions.seed)
+    for name, default in asdict(DigitsOptions()).items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=default, help=f"({default})")
     args = parser.parse_args()
     options = DigitsOptions(args.num_train, args.num_val, args.seed)
     print(make_dataset(args.root, options))
