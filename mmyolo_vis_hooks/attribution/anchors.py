@@ -1,4 +1,4 @@
-"""Finds where the head decided a detection, and scores the detection there.
+"""Finds where the head decided a detection.
 
 A final score depends on the raw outputs of the head in one place only: the cell, region
 or query that made the box. The gradient of the score finds it for any head, and tells
@@ -7,17 +7,14 @@ which raw outputs take part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import VisError
 from ..network.graph import HeadKey, gradients
 
 _RATIO_TOLERANCE = 1e-3
-# Up to here one look at everything is faster than a look at the cells before.
-_FEW_VALUES = 100_000
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def locate_anchors(
     while waiting:
         for k in waiting:
             slopes = _raw_gradients(scalars[k], raw)
-            found = [(key, g, _nonzero(g)) for key, g in slopes.items()]
+            found = [(key, g, g.nonzero()) for key, g in slopes.items()]
             alone[k] = [_entries(key, raw, g, at) for key, g, at in found if len(at)]
         # What two scalars share may look like an element of a third.
         taken = set().union(*map(_cells, alone.values()))
@@ -105,9 +102,6 @@ def locate_anchors(
     ]
 
 
-_Cell = tuple[int, ...]
-
-
 def _locate_together(
     scalars: torch.Tensor, raw: Mapping[HeadKey, torch.Tensor]
 ) -> dict[int, list[RawEntries]]:
@@ -116,19 +110,17 @@ def _locate_together(
     once = _raw_gradients(scalars.sum(), raw)
     weighted = _raw_gradients((scalars * numbers).sum(), raw)
     found: dict[int, list[RawEntries]] = {}
-    owners: dict[_Cell, set[int]] = {}
+    owners: dict[tuple, set[int]] = {}
     for key, gradient in once.items():
-        places = _nonzero(weighted[key])
+        places = weighted[key].nonzero()
         index = tuple(places.t())
         ratio = (weighted[key][index] / gradient[index]).double()
         number = ratio.round()
         clear = (ratio - number).abs() <= _RATIO_TOLERANCE
         clear &= (number >= 1) & (number <= len(scalars))
-        rows: dict[int, list[int]] = {}
-        for row, k in enumerate(torch.where(clear, number - 1, -1).long().tolist()):
-            rows.setdefault(k, []).append(row)
-        for k, own in rows.items():
-            entries = _entries(key, raw, gradient, places[own])
+        own = torch.where(clear, number - 1, -1).long()
+        for k in own.unique().tolist():
+            entries = _entries(key, raw, gradient, places[own == k])
             for cell in _cells([entries]):
                 owners.setdefault(cell, set()).add(k)
             found.setdefault(k, []).append(entries)
@@ -136,9 +128,9 @@ def _locate_together(
     return {k: entries for k, entries in found.items() if k not in shared | {-1}}
 
 
-def _cells(found: Sequence[RawEntries]) -> set[_Cell]:
+def _cells(found: Sequence[RawEntries]) -> set[tuple[int, ...]]:
     """Where elements lie; cells of levels of different sizes are different cells."""
-    cells: set[_Cell] = set()
+    cells: set[tuple[int, ...]] = set()
     for entries in found:
         size = entries.shape[-2:] if len(entries.shape) == 4 else ()
         for place in entries.places.tolist():
@@ -146,28 +138,11 @@ def _cells(found: Sequence[RawEntries]) -> set[_Cell]:
     return cells
 
 
-def _nonzero(values: torch.Tensor) -> torch.Tensor:
-    """Indices ``(n, ndim)`` of what is not zero, as ``Tensor.nonzero``."""
-    values = values.detach()
-    if (
-        values.is_cpu
-        and values.ndim == 4
-        and values.shape[0] == 1
-        and values.numel() > _FEW_VALUES
-    ):
-        # Cells first: to look at each channel is most of what a box costs here.
-        rows, columns = values.abs().sum(dim=1)[0].nonzero().unbind(dim=1)
-        channels, cells = values[0][:, rows, columns].nonzero().unbind(dim=1)
-        batch = torch.zeros_like(channels)
-        return torch.stack([batch, channels, rows[cells], columns[cells]], dim=1)
-    return values.nonzero()
-
-
 def _raw_gradients(
     scalar: torch.Tensor, raw: Mapping[HeadKey, torch.Tensor]
 ) -> dict[HeadKey, torch.Tensor]:
     found = zip(raw, gradients(scalar, list(raw.values())))
-    return {key: gradient for key, gradient in found if gradient is not None}
+    return {key: slope.detach() for key, slope in found if slope is not None}
 
 
 def _entries(
@@ -183,98 +158,3 @@ def _entries(
 def wanted_outputs(anchors: Sequence[Anchor]) -> list[HeadKey]:
     """The raw outputs in which the anchors lie, each once."""
     return sorted({key for anchor in anchors for key in anchor.keys})
-
-
-ScoreLink = Callable[[Sequence[torch.Tensor]], torch.Tensor]
-"""From raw elements, ``(N, n)`` per raw output, to scores ``(N,)``."""
-
-
-def score_link(anchor: Anchor, score: float) -> ScoreLink | None:
-    """Find how a head makes a final score of its raw outputs at the anchor.
-
-    The forms that detectors use are tried: a softmax over the classes, also of the
-    mean of several stages; the product of the sigmoids of everything that takes
-    part, and its square root. The one that gives the score and its gradient is it.
-
-    Args:
-        anchor (Anchor): Of the score.
-        score (float): The score.
-
-    Returns:
-        Callable: None if no form is right.
-    """
-    if not anchor.entries:
-        return None
-    labels = [[int(p[-1]) for p in e.places.tolist()] for e in anchor.entries]
-    own = labels[0]
-
-    def product(raw: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([v.sigmoid() for v in raw], dim=1).prod(dim=1)
-
-    def root(raw: Sequence[torch.Tensor]) -> torch.Tensor:
-        return product(raw).sqrt()
-
-    def softmax(raw: Sequence[torch.Tensor]) -> torch.Tensor:
-        mean = torch.stack(list(raw)).mean(dim=0)
-        return mean.softmax(dim=-1)[:, own.index(anchor.label)]
-
-    forms = [product, root]
-    if len(own) > 1 and anchor.label in own and all(row == own for row in labels):
-        forms.insert(0, softmax)
-    return next((form for form in forms if _is_link(form, anchor, score)), None)
-
-
-def _is_link(link: ScoreLink, anchor: Anchor, score: float) -> bool:
-    with torch.enable_grad():
-        leaves = [e.values.double()[None].requires_grad_() for e in anchor.entries]
-        made = link(leaves)
-        slopes = torch.autograd.grad(made.sum(), leaves)
-    if abs(float(made[0].detach()) - score) > 1e-3 * max(score, 1e-6):
-        return False
-    for slope, entries in zip(slopes, anchor.entries):
-        expected = entries.gradient.double()
-        scale = max(float(expected.abs().max()), 1e-12)
-        if float((slope[0] - expected).abs().max()) > 1e-2 * scale:
-            return False
-    return True
-
-
-def linear_link(anchor: Anchor) -> ScoreLink:
-    """To first order, the scalar of an anchor from its raw outputs."""
-
-    def link(raw: Sequence[torch.Tensor]) -> torch.Tensor:
-        parts = [(v * e.gradient).sum(dim=1) for v, e in zip(raw, anchor.entries)]
-        return torch.stack(parts).sum(dim=0)
-
-    return link
-
-
-def gather(entries: RawEntries, output: torch.Tensor) -> torch.Tensor:
-    """Read an anchor's elements in replayed raw outputs.
-
-    Args:
-        entries (RawEntries): What to read.
-        output (Tensor): The raw output with a batch of N in place of 1.
-
-    Returns:
-        Tensor: ``(N, n)``.
-
-    Raises:
-        VisError: If more than the batch differs from what was recorded.
-    """
-    index = list(entries.places.to(output.device).t())
-    axis = _batch_axis(entries.shape, tuple(output.shape))
-    if axis is None:
-        return output[tuple(index)][None]
-    index[axis] = torch.arange(output.shape[axis], device=output.device)[:, None]
-    return output[tuple(i if d == axis else i[None] for d, i in enumerate(index))]
-
-
-def _batch_axis(recorded: tuple[int, ...], replayed: tuple[int, ...]) -> int | None:
-    """The axis along which a replay was batched, None if it was not."""
-    if recorded == replayed:
-        return None
-    axes = [i for i, (a, b) in enumerate(zip(recorded, replayed)) if a != b]
-    if len(recorded) != len(replayed) or len(axes) != 1 or recorded[axes[0]] != 1:
-        raise VisError(f"raw outputs of {replayed} do not follow those of {recorded}")
-    return axes[0]

@@ -7,6 +7,7 @@ the method, and the maps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,21 +19,14 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from ..errors import VisConfigError, VisError
-from ..network.graph import (
-    GraphForward,
-    NoGradientError,
-    PredictionGraph,
-    TapKey,
-    TapPoint,
-    head_modules,
-    prediction_of,
-)
-from ..network.layer_path import resolve_layers
+from ..network.graph import GraphForward, PredictionGraph, TapPoint, prediction_of
+from ..network.layer_path import layer_of_map, named_maps, resolve_layers
 from ..network.levels import Pyramid, last_maps, survey
-from ..network.replay import ReplayEngine
+from ..network.replay import Replay, ReplayEngine, ReplayTarget
 from ..network.state import frozen
+from ..network.trace import CallKey, CallTrace
 from ..records import BoxExplanation, LayerMap
-from .anchors import locate_anchors
+from .anchors import locate_anchors, wanted_outputs
 from .augment import Choose, smoothed
 from .blackbox import MaskedImage, final_scores
 from .gradient import joined_targets
@@ -45,11 +39,12 @@ from .methods import (
     weigh,
     weigh_channels,
 )
-from .perturb import PerturbedLayer, input_target, layer_target
-from .scoring import InputRerun, Scorer
+from .perturb import PerturbedLayer
+from .scoring import Scorer, linear_link, score_link
 from .spots import (
     Case,
     Spot,
+    View,
     second_order,
     spots_at,
     spots_of_levels,
@@ -88,14 +83,13 @@ class BoxAttributor:
         self._method: CamMethod = validate(
             options.method, eigen_smooth=options.eigen_smooth
         )
-        paths = options.target_layers or self._method.default_layers
-        self._named = (
-            None
-            if paths is None
-            else [TapPoint(p, m) for p, m in resolve_layers(detector, paths).items()]
+        layers = resolve_layers(
+            detector, options.target_layers or self._method.default_layers or ()
         )
+        self._names = list(layers)
+        owners = {layer_of_map(detector, name): layers[name] for name in layers}
+        self._named = [TapPoint(path, module) for path, module in owners.items()]
         self._detector = detector
-        self._name = type(detector).__name__
         self._labels = labels
         self._logger = logger
         self._show_progress = show_progress
@@ -103,7 +97,7 @@ class BoxAttributor:
         self._forward: GraphForward | None = None
         self._pyramid: Pyramid | None = None
         self._said_note = False
-        if self._method.kind != "black_box" and self._named is None:
+        if self._method.kind != "black_box" and not self._named:
             last_maps(detector)
 
     def explain(
@@ -143,15 +137,13 @@ class BoxAttributor:
         with frozen(self._detector):
             graph = self._run(inputs, metainfo)
             chosen = choose(graph.predictions)
-            recorded: dict = {}
             rounds = []
-            for target in self._targets if chosen else ():
-                case = self._case(graph, metainfo, chosen, target, recorded)
+            for case in self._cases(graph, metainfo, chosen) if chosen else ():
                 maps: list[list[LayerMap]] = [[] for _ in chosen]
                 for spot in self._spots(case):
-                    title = spot.view.title
                     for k, saliency in zip(spot.members, self._maps(case, spot)):
-                        maps[k].append(LayerMap(title, saliency.cpu().numpy()))
+                        own = LayerMap(spot.view.title, saliency.cpu().numpy())
+                        maps[k].append(own)
                 rounds.append([self._record(case, k, m) for k, m in enumerate(maps)])
         return graph.detections(), [joined_targets(r) for r in zip(*rounds)]
 
@@ -172,16 +164,11 @@ class BoxAttributor:
             with frozen(self._detector):
                 graph = self._run(inputs.detach(), metainfo)
                 scores = graph.predictions.scores.detach()
-                for target in self._targets if len(scores) else ():
-                    best = [int(scores.argmax())]
-                    self._case(graph, metainfo, best, target, {})
+                if len(scores):
+                    list(self._cases(graph, metainfo, [int(scores.argmax())]))
         finally:
             # Levels are measured on the first image, whose maps may be larger.
             self._forward, self._pyramid = None, None
-
-    @property
-    def _targets(self) -> Sequence[str]:
-        return self._method.targets or (self.options.target,)
 
     # The forward.
 
@@ -192,7 +179,7 @@ class BoxAttributor:
             points = self._tap_points(inputs, metainfo)
             self._forward = GraphForward(self._detector, points)
         graph = self._forward.run(inputs, metainfo)
-        views_of(graph, self._named_taps(graph))
+        self._views(graph)
         return graph
 
     def _tap_points(
@@ -200,11 +187,10 @@ class BoxAttributor:
     ) -> Sequence[TapPoint]:
         if self._method.kind == "black_box":
             return [last_maps(self._detector)]
-        if self._named is None:
+        if not self._named:
             run = prediction_of(self._detector, inputs, metainfo)
-            self._pyramid = survey(
-                self._detector, inputs, metainfo, lambda: self._engine.trace(run)
-            )
+            trace = partial(self._engine.trace, run)
+            self._pyramid = survey(self._detector, inputs, metainfo, trace)
             return self._pyramid.points
         try:
             base = last_maps(self._detector)
@@ -214,9 +200,12 @@ class BoxAttributor:
         names = {point.layer for point in self._named}
         return [*self._named, *([] if base.layer in names else [base])]
 
-    def _named_taps(self, graph: PredictionGraph) -> list[TapKey]:
-        names = {point.layer for point in self._named or ()}
-        return [tap for tap in graph.taps if tap.layer in names]
+    def _views(self, graph: PredictionGraph) -> list[View]:
+        """The maps of the layers that the user named."""
+        layers = {point.layer for point in self._named}
+        views = views_of(graph, [tap for tap in graph.taps if tap.layer in layers])
+        kept = named_maps(self._names, [(v.tap.layer, v.title) for v in views])
+        return [view for view in views if view.title in kept]
 
     # The boxes.
 
@@ -234,29 +223,32 @@ class BoxAttributor:
 
     # The anchors.
 
-    def _case(
-        self,
-        graph: PredictionGraph,
-        metainfo: Mapping[str, Any],
-        indices: list[int],
-        target: str,
-        recorded: dict,
-    ) -> Case:
-        """Find the scalars that are explained, and where the head decided them."""
-        boxes = ChosenBoxes(graph, indices, self._name)
-        chosen = TARGETS[target]
-        shape = (len(indices),)
-        scalars = shaped(chosen.function(boxes), shape, f"target={target!r}")
-        raw = graph.head_outputs
-        anchors = locate_anchors(scalars, boxes.labels, raw) if raw else None
+    def _cases(
+        self, graph: PredictionGraph, metainfo: Mapping[str, Any], indices: list[int]
+    ) -> list[Case]:
+        """For each target the scalars, and where the head decided them."""
         forward = prediction_of(self._detector, graph.inputs, metainfo)
-        return Case(boxes, chosen, scalars, anchors, forward, recorded)
+
+        @functools.cache
+        def trace() -> CallTrace:
+            return self._engine.trace(forward)
+
+        boxes = ChosenBoxes(graph, indices, type(self._detector).__name__)
+        cases = []
+        for name in self._method.targets or (self.options.target,):
+            target = TARGETS[name]
+            given = target.function(boxes)
+            scalars = shaped(given, (len(indices),), f"target={name!r}")
+            raw = graph.head_outputs
+            anchors = locate_anchors(scalars, boxes.labels, raw) if raw else None
+            cases.append(Case(boxes, target, scalars, anchors, forward, trace))
+        return cases
 
     # The layer.
 
     def _spots(self, case: Case) -> list[Spot]:
         if self._pyramid is None:
-            return spots_at(case, self._named_taps(case.graph))
+            return spots_at(case, self._views(case.graph))
         first_order = self._method.kind == "gradient" and not self._method.second_order
         return spots_of_levels(case, self._pyramid, with_gradients=first_order)
 
@@ -295,62 +287,94 @@ class BoxAttributor:
         return torch.cat(maps)
 
     def _perturbed(self, case: Case, spot: Spot) -> PerturbedLayer:
+        view, inputs = spot.view, case.graph.inputs
+        if self._method.kind == "masking":
+            target = self._input_target()
+        else:
+            target = self._layer_target(view)
+        scorer = self._scorer(case, spot.members, target)
+        ratio = self.options.ratio_channels_to_ablate
+        return PerturbedLayer(view.activations[0], ratio, view, scorer, inputs)
+
+    def _layer_target(self, view: View) -> ReplayTarget:
+        """The tensor of a layer, which is replaced."""
+        points = self._forward.taps if self._forward is not None else ()
+        point = next(point for point in points if point.layer == view.tap.layer)
+        modules = self._engine.modules.items()
+        path = next(path for path, module in modules if module is point.module)
+        place = view.tap.output_index if point.side == "output" else (0,)
+        return ReplayTarget(CallKey(path, view.tap.call_index), place, point.side)
+
+    def _input_target(self) -> ReplayTarget:
+        """The image that goes into the network, which is replaced."""
+        if "backbone" not in self._engine.modules:
+            raise VisError(
+                f"method={self._method.name!r} masks what goes into the module "
+                f"'backbone', which {type(self._detector).__name__} has not; use a "
+                "gradient method"
+            )
+        return ReplayTarget(CallKey("backbone", 0), (0,), "input")
+
+    def _scorer(
+        self, case: Case, members: Sequence[int], target: ReplayTarget
+    ) -> Scorer:
         if case.anchors is None:
             raise VisError(
                 f"method={self._method.name!r} scores a box at its own anchor and "
-                f"needs a module called 'bbox_head' for it, which {self._name} has "
-                "not; use a gradient method"
+                "needs a module called 'bbox_head' for it, which "
+                f"{type(self._detector).__name__} has not; use a gradient method"
             )
-        if self._method.kind == "masking":
-            target = input_target(self._detector, self._method.name)
+        anchors = [case.anchors[k] for k in members]
+        if case.target.name == "score":
+            scores = case.scalars[list(members)].tolist()
+            links = list(map(score_link, anchors, scores))
         else:
-            target = layer_target(self._detector, spot, self._forward)
-        replay = partial(self._engine.replay, case.forward, target)
-        scorer = self._scorer(
-            case, spot.members, lambda wanted: replay(wanted, case.recorded)
-        )
-        if not scorer.knows_scores:
+            links = list(map(linear_link, anchors))
+        known = [link for link in links if link is not None]
+        if len(known) < len(links):
             raise VisError(
                 "how this detector makes a score of its raw outputs is not known, so a "
                 "box cannot be scored at its own anchor; use target='logit' or a "
                 "gradient method"
             )
-        ratio, inputs = self.options.ratio_channels_to_ablate, case.graph.inputs
-        activations = spot.view.activations[0]
-        return PerturbedLayer(activations, ratio, spot.view, scorer, inputs)
-
-    def _scorer(self, case: Case, members: Sequence[int], rerun: Callable) -> Scorer:
+        wanted = wanted_outputs(anchors)
+        replay = Replay(self._engine, case.forward, case.trace(), target, wanted)
         size, bar = self.options.batch_size, self._show_progress
-        return Scorer(case, members, rerun, batch_size=size, show_progress=bar)
+        return Scorer(anchors, known, replay, batch_size=size, show_progress=bar)
 
     # What looks at no layer.
 
     def _explain_black_box(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> _Found:
-        options, note = self.options, ""
-        batch_size = options.batch_size or _BLACK_BOX_BATCH
+        method, options, note = self._method, self.options, ""
         with frozen(self._detector):
-            predictions, chosen, scorer = self._anchored(inputs, metainfo)
+            try:
+                predictions, chosen, scorer = self._anchored(inputs, metainfo)
+            except VisError:
+                note = "boxes are scored by the final detections, not at anchors"
+                with torch.no_grad():
+                    (output,) = prediction_of(self._detector, inputs, metainfo)()
+                predictions, scorer = output.pred_instances, None
+                chosen = self.choose(predictions)
             if not chosen:
                 return predictions, []
             if scorer is not None:
                 score: Callable = scorer.scores
                 batch_size = scorer.batch_size
             else:
-                note = "boxes are scored by the final detections, not at anchors"
-                if not self._said_note:
-                    self._said_note = True
-                    self._logger.warning(f"method={self._method.name!r}: {note}")
                 score = final_scores(self._detector, predictions, chosen, metainfo)
-            image = MaskedImage(
-                inputs, score, options.num_masks, batch_size, self._show_progress
-            )
+                batch_size = options.batch_size or _BLACK_BOX_BATCH
+            if note and not self._said_note:
+                self._said_note = True
+                self._logger.warning(f"method={method.name!r}: {note}")
+            bar = self._show_progress
+            image = MaskedImage(inputs, score, options.num_masks, batch_size, bar)
             with torch.no_grad():
-                maps = self._method.function(image)
+                maps = method.function(image)
             shape = len(chosen), *inputs.shape[-2:]
-            maps = shaped(maps, shape, f"method={self._method.name!r}")
-            maps = rectified(maps, self._method.name)
+            maps = shaped(maps, shape, f"method={method.name!r}")
+            maps = rectified(maps, method.name)
         explanations = []
         for index, saliency in zip(chosen, maps.cpu().numpy()):
             shown = (LayerMap("image", saliency),) if saliency.max() > 0 else ()
@@ -362,47 +386,30 @@ class BoxAttributor:
     def _anchored(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> tuple[InstanceData, list[int], Scorer | None]:
-        """The detections, and what scores the chosen ones at their own anchors.
-
-        Anchors of regions and queries move when the image changes, so only cells of
-        dense heads will do.
-        """
-        scorer = None
-        try:
-            if not head_modules(self._detector):
-                raise NoGradientError
-            graph = self._run(inputs, metainfo)
-            chosen = self.choose(graph.predictions)
-            if chosen:
-                case = self._case(graph, metainfo, chosen, "score", {})
-                if all(anchor.cell is not None for anchor in case.anchors or ()):
-                    rerun = partial(InputRerun, self._detector, metainfo)
-                    scorer = self._scorer(case, range(len(chosen)), rerun)
-        except NoGradientError:
-            with torch.no_grad():
-                (output,) = prediction_of(self._detector, inputs, metainfo)()
-            chosen = self.choose(output.pred_instances)
-            return output.pred_instances, chosen, None
-        if scorer is not None and not scorer.knows_scores:
-            scorer = None
+        """The detections, and what scores the chosen ones at their own anchors."""
+        graph = self._run(inputs, metainfo)
+        chosen = self.choose(graph.predictions)
+        if not chosen:
+            return graph.detections(), [], None
+        (case,) = self._cases(graph, metainfo, chosen)
+        if any(anchor.cell is None for anchor in case.anchors or ()):
+            raise VisError("regions and queries move when the image changes")
+        scorer = self._scorer(case, range(len(chosen)), self._input_target())
         return graph.detections(), chosen, scorer
 
     # The record.
 
     def _blank_record(self, index: int) -> BoxExplanation:
-        method = self._method
+        method, target = self._method, self.options.target
+        smooth = method.default_smooth
         return BoxExplanation(
-            index,
-            (),
-            method=method.name,
-            target=self.options.target,
-            smooth=method.default_smooth,
+            index, (), method=method.name, target=target, smooth=smooth
         )
 
     def _record(self, case: Case, k: int, maps: list[LayerMap]) -> BoxExplanation:
         shown = tuple(m for m in maps if m.saliency.max() > 0)
         silent = [layer_map.layer for layer_map in maps]
-        warning = "" if shown else why_blank(case, k, silent, self._named)
+        warning = "" if shown else why_blank(case, k, silent, self._names)
         index, label = case.boxes.indices[k], case.boxes.labels[k]
         if warning:
             # The logger drops a second record with the same template.

@@ -6,7 +6,7 @@ Sources: RISE (Petsiuk et al. 2018) for the masks and their weighted mean, D-RIS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData
+from rich.progress import track
 from torch import nn
 
 from ..data.samples import detections_of
 from ..records import Detections
 from .methods import register_method, require_finite
-from .progress import track
 
 CELLS = 16
 KEEP = 0.5
@@ -47,16 +47,20 @@ class MaskedImage:
 
     def masked_scores(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Random masks ``(n, 1, H, W)`` and what the boxes score under them."""
-        height, width = self.inputs.shape[-2:]
         batches = rise_masks(
             self.num_masks,
-            (height, width),
+            self.inputs.shape[-2:],
             batch_size=self.batch_size,
             device=self.inputs.device,
             dtype=self.inputs.dtype,
         )
-        count = -(-self.num_masks // self.batch_size)
-        for masks in track(batches, "random masks", self.show_progress, count):
+        for masks in track(
+            batches,
+            "random masks",
+            total=-(-self.num_masks // self.batch_size),
+            transient=True,
+            disable=not self.show_progress,
+        ):
             scores = self.score(self.inputs * masks)
             require_finite(scores, "the scores under a mask")
             yield masks, scores
@@ -85,7 +89,7 @@ def drise(image: MaskedImage) -> torch.Tensor:
 
 def rise_masks(
     num_masks: int,
-    image_hw: tuple[int, int],
+    image_hw: Sequence[int],
     *,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
@@ -97,11 +101,11 @@ def rise_masks(
     cell more than the image and cut out at a random place, so that the cells' borders
     differ from mask to mask. The random numbers come from a generator of their own on
     the CPU, a mask's at a time: the masks are the same in every run, on every device
-    and for every ``batch_size``. Only the grids travel to the device.
+    and for every ``batch_size``.
 
     Args:
         num_masks (int): How many masks in all.
-        image_hw (tuple[int, int]): Height and width of the masks, pixels.
+        image_hw (Sequence[int]): Height and width of the masks, pixels.
         batch_size (int): Masks that exist at a time. Defaults to 16.
         device (torch.device | str): Where the masks are made. Defaults to 'cpu'.
         dtype (torch.dtype): Defaults to float32.
@@ -126,11 +130,12 @@ def rise_masks(
         large = F.interpolate(
             grids.to(device), size_hw, mode="bilinear", align_corners=False
         )
-        masks = torch.empty((count, 1, height, width), dtype=dtype, device=device)
         shifts = (drawn[:, :2] * torch.tensor(cell_hw)).long().tolist()
-        for index, (top, left) in enumerate(shifts):
-            masks[index] = large[index, :, top : top + height, left : left + width]
-        yield masks
+        masks = [
+            own[:, top : top + height, left : left + width]
+            for own, (top, left) in zip(large, shifts)
+        ]
+        yield torch.stack(masks).to(dtype)
 
 
 def final_scores(
@@ -167,10 +172,6 @@ def detection_similarities(wanted: Detections, found: Detections) -> np.ndarray:
     vectors * objectness. Departure: final detections carry one class and one score, so
     the similarity of the classes is 1 or 0, and the score, in which heads with
     objectness include it, stands for the objectness.
-
-    Args:
-        wanted (Detections): The K detections that are explained.
-        found (Detections): Found on the masked image, in the same frame.
 
     Returns:
         np.ndarray: ``(K,)`` float32 in [0, 1]; 0 where nothing is left.

@@ -6,14 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ..errors import VisError
-from ..network.graph import GraphForward
-from ..network.replay import CallKey, ReplayTarget
 from .methods import register_method, require_finite
 from .scoring import Scorer
-from .spots import Spot, View
+from .spots import View
 
 
 @dataclass(frozen=True)
@@ -44,11 +40,12 @@ class PerturbedLayer:
         Returns:
             Tensor: ``(n, K)`` float64.
         """
-        return self.scorer.scores_of_many(
-            len(factors),
-            lambda part: self.view.scaled(factors[part]),
-            f"channels of {self.view.title}",
-        )
+
+        def scaled(part: slice) -> torch.Tensor:
+            return self.view.scaled(factors[part])
+
+        title = f"channels of {self.view.title}"
+        return self.scorer.scores_of_many(len(factors), scaled, title)
 
     def scores_behind(self, maps: torch.Tensor) -> torch.Tensor:
         """What they score on the image behind each map, normalised to 0 to 1.
@@ -68,33 +65,6 @@ class PerturbedLayer:
 
         title = f"image behind {self.view.title}"
         return self.scorer.scores_of_many(len(maps), masked, title)
-
-
-def layer_target(
-    detector: nn.Module, spot: Spot, forward: GraphForward | None
-) -> ReplayTarget:
-    """The tensor of a layer, which is replaced."""
-    if spot.level is not None:
-        return spot.level.target
-    tap = spot.view.tap
-    taps = forward.taps if forward is not None else ()
-    module = next(point.module for point in taps if point.layer == tap.layer)
-    path = next(path for path, own in detector.named_modules() if own is module)
-    return ReplayTarget(CallKey(path, tap.call_index), tap.output_index)
-
-
-def input_target(detector: nn.Module, method: str) -> ReplayTarget:
-    """The image that goes into the network, which is replaced.
-
-    Raises:
-        VisError: If the detector does not say where.
-    """
-    if not hasattr(detector, "backbone"):
-        raise VisError(
-            f"method={method!r} masks what goes into the module 'backbone', which "
-            f"{type(detector).__name__} has not; use a gradient method"
-        )
-    return ReplayTarget(CallKey("backbone", 0), (0,), "input")
 
 
 @register_method(

@@ -2,97 +2,80 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
 import torch
-from mmdet.structures import DetDataSample
-from torch import nn
+from rich.progress import track
 
-from ..network.graph import HeadKey, head_modules
-from ..network.nested import flatten_tensors
-from .anchors import gather, linear_link, score_link, wanted_outputs
-from .progress import track
-from .spots import Case
+from ..errors import VisError
+from ..network.replay import Replay, batch_axis
+from .anchors import Anchor, RawEntries
 
-
-class Rerun(Protocol):
-    """Gives raw outputs for changed values of something."""
-
-    def batch_size(self, asked: int | None) -> int:
-        """How many values run at once: as many as asked for, or what is fast."""
-
-    def run(self, batch: torch.Tensor) -> list[torch.Tensor]:
-        """The wanted raw outputs for values ``(n, ...)``, with n in place of 1."""
+ScoreLink = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+"""From raw elements, ``(N, n)`` per raw output, to scores ``(N,)``."""
 
 
-class InputRerun:
-    """Raw outputs for other images: forwards that end where these are known.
+def score_link(anchor: Anchor, score: float) -> ScoreLink | None:
+    """Find how a head makes a final score of its raw outputs at the anchor.
 
-    Args:
-        detector (nn.Module): The detector; must be ``frozen``.
-        metainfo (Mapping): Of the image's data sample.
-        wanted (Sequence[HeadKey]): The raw outputs.
+    The forms that detectors use are tried: a softmax over the classes, also of the
+    mean of several stages; the product of the sigmoids of everything that takes
+    part, and its square root. The one that gives the score and its gradient is it;
+    None if there is none.
     """
+    if not anchor.entries:
+        return None
+    labels = [[int(p[-1]) for p in e.places.tolist()] for e in anchor.entries]
+    own = labels[0]
 
-    def __init__(
-        self,
-        detector: nn.Module,
-        metainfo: Mapping[str, Any],
-        wanted: Sequence[HeadKey],
-    ) -> None:
-        self._detector = detector
-        self._metainfo = metainfo
-        self._wanted = wanted
+    def product(raw: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([v.sigmoid() for v in raw], dim=1).prod(dim=1)
 
-    def batch_size(self, asked: int | None) -> int:
-        """A GPU wants to be filled; a processor is no faster with many."""
-        on_cpu = next(self._detector.parameters()).device.type == "cpu"
-        return asked or (4 if on_cpu else 32)
+    def root(raw: Sequence[torch.Tensor]) -> torch.Tensor:
+        return product(raw).sqrt()
 
-    def run(self, batch: torch.Tensor) -> list[torch.Tensor]:
-        """Run images ``(n, 3, H, W)``."""
-        found: dict[HeadKey, torch.Tensor] = {}
-        counts: Counter[str] = Counter()
-        with contextlib.ExitStack() as stack:
-            for path, head in head_modules(self._detector).items():
-                hook = partial(self._keep, found, counts, path)
-                stack.callback(head.register_forward_hook(hook).remove)
-            stack.enter_context(contextlib.suppress(_Known))
-            samples = [DetDataSample(metainfo=dict(self._metainfo)) for _ in batch]
-            self._detector(batch, samples, mode="predict")
-        return [found[key] for key in self._wanted]
+    def softmax(raw: Sequence[torch.Tensor]) -> torch.Tensor:
+        mean = torch.stack(list(raw)).mean(dim=0)
+        return mean.softmax(dim=-1)[:, own.index(anchor.label)]
 
-    def _keep(
-        self,
-        found: dict[HeadKey, torch.Tensor],
-        counts: Counter[str],
-        path: str,
-        module: nn.Module,
-        args: Any,
-        output: Any,
-    ) -> None:
-        for index, tensor in flatten_tensors(output):
-            found[HeadKey(path, counts[path], index)] = tensor
-        counts[path] += 1
-        if all(key in found for key in self._wanted):
-            raise _Known
+    forms = [product, root]
+    if len(own) > 1 and anchor.label in own and all(row == own for row in labels):
+        forms.insert(0, softmax)
+    return next((form for form in forms if _is_link(form, anchor, score)), None)
 
 
-class _Known(Exception):
-    """Ends a forward as soon as everything that is wanted has been computed."""
+def _is_link(link: ScoreLink, anchor: Anchor, score: float) -> bool:
+    with torch.enable_grad():
+        leaves = [e.values.double()[None].requires_grad_() for e in anchor.entries]
+        made = link(leaves)
+        slopes = torch.autograd.grad(made.sum(), leaves)
+    if abs(float(made[0].detach()) - score) > 1e-3 * max(score, 1e-6):
+        return False
+    for slope, entries in zip(slopes, anchor.entries):
+        expected = entries.gradient.double()
+        scale = max(float(expected.abs().max()), 1e-12)
+        if float((slope[0] - expected).abs().max()) > 1e-2 * scale:
+            return False
+    return True
+
+
+def linear_link(anchor: Anchor) -> ScoreLink:
+    """To first order, the scalar of an anchor from its raw outputs."""
+
+    def link(raw: Sequence[torch.Tensor]) -> torch.Tensor:
+        parts = [(v * e.gradient).sum(dim=1) for v, e in zip(raw, anchor.entries)]
+        return torch.stack(parts).sum(dim=0)
+
+    return link
 
 
 class Scorer:
-    """Scores boxes in raw outputs that are run again, a batch of values at a time.
+    """Scores K boxes in raw outputs that are run again, a batch of values at a time.
 
     Args:
-        case (Case): The boxes.
-        members (Sequence[int]): Which K of them; all have an anchor.
-        rerun (Callable): Gives what runs changed values, for the wanted raw outputs.
+        anchors (Sequence[Anchor]): Of the boxes.
+        links (Sequence): Gives the score of each at its anchor.
+        replay (Replay): Gives the raw outputs in which the anchors lie.
         batch_size (int, optional): How many values run at once; None takes what suits
             the network.
         show_progress (bool): Show a bar on a terminal.
@@ -100,41 +83,33 @@ class Scorer:
 
     def __init__(
         self,
-        case: Case,
-        members: Sequence[int],
-        rerun: Callable[[Sequence[HeadKey]], Rerun],
+        anchors: Sequence[Anchor],
+        links: Sequence[ScoreLink],
+        replay: Replay,
         *,
         batch_size: int | None = None,
         show_progress: bool = False,
     ) -> None:
-        self._anchors = [(case.anchors or [])[k] for k in members]
-        if case.target.name == "score":
-            scores = case.scalars[list(members)].tolist()
-            links = list(map(score_link, self._anchors, scores))
-        else:
-            links = list(map(linear_link, self._anchors))
-        self.knows_scores = all(link is not None for link in links)
-        self._links = [link for link in links if link is not None]
-        self._wanted = wanted_outputs(self._anchors)
+        self._anchors = list(zip(anchors, links))
+        self._replay = replay
         self._show_progress = show_progress
-        self._rerun = rerun(self._wanted)
-        self.batch_size = self._rerun.batch_size(batch_size)
+        self.batch_size = replay.batch_size(batch_size)
 
     def recorded_scores(self) -> torch.Tensor:
         """The scores as they were, ``(K,)`` float64."""
         scores = [
             link([entries.values[None] for entries in anchor.entries])[0]
-            for anchor, link in zip(self._anchors, self._links)
+            for anchor, link in self._anchors
         ]
         return torch.stack(scores).double()
 
     @torch.no_grad()
     def scores(self, values: torch.Tensor) -> torch.Tensor:
         """Scores ``(n, K)`` float64 for values ``(n, ...)`` of the target."""
-        outputs = dict(zip(self._wanted, self._rerun.run(values)))
+        outputs = dict(zip(self._replay.wanted, self._replay.run(values)))
         columns = [
-            link([gather(entries, outputs[entries.key]) for entries in anchor.entries])
-            for anchor, link in zip(self._anchors, self._links)
+            link([_read(entries, outputs[entries.key]) for entries in anchor.entries])
+            for anchor, link in self._anchors
         ]
         return torch.stack(columns, dim=1).double()
 
@@ -142,9 +117,27 @@ class Scorer:
         self, count: int, values: Callable[[slice], torch.Tensor], title: str
     ) -> torch.Tensor:
         """The same for ``count`` values, made batch by batch, under a progress bar."""
-        begins = range(0, count, self.batch_size)
-        found = [
-            self.scores(values(slice(begin, min(begin + self.batch_size, count))))
-            for begin in track(begins, title, self._show_progress)
-        ]
+        begins = track(
+            range(0, count, self.batch_size),
+            title,
+            transient=True,
+            disable=not self._show_progress,
+        )
+        size = self.batch_size
+        found = [self.scores(values(slice(b, min(b + size, count)))) for b in begins]
         return torch.cat(found)
+
+
+def _read(entries: RawEntries, output: torch.Tensor) -> torch.Tensor:
+    """An anchor's elements ``(N, n)`` in a raw output with N in place of 1."""
+    index = list(entries.places.to(output.device).t())
+    if output.shape == entries.shape:
+        return output[tuple(index)][None]
+    axis = batch_axis(entries.shape, output.shape)
+    if axis is None:
+        raise VisError(
+            f"raw outputs of {tuple(output.shape)} do not follow those of "
+            f"{entries.shape}"
+        )
+    index[axis] = torch.arange(output.shape[axis], device=output.device)[:, None]
+    return output[tuple(i if d == axis else i[None] for d, i in enumerate(index))]

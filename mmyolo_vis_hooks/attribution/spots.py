@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import FeatureShapeError
-from ..network.graph import PredictionGraph, TapKey, TapPoint, gradients
+from ..network.graph import PredictionGraph, TapKey, gradients
 from ..network.levels import Level, Pyramid
 from ..network.maps import token_slices
+from ..network.trace import CallTrace
 from .anchors import Anchor, wanted_outputs
 from .targets import BOX_SIDES, ChosenBoxes, Target
 
@@ -135,7 +136,7 @@ class Case:
         scalars: ``(K,)`` with a graph.
         anchors: Where the head decided them; None without a head that can be asked.
         forward: Runs ``predict`` on the image.
-        recorded: What replays keep of the image.
+        trace: Gives what that computed.
     """
 
     boxes: ChosenBoxes
@@ -143,7 +144,7 @@ class Case:
     scalars: torch.Tensor
     anchors: list[Anchor] | None
     forward: Callable[[], Any]
-    recorded: dict
+    trace: Callable[[], CallTrace]
 
     @property
     def graph(self) -> PredictionGraph:
@@ -165,25 +166,12 @@ class Spot:
         members: Numbers of the boxes.
         gradients: ``(C, a, b)`` of each member in its window, where they are known.
         windows: Outside of it a member has no gradient; none for the whole map.
-        level: The level that made the boxes, None for another layer.
     """
 
     view: View
     members: list[int] = field(default_factory=list)
     gradients: list[torch.Tensor] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
-    level: Level | None = None
-
-
-def spots_at(case: Case, taps: Sequence[TapKey]) -> list[Spot]:
-    """The maps of given layers, each with the boxes that it has an influence on."""
-    joined: dict[str, Spot] = {}
-    for k in range(len(case.boxes.indices)):
-        for own in influences(case, k, taps):
-            spot = joined.setdefault(own.view.title, Spot(own.view))
-            spot.members += own.members
-            spot.gradients += own.gradients
-    return list(joined.values())
 
 
 def influences(case: Case, k: int, taps: Sequence[TapKey]) -> list[Spot]:
@@ -193,6 +181,20 @@ def influences(case: Case, k: int, taps: Sequence[TapKey]) -> list[Spot]:
     views = views_of(case.graph, known)
     pairs = [(view, view.maps(known[view.tap])) for view in views]
     return [Spot(view, [k], [g[0]]) for view, g in pairs if bool(g.any())]
+
+
+def spots_at(case: Case, views: Sequence[View]) -> list[Spot]:
+    """Given maps, each with the boxes that it has an influence on."""
+    titles = {view.title for view in views}
+    taps = list(dict.fromkeys(view.tap for view in views))
+    spots: dict[str, Spot] = {}
+    for k in range(len(case.boxes.indices)):
+        for own in influences(case, k, taps):
+            if own.view.title in titles:
+                spot = spots.setdefault(own.view.title, Spot(own.view))
+                spot.members += own.members
+                spot.gradients += own.gradients
+    return list(spots.values())
 
 
 def spots_of_levels(
@@ -210,76 +212,75 @@ def spots_of_levels(
     """
     spots: dict[TapKey, Spot] = {}
     others = []
-    placed: list[tuple[int, Spot, Window]] = []
+    placed: list[_Placed] = []
     for k in range(len(case.boxes.indices)):
         anchor = case.anchors[k] if case.anchors is not None else None
         level = pyramid.level_of(anchor.keys) if anchor is not None else None
         if anchor is None or level is None or anchor.cell is None:
-            others += _most_influential(case, k)
+            found = influences(case, k, list(case.graph.taps))
+            others += sorted(found, key=_energy, reverse=True)[:1]
             continue
         tensor = case.graph.taps[level.tap]
-        spot = Spot(View(level.tap.title, level.tap, tensor), level=level)
+        spot = Spot(View(level.tap.title, level.tap, tensor))
         spot = spots.setdefault(level.tap, spot)
         spot.members.append(k)
         spot.windows.append(Window.around(anchor.cell, level, tensor.shape[-2:]))
-        placed.append((k, spot, spot.windows[-1]))
+        placed.append(_Placed(k, anchor, spot, spot.windows[-1]))
     if with_gradients:
-        _add_gradients(case, placed, pyramid.separate)
+        slopes: dict[int, torch.Tensor] = {}
+        for group in colours(placed, separate=pyramid.separate):
+            slopes |= _colour_gradients(case, group)
+        for k, _, spot, _ in placed:
+            spot.gradients.append(slopes[k])
     return [*spots.values(), *others]
 
 
-def _most_influential(case: Case, k: int) -> list[Spot]:
-    spots = influences(case, k, list(case.graph.taps))
-    energies = [
-        float((spot.gradients[0] * spot.view.activations[0]).abs().sum())
-        for spot in spots
-    ]
-    return [spots[energies.index(max(energies))]] if any(energies) else []
+def _energy(spot: Spot) -> float:
+    return float((spot.gradients[0] * spot.view.activations[0]).abs().sum())
 
 
-_Placed = tuple[int, Spot, Window]
+class _Placed(NamedTuple):
+    """A box whose anchor is a cell."""
 
-
-def _add_gradients(case: Case, placed: Sequence[_Placed], separate: bool) -> None:
-    """Give each spot the gradients of its members, by a pass per colour."""
-    anchors = case.anchors or []
-    found: dict[int, torch.Tensor] = {}
-    for group in colours(placed, separate=separate):
-        tensors = {spot.view.tap: spot.view.tensor for _, spot, _ in group}
-        own = [anchors[k] for k, _, _ in group]
-        slopes = _through_head(case.graph, own, list(tensors.values()))
-        at = dict(zip(tensors, slopes))
-        for k, spot, window in group:
-            gradient = at[spot.view.tap]
-            if gradient is None:
-                gradient = torch.zeros_like(spot.view.tensor)
-            found[k] = window.cut(gradient[0])
-    for k, spot, _ in placed:
-        spot.gradients.append(found[k])
+    number: int
+    anchor: Anchor
+    spot: Spot
+    window: Window
 
 
 def colours(placed: Sequence[_Placed], *, separate: bool) -> list[list[_Placed]]:
     """Groups of boxes no two of which have gradients in the same cells.
 
     Args:
-        placed (Sequence): Number, spot and window of each box.
+        placed (Sequence): The boxes.
         separate (bool): Whether boxes of different levels never collide.
     """
 
     def collide(one: _Placed, other: _Placed) -> bool:
-        if one[1] is not other[1]:
+        if one.spot is not other.spot:
             return not separate
-        return one[2].overlaps(other[2])
+        return one.window.overlaps(other.window)
 
     groups: list[list[_Placed]] = []
     for box in placed:
         free = (g for g in groups if not any(collide(box, other) for other in g))
         group = next(free, None)
         if group is None:
-            groups.append([box])
-        else:
-            group.append(box)
+            groups.append(group := [])
+        group.append(box)
     return groups
+
+
+def _colour_gradients(case: Case, group: Sequence[_Placed]) -> dict[int, torch.Tensor]:
+    """Gradients of boxes in their windows, by one pass."""
+    tensors = {box.spot.view.tap: box.spot.view.tensor for box in group}
+    anchors = [box.anchor for box in group]
+    slopes = _through_head(case.graph, anchors, list(tensors.values()))
+    at = {
+        tap: torch.zeros_like(tensor) if slope is None else slope
+        for (tap, tensor), slope in zip(tensors.items(), slopes)
+    }
+    return {box.number: box.window.cut(at[box.spot.view.tap][0]) for box in group}
 
 
 def _through_head(
@@ -303,16 +304,14 @@ def second_order(case: Case, k: int, view: View) -> list[torch.Tensor]:
     return [view.maps(slope.detach()), view.maps(product)]
 
 
-def why_blank(
-    case: Case, k: int, silent: Sequence[str], named: Sequence[TapPoint] | None
-) -> str:
+def why_blank(case: Case, k: int, silent: Sequence[str], named: Sequence[str]) -> str:
     """Why a box has no map.
 
     Args:
         case (Case): The boxes.
         k (int): Which of them.
         silent (Sequence[str]): Layers on which its map is zero everywhere.
-        named (Sequence[TapPoint], optional): Layers that the user asked for.
+        named (Sequence[str]): Layers that the user asked for.
     """
     target = case.target.name
     if silent:
@@ -322,13 +321,11 @@ def why_blank(
         )
     if not case.scalars.requires_grad:
         return f"the {target} does not depend on what the network computes"
-    if named is None:
+    if not named:
         reason = "the score is saturated, 1 or 0 to the last digit"
         if target in BOX_SIDES:
             reason = "the box is cut off there, at the border of the image"
         return f"the {target} cannot be differentiated here: {reason}"
-    layers = [point.layer for point in named]
-    others = [tap for tap in case.graph.taps if tap.layer not in layers]
-    made_at = [spot.view.title for spot in influences(case, k, others)]
+    made_at = [s.view.title for s in influences(case, k, list(case.graph.taps))]
     where = f"; it was made at {', '.join(made_at)}" if made_at else ""
-    return f"{', '.join(layers)}: no influence on this box{where}"
+    return f"{', '.join(named)}: no influence on this box{where}"

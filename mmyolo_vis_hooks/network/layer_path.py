@@ -1,16 +1,18 @@
-"""Finds modules by the paths that users write: ``neck.out_layers[2]``."""
+"""Finds modules, and single maps of them, by the paths that users write."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from ..errors import LayerNotFoundError, VisConfigError
+from ..errors import FeatureShapeError, LayerNotFoundError, VisConfigError
 
 _TOKEN = re.compile(r"(?P<name>\w+)|\[(?P<index>-?\d+)\]|(?P<dot>\.)")
+# What a caption may say behind the layer that a path cannot: keys and calls.
+_CAPTION = re.compile(r"(\[\w+\])*( \(call \d+\))?$")
 _MAX_SUGGESTIONS = 8
 
 
@@ -19,10 +21,8 @@ def parse_layer_path(path: str) -> tuple[str | int, ...]:
 
     Args:
         path (str): Names joined by dots, with indices in brackets or as names:
-            ``'neck.out_layers[2]'`` and ``'neck.out_layers.2'`` are the same.
-
-    Returns:
-        tuple: ``('neck', 'out_layers', 2)``.
+            ``'neck.out_layers[2]'`` and ``'neck.out_layers.2'`` are the same,
+            ``('neck', 'out_layers', 2)``.
 
     Raises:
         VisConfigError: If ``path`` is not of that form.
@@ -41,13 +41,11 @@ def parse_layer_path(path: str) -> tuple[str | int, ...]:
         if match is None or needs_name != (kind == "name"):
             raise VisConfigError(
                 f"target_layers: cannot read {path!r} at position {position} "
-                f"({path[position]!r}); write names joined by dots and indices in "
-                "brackets, as in 'neck.out_layers[2]'"
+                f"({path[position]!r}); {_remedy(path)}"
             )
         if kind == "name":
-            parts.append(
-                int(match["name"]) if match["name"].isdecimal() else match["name"]
-            )
+            name = match["name"]
+            parts.append(int(name) if name.isdecimal() else name)
         elif kind == "index":
             parts.append(int(match["index"]))
         needs_name = kind == "dot"
@@ -57,22 +55,35 @@ def parse_layer_path(path: str) -> tuple[str | int, ...]:
     return tuple(parts)
 
 
+def _remedy(path: str) -> str:
+    """What to write for a path that cannot be read, also if it is of a caption."""
+    if path.startswith("input of "):
+        return "target_layers=None explains the input of a block where that is right"
+    layer = _CAPTION.sub("", path)
+    if layer != path and re.fullmatch(r"[\w.\[\]]+", layer):
+        return f"write {layer!r}, which gives every map of the layer"
+    return (
+        "write names joined by dots and indices in brackets, as in 'neck.out_layers[2]'"
+    )
+
+
 def resolve_layer(model: nn.Module, path: str) -> nn.Module:
-    """Find the module that a layer path names.
+    """Find the module that a layer path, or the caption of one of its maps, names.
 
     Args:
         model (nn.Module): The detector itself, without wrappers.
-        path (str): A path in the syntax of :func:`parse_layer_path`.
+        path (str): A path in the syntax of :func:`parse_layer_path`. What follows a
+            module that is no container is the place of a map in its output.
 
     Raises:
         LayerNotFoundError: With the nearest paths that exist.
     """
-    module = model
-    for depth, part in enumerate(parse_layer_path(path)):
-        child = _child(module, part)
-        if child is None:
-            raise LayerNotFoundError(_not_found_message(model, path, depth))
-        module = child
+    module, depth = _followed(model, path)
+    places = parse_layer_path(path)[depth:]
+    is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+    is_of_map = depth > 0 and all(isinstance(place, int) for place in places)
+    if places and (is_container or not is_of_map):
+        raise LayerNotFoundError(_not_found_message(model, path, depth))
     return module
 
 
@@ -91,6 +102,47 @@ def resolve_layers(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Modul
     for path in paths:
         layers.update(_expand(path, resolve_layer(model, path)))
     return layers
+
+
+def layer_of_map(model: nn.Module, path: str) -> str:
+    """The path of the layer alone: ``'neck'`` for ``'neck[0]'``, one of its maps."""
+    try:
+        parts, (_, depth) = parse_layer_path(path), _followed(model, path)
+    except VisConfigError:  # an item of a ModuleDict, with a key that is no name
+        return path
+    return path if depth in (0, len(parts)) else _spelled(parts[:depth])
+
+
+def named_maps(names: Collection[str], maps: Sequence[tuple[str, str]]) -> set[str]:
+    """The captions of the maps that users name: all of a layer, or one.
+
+    Args:
+        names (Collection[str]): As users wrote them.
+        maps (Sequence): Layer and caption of each map that there is.
+
+    Raises:
+        FeatureShapeError: If a name is that of no map.
+    """
+    layers, titles = {layer for layer, _ in maps}, {title for _, title in maps}
+    single = {bracketed(name) for name in names if name not in layers}
+    if not single <= titles:
+        raise FeatureShapeError(
+            f"target_layers: there is no map {', '.join(sorted(single - titles))}; "
+            f"write one of {', '.join(title for _, title in maps)}"
+        )
+    return single | {title for layer, title in maps if layer in names}
+
+
+def _followed(model: nn.Module, path: str) -> tuple[nn.Module, int]:
+    """The last module on a path, and how many of its parts lead there."""
+    parts = parse_layer_path(path)
+    module = model
+    for depth, part in enumerate(parts):
+        child = _child(module, part)
+        if child is None:
+            return module, depth
+        module = child
+    return module, len(parts)
 
 
 def _expand(path: str, module: nn.Module) -> dict[str, nn.Module]:
@@ -114,22 +166,22 @@ def _expand(path: str, module: nn.Module) -> dict[str, nn.Module]:
 def _child(module: nn.Module, part: str | int) -> nn.Module | None:
     module = getattr(module, "_orig_mod", module)  # under torch.compile
     if isinstance(part, str):
-        child = dict(module.named_children()).get(part)
+        child = module._modules.get(part)
         # Some networks keep a submodule behind a property or an alias.
         child = child if child is not None else getattr(module, part, None)
         return child if isinstance(child, nn.Module) else None
-    children = list(module.children())
+    # Unlike `children`, these hold a module that is shared at each of its places.
+    children = list(module._modules.values())
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         return children[part] if -len(children) <= part < len(children) else None
-    return dict(module.named_children()).get(str(part))
+    return module._modules.get(str(part))
 
 
 def _not_found_message(model: nn.Module, path: str, depth: int) -> str:
     names = [bracketed(name) for name, _ in model.named_modules() if name]
     names = [name for name in names if "_orig_mod" not in name]
     parts = parse_layer_path(path)
-    known = bracketed(".".join(str(part) for part in parts[:depth]))
-    wanted = bracketed(".".join(str(part) for part in parts))
+    known, wanted = _spelled(parts[:depth]), _spelled(parts)
     # Teachers and students, and wrappers of users, have whole detectors inside.
     inside = [name for name in names if name.endswith(f".{wanted}")]
     close = difflib.get_close_matches(wanted, names, n=_MAX_SUGGESTIONS, cutoff=0.6)
@@ -151,17 +203,19 @@ def _fused(model: nn.Module, parts: Sequence[str | int]) -> str:
     block: nn.Module | None = model
     for depth in range(len(parts) + 1):
         if getattr(block, "deploy", False) is True:
-            name = bracketed(".".join(map(str, parts[:depth])))
             return (
-                f"{name!r} was fused for deployment (SwitchToDeployHook, --deploy) and "
-                "its branches are gone: name it itself, or do not fuse; "
+                f"{_spelled(parts[:depth])!r} was fused for deployment "
+                "(SwitchToDeployHook, --deploy) and its branches are gone: name it "
+                "itself, or do not fuse; "
             )
-        if block is None or depth == len(parts):
-            break
-        block = _child(block, parts[depth])
+        block = _child(block, parts[depth]) if block and depth < len(parts) else None
     return ""
+
+
+def _spelled(parts: Sequence[str | int]) -> str:
+    return bracketed(".".join(map(str, parts)))
 
 
 def bracketed(name: str) -> str:
     """Spell a torch module name the way users write it: ``a.0.b`` -> ``a[0].b``."""
-    return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name)
+    return re.sub(r"\.(-?\d+)(?=\.|$)", r"[\1]", name)

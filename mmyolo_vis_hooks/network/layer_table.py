@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmdet.structures import DetDataSample
 from torch import nn
 
 from ..errors import FeatureShapeError, LayerNotFoundError, VisConfigError
+from .graph import prediction_of
 from .layer_path import bracketed, resolve_layer, resolve_layers
 from .maps import image_tensors, spatial_maps
-from .nested import tensors_in
+from .nested import flatten_tensors
 from .state import frozen
 
 
@@ -50,10 +50,9 @@ def survey_layers(
 
     The rules are those of :class:`.recorder.LayerRecorder` and
     :func:`.layer_path.resolve_layers`, so a layer is targetable exactly if the hooks
-    can draw it. Only shapes are kept. Modes, buffers, ``requires_grad``, ``.grad``,
-    random states and forward hooks are afterwards as they were, also if the forward
-    fails. A layer that works on single regions looks like a layer of the image if it
-    happens to run on exactly one.
+    can draw it. Only shapes are kept, and nothing of the detector changes. A layer that
+    works on single regions looks like a layer of the image if it happens to run on
+    exactly one.
 
     Args:
         detector (nn.Module): The detector itself, without wrappers.
@@ -72,18 +71,34 @@ def survey_layers(
         raise VisConfigError(
             f"inputs has the shape {tuple(inputs.shape)}; pass one image, (1, 3, H, W)"
         )
-    survey = _Survey(detector, (inputs.shape[-2], inputs.shape[-1]))
-    samples = [DetDataSample(metainfo=dict(metainfo))]
+    network_hw = (inputs.shape[-2], inputs.shape[-1])
+    survey = _Survey(detector, network_hw)
     handles = []
     with frozen(detector, parameters=False), torch.no_grad():
         try:
             for module in detector.modules():
                 handles.append(module.register_forward_hook(survey.on_output))
-            detector(inputs, samples, mode="predict")
+            prediction_of(detector, inputs, metainfo)()
         finally:
             for handle in handles:
                 handle.remove()
-    return list(survey.rows())
+    rows = []
+    for name, module in detector.named_modules():
+        if name:
+            path = bracketed(name)
+            shapes, why_not = survey.target(module, path)
+            rows.append(
+                LayerRow(
+                    path=path,
+                    type_name=type(module).__name__,
+                    depth=name.count(".") + 1,
+                    num_parameters=sum(p.numel() for p in module.parameters()),
+                    network_hw=network_hw,
+                    shapes=tuple(shapes),
+                    why_not=why_not,
+                )
+            )
+    return rows
 
 
 class _Survey:
@@ -107,30 +122,15 @@ class _Survey:
         except FeatureShapeError:
             maps = []
         if not maps or any(feature_map.numel() == 0 for feature_map in maps):
-            given = " and ".join(str(tuple(t.shape)) for t in tensors_in(output))
-            self._problems.setdefault(module, f"gives no map: {given or 'no tensor'}")
+            shapes = [str(tuple(tensor.shape)) for _, tensor in flatten_tensors(output)]
+            given = " and ".join(shapes) or "no tensor"
+            self._problems.setdefault(module, f"gives no map: {given}")
         self._shapes.setdefault(module, []).extend(
             (channels, height, width)
             for channels, height, width in (tuple(m.shape) for m in maps)
         )
 
-    def rows(self) -> Iterator[LayerRow]:
-        for name, module in self._detector.named_modules():
-            if not name:
-                continue
-            path = bracketed(name)
-            shapes, why_not = self._target(module, path)
-            yield LayerRow(
-                path=path,
-                type_name=type(module).__name__,
-                depth=name.count(".") + 1,
-                num_parameters=sum(p.numel() for p in module.parameters()),
-                network_hw=self._network_hw,
-                shapes=tuple(shapes),
-                why_not=why_not,
-            )
-
-    def _target(
+    def target(
         self, module: nn.Module, path: str
     ) -> tuple[list[tuple[int, int, int]], str]:
         """The maps of a layer, or why there are none."""

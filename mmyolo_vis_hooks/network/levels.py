@@ -15,17 +15,10 @@ import torch
 from torch import nn
 
 from ..errors import VisConfigError
-from .graph import (
-    GraphForward,
-    HeadKey,
-    PredictionGraph,
-    TapKey,
-    TapPoint,
-    gradients,
-)
+from .graph import GraphForward, HeadKey, PredictionGraph, TapKey, TapPoint, gradients
 from .layer_path import bracketed
 from .nested import flatten_tensors
-from .replay import CallKey, CallTrace, ReplayTarget
+from .trace import CallKey, CallTrace
 
 # What a detector ends its features with, the last one first.
 _LAST_MAPS = ("encoder", "neck", "backbone")
@@ -37,7 +30,6 @@ class Level:
 
     Attributes:
         tap: The tensor.
-        target: The same tensor, for replays.
         outputs: Raw outputs that depend on this level alone; empty where levels
             share them, as in heads of regions and of queries.
         radius: A cell of these outputs depends on the cells of the map up to this
@@ -45,9 +37,8 @@ class Level:
     """
 
     tap: TapKey
-    target: ReplayTarget
     outputs: frozenset[HeadKey]
-    radius: int | None
+    radius: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,20 +59,15 @@ class Pyramid:
     def level_of(self, outputs: Iterable[HeadKey]) -> Level | None:
         """The level on which all the raw outputs depend, None if that is not one."""
         wanted = set(outputs)
-        for level in self.levels:
-            if wanted and wanted <= level.outputs:
-                return level
-        return None
+        found = (level for level in self.levels if wanted and wanted <= level.outputs)
+        return next(found, None)
 
 
 def last_maps(detector: nn.Module) -> TapPoint:
     """The module whose output is the last that lies on the image.
 
-    Args:
-        detector (nn.Module): The detector, without wrappers.
-
     Raises:
-        VisConfigError: If it has none of the modules that detectors have.
+        VisConfigError: If the detector has none of the modules that detectors have.
     """
     for name in _LAST_MAPS:
         module = getattr(detector, name, None)
@@ -114,50 +100,30 @@ def survey(
     """
     point = last_maps(detector)
     graph = GraphForward(detector, [point]).run(inputs, metainfo)
-    levels = [
-        _measured(
-            Level(
-                tap,
-                ReplayTarget(CallKey(point.layer, tap.call_index), tap.output_index),
-                _own_outputs(graph, tap),
-                None,
-            ),
-            graph,
-        )
-        for tap in graph.taps
-    ]
+    levels = [_measured(Level(tap, _own(graph, tap)), graph) for tap in graph.taps]
     if not any(level.radius == 0 for level in levels):
         return Pyramid((point,), tuple(levels))
     calls = trace()
     moved = [
-        _producer(detector, calls, level) if level.radius == 0 else None
+        _producer(detector, calls, level.tap) if level.radius == 0 else None
         for level in levels
     ]
-    if not any(moved):
-        return Pyramid((point,), tuple(levels))
     points = [producer[0] for producer in moved if producer is not None]
+    if not points:
+        return Pyramid((point,), tuple(levels))
     separate = all(moved)
     if not separate:
         # A graph that began at one level's block would be cut off from its map.
         points = [*(replace(moved_point, cut=False) for moved_point in points), point]
     graph = GraphForward(detector, points).run(inputs, metainfo)
-    levels = [
-        level
-        if producer is None
-        else _measured(
-            replace(
-                level,
-                tap=TapKey(producer[0].layer, producer[1].call.call_index, ()),
-                target=producer[1],
-            ),
-            graph,
-        )
-        for level, producer in zip(levels, moved)
-    ]
+    for number, producer in enumerate(moved):
+        if producer is not None:
+            tap = TapKey(producer[0].layer, producer[1], ())
+            levels[number] = _measured(replace(levels[number], tap=tap), graph)
     return Pyramid(tuple(points), tuple(levels), separate)
 
 
-def _own_outputs(graph: PredictionGraph, tap: TapKey) -> frozenset[HeadKey]:
+def _own(graph: PredictionGraph, tap: TapKey) -> frozenset[HeadKey]:
     """Raw outputs ``(1, C, h, w)`` on the map's own grid that see no other map."""
     own = []
     for key, output in graph.head_outputs.items():
@@ -174,16 +140,13 @@ def _measured(level: Level, graph: PredictionGraph) -> Level:
     if level.tap not in graph.taps or not level.outputs:
         return replace(level, radius=None)
     height, width = graph.taps[level.tap].shape[-2:]
-    row, column = height // 2, width // 2
     radius = 0
     for key in level.outputs:
         gradient = _central_gradients(graph, key)[level.tap]
-        if gradient is None:
-            continue
-        cells = (gradient[0] != 0).any(dim=0).nonzero()
-        if len(cells):
-            middle = torch.tensor([row, column], device=cells.device)
-            radius = max(radius, int((cells - middle).abs().max()))
+        if gradient is not None:
+            cells = (gradient[0] != 0).any(dim=0).nonzero()
+            middle = cells.new_tensor([height // 2, width // 2])
+            radius = max([radius, *(cells - middle).abs().flatten().tolist()])
     sees_all = 2 * radius + 1 >= max(height, width) and radius > 0
     return replace(level, radius=None if sees_all else radius)
 
@@ -197,32 +160,28 @@ def _central_gradients(
 
 
 def _producer(
-    detector: nn.Module, calls: CallTrace, level: Level
-) -> tuple[TapPoint, ReplayTarget] | None:
-    """The outermost block with weights that made a level's map, and its input."""
-    made = dict(flatten_tensors(calls.outputs[level.target.call]))[level.target.place]
+    detector: nn.Module, calls: CallTrace, tap: TapKey
+) -> tuple[TapPoint, int] | None:
+    """The input of the outermost block with weights that made a map, and its call."""
+    made_by = CallKey(tap.layer, tap.call_index)
+    made = dict(flatten_tensors(calls.outputs[made_by]))[tap.output_index]
     modules = dict(detector.named_modules())
     candidates = [
         key
         for key, output in calls.outputs.items()
-        if key != level.target.call
+        if key != made_by
         and any(_same(tensor, made) for _, tensor in flatten_tensors(output))
         and any(True for _ in modules[key.path].parameters())
     ]
     for key in sorted(candidates, key=lambda key: key.path.count(".")):
         given = [
             place
-            for place, tensor in flatten_tensors(calls.inputs[key])
+            for place, tensor in calls.given[key]
             if tensor.ndim == 4 and tensor.shape[-2:] == made.shape[-2:]
         ]
-        if given == [(0,)]:
-            point = TapPoint(
-                f"input of {bracketed(key.path)}",
-                modules[key.path],
-                side="input",
-                cut=True,
-            )
-            return point, ReplayTarget(key, (0,), "input")
+        if given == [(0, 0)]:
+            name, module = f"input of {bracketed(key.path)}", modules[key.path]
+            return TapPoint(name, module, side="input", cut=True), key.call_index
     return None
 
 

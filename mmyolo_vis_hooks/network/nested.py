@@ -26,23 +26,9 @@ def flatten_tensors(
         for i, value in enumerate(output):
             yield from flatten_tensors(value, (*index, i))
     elif _is_record(output):
-        for name, value in _fields(output):
-            yield from flatten_tensors(value, (*index, name))
-
-
-def tensors_in(output: Any) -> list[torch.Tensor]:
-    """The tensors of nested outputs, depth first; faster than with their indices."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, (list, tuple)):
-        return [tensor for value in output for tensor in tensors_in(value)]
-    if output is None or isinstance(output, (int, float, str)):
-        return []
-    if isinstance(output, Mapping):
-        return [tensor for value in output.values() for tensor in tensors_in(value)]
-    if _is_record(output):
-        return [t for _, value in _fields(output) for t in tensors_in(value)]
-    return []
+        for field in dataclasses.fields(output):
+            value = getattr(output, field.name)
+            yield from flatten_tensors(value, (*index, field.name))
 
 
 def map_tensors(
@@ -75,16 +61,13 @@ def map_tensors(
         return values if isinstance(output, list) else tuple(values)
     if _is_record(output):
         record = copy.copy(output)
-        for name, value in _fields(output):
-            changed = map_tensors(value, change, (*index, name))
-            object.__setattr__(record, name, changed)  # frozen ones too
+        for field in dataclasses.fields(output):
+            value = getattr(output, field.name)
+            changed = map_tensors(value, change, (*index, field.name))
+            object.__setattr__(record, field.name, changed)  # frozen ones too
         return record
     return output
 
 
 def _is_record(output: Any) -> bool:
     return dataclasses.is_dataclass(output) and not isinstance(output, type)
-
-
-def _fields(record: Any) -> list[tuple[str, Any]]:
-    return [(f.name, getattr(record, f.name)) for f in dataclasses.fields(record)]

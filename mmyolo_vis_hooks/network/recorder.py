@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import FeatureShapeError
 from ..records import Activation
+from .layer_path import layer_of_map, named_maps
 from .maps import image_tensors, spatial_maps
 from .state import is_compiled
 
@@ -23,6 +24,7 @@ class ForwardRecord:
 
     Attributes:
         keep: Positions of the kept images in the batch.
+        names: What the user asked for, each with its layer: ``{'neck[0]': 'neck'}``.
         inputs: ``(len(keep), 3, H, W)``, the normalised and padded input.
         metainfos: Metainfo of the kept images, with ``batch_input_shape``.
         outputs: What each call of each layer gave, cut down to the kept images:
@@ -31,6 +33,7 @@ class ForwardRecord:
     """
 
     keep: tuple[int, ...]
+    names: Mapping[str, str]
     inputs: torch.Tensor | None = None
     metainfos: list[dict[str, Any]] = field(default_factory=list)
     outputs: dict[tuple[str, int], list[tuple[tuple[int | str, ...], torch.Tensor]]] = (
@@ -45,7 +48,8 @@ class ForwardRecord:
             position (int): Position in ``keep``.
 
         Raises:
-            FeatureShapeError: If a layer's output is no map of the image.
+            FeatureShapeError: If a layer's output is no map of the image, or has not
+                the map that was asked for.
         """
         if self.inputs is None:
             raise FeatureShapeError(
@@ -60,7 +64,8 @@ class ForwardRecord:
                 for level, feature_map in enumerate(maps):
                     index = output_index if len(maps) == 1 else (*output_index, level)
                     found.append(Activation(layer, call_index, index, feature_map))
-        return tuple(found)
+        titles = named_maps(self.names, [(a.layer, a.title) for a in found])
+        return tuple(a for a in found if a.title in titles)
 
 
 class LayerRecorder:
@@ -74,7 +79,7 @@ class LayerRecorder:
     Args:
         model (nn.Module): The detector itself, without wrappers. Its
             ``forward`` receives ``inputs`` and ``data_samples``.
-        layers (Mapping[str, nn.Module]): Path and module of each layer.
+        layers (Mapping[str, nn.Module]): Name and module of each layer.
 
     Example:
         >>> recorder = LayerRecorder(model, resolve_layers(model, ['neck']))
@@ -86,7 +91,8 @@ class LayerRecorder:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self._model = model
-        self._layers = dict(layers)
+        self._names = {name: layer_of_map(model, name) for name in layers}
+        self._layers = {self._names[name]: module for name, module in layers.items()}
 
     @contextlib.contextmanager
     def record(self, keep: Sequence[int]) -> Iterator[ForwardRecord]:
@@ -98,97 +104,74 @@ class LayerRecorder:
         Args:
             keep (Sequence[int]): Positions in the batch that are recorded.
         """
-        record = ForwardRecord(tuple(keep))
-        tap = _ForwardTap(record)
-        handles = []
-        try:
-            handles.append(
-                self._model.register_forward_pre_hook(tap.on_input, with_kwargs=True)
-            )
-            handles.append(self._model.register_forward_hook(tap.on_end))
+        record = ForwardRecord(tuple(keep), self._names)
+        calls: Counter[str] = Counter()
+        batch_size = 0
+
+        @contextlib.contextmanager
+        def contained() -> Iterator[None]:
+            try:
+                yield
+            except Exception as error:
+                # The forward belongs to somebody else and must go on.
+                record.error = record.error or error
+
+        def on_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            nonlocal batch_size
+            if record.inputs is not None or record.error is not None:
+                return
+            with contained():
+                inputs = args[0] if args else kwargs["inputs"]
+                samples: Any = args[1] if len(args) > 1 else kwargs["data_samples"]
+                metainfos = [dict(samples[i].metainfo) for i in record.keep]
+                if not any(metainfo.get("flip") for metainfo in metainfos):
+                    record.metainfos = metainfos
+                    record.inputs = _select(inputs, record.keep)
+                    batch_size = len(inputs)
+
+        def on_end(module: nn.Module, args: tuple, output: Any) -> None:
+            nonlocal batch_size
+            batch_size = 0
+
+        def storing(path: str) -> Any:
+            def on_output(module: nn.Module, args: tuple, output: Any) -> None:
+                with contained():
+                    if batch_size:
+                        record.outputs[path, calls[path]] = [
+                            (index, _select(tensor, record.keep))
+                            for index, tensor in image_tensors(output, batch_size, path)
+                        ]
+                        calls[path] += 1
+
+            return on_output
+
+        with contextlib.ExitStack() as stack:
+            hooks = [
+                self._model.register_forward_pre_hook(on_input, with_kwargs=True),
+                self._model.register_forward_hook(on_end),
+            ]
+            for hook in hooks:
+                stack.callback(hook.remove)
             for path, module in self._layers.items():
-                handles.append(module.register_forward_hook(tap.layer_hook(path)))
+                hook = module.register_forward_hook(storing(path))
+                stack.callback(hook.remove)
             yield record
-        finally:
-            for handle in handles:
-                handle.remove()
-        tap.finish(self._model, self._layers)
-
-
-class _ForwardTap:
-    """The callbacks of one recording; none of them lets an exception out."""
-
-    def __init__(self, record: ForwardRecord) -> None:
-        self._record = record
-        self._calls: Counter[str] = Counter()
-        self._batch_size = 0
-        self._running = False
-
-    def on_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._record.inputs is not None or self._record.error is not None:
-            return
-        with self._contained():
-            inputs = args[0] if args else kwargs["inputs"]
-            data_samples: Any = args[1] if len(args) > 1 else kwargs["data_samples"]
-            keep = list(self._record.keep)
-            self._batch_size = len(inputs)
-            metainfos = [dict(data_samples[i].metainfo) for i in keep]
-            if any(metainfo.get("flip") for metainfo in metainfos):
-                return
-            self._record.metainfos = metainfos
-            self._record.inputs = _select(inputs, keep)
-            self._running = True
-
-    def on_end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._running = False
-
-    def layer_hook(self, path: str) -> Any:
-        def on_output(module: nn.Module, args: tuple, output: Any) -> None:
-            if not self._running:
-                return
-            with self._contained():
-                self._store(path, output)
-
-        return on_output
-
-    def finish(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        record = self._record
         if record.error is not None or record.inputs is None:
             return
-        silent = [path for path in layers if not self._calls[path]]
+        silent = {p: m for p, m in self._layers.items() if not calls[p]}
         if silent:
-            record.error = did_not_run(model, {path: layers[path] for path in silent})
+            record.error = did_not_run(self._model, silent)
         # The user's order, not the order in which the layers ran.
-        order = {path: i for i, path in enumerate(layers)}
+        order = list(self._layers)
         record.outputs = dict(
-            sorted(record.outputs.items(), key=lambda e: (order[e[0][0]], e[0][1]))
+            sorted(
+                record.outputs.items(), key=lambda e: (order.index(e[0][0]), e[0][1])
+            )
         )
-
-    def _store(self, path: str, output: Any) -> None:
-        keep = list(self._record.keep)
-        self._record.outputs[path, self._calls[path]] = [
-            (index, _select(tensor, keep))
-            for index, tensor in image_tensors(output, self._batch_size, path)
-        ]
-        self._calls[path] += 1
-
-    @contextlib.contextmanager
-    def _contained(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            # The forward belongs to somebody else and must go on.
-            if self._record.error is None:
-                self._record.error = error
 
 
 def did_not_run(model: nn.Module, layers: Mapping[str, nn.Module]) -> FeatureShapeError:
-    """The error that says why layers gave nothing while a detector predicted.
-
-    Args:
-        model (nn.Module): The detector.
-        layers (Mapping[str, nn.Module]): Path and module of each silent layer.
-    """
+    """The error that says why layers gave nothing while a detector predicted."""
     parts = set(model.modules())
     if any(module not in parts for module in layers.values()):
         reason = (
@@ -208,6 +191,6 @@ def did_not_run(model: nn.Module, layers: Mapping[str, nn.Module]) -> FeatureSha
     return FeatureShapeError(f"target_layers: {', '.join(layers)} {reason}")
 
 
-def _select(tensor: torch.Tensor, keep: list[int]) -> torch.Tensor:
+def _select(tensor: torch.Tensor, keep: Sequence[int]) -> torch.Tensor:
     # Indexing with a list copies, so later in-place operations do not show.
-    return tensor.detach()[keep]
+    return tensor.detach()[list(keep)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import VisError
 from .graph import HeadKey
-from .nested import flatten_tensors, map_tensors, tensors_in
+from .nested import OutputIndex, flatten_tensors, map_tensors
 
 
 class ReplayError(VisError, RuntimeError):
@@ -32,36 +32,20 @@ class CallTrace:
     """Everything that one whole forward computed.
 
     Attributes:
-        copied: Calls whose outputs are kept as copies, since they are modified in
-            place after the call.
         keys: The calls in the order in which they began.
         ends: For each call the position of the first one that began after its end;
             the calls in between are its own.
         outputs: What each call gave.
-        inputs: The positional arguments of each call.
-        given: All tensors among the arguments of each call.
-        versions: How often the tensors of an output had been modified by its end.
+        given: The tensors in the arguments of each call. The place of one begins with
+            0 for positional arguments and 1 for keywords.
     """
 
-    copied: Collection[CallKey] = ()
     keys: list[CallKey] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     outputs: dict[CallKey, Any] = field(default_factory=dict)
-    inputs: dict[CallKey, tuple] = field(default_factory=dict)
-    given: dict[CallKey, list[torch.Tensor]] = field(default_factory=dict)
-    versions: dict[CallKey, list[int]] = field(default_factory=dict)
-
-    def modified(self) -> set[CallKey]:
-        """Calls whose outputs were modified in place after they had ended."""
-        return {
-            key
-            for key, versions in self.versions.items()
-            if [t._version for t in tensors_in(self.outputs[key])] != versions
-        }
-
-    def output(self, key: CallKey) -> Any:
-        """What a call gave, for a network that goes on with it."""
-        return kept(self.outputs[key], key in self.copied)
+    given: dict[CallKey, list[tuple[OutputIndex, torch.Tensor]]] = field(
+        default_factory=dict
+    )
 
     def raw(self, key: HeadKey) -> torch.Tensor:
         """A raw output of a head."""
@@ -69,38 +53,22 @@ class CallTrace:
         return dict(flatten_tensors(output))[key.output_index]
 
     def position(self, key: CallKey) -> int:
-        """Place of a call in the order.
-
-        Raises:
-            ReplayError: If there was no such call.
-        """
+        """Place of a call in the order; a ``ReplayError`` if there was none."""
         if key not in self.outputs:
             raise ReplayError(f"{key.path} did not run in the recorded pass")
         return self.keys.index(key)
 
-    def num_rows(self) -> set[int]:
-        """The lengths that first axes have: a batch of as many would be mistaken."""
-        return {
-            tensor.shape[0]
-            for tensors in self.given.values()
-            for tensor in tensors
-            if tensor.ndim
-        }
-
 
 def trace_forward(
-    modules: Mapping[str, nn.Module],
-    forward: Callable[[], Any],
-    copied: Collection[CallKey] = (),
+    modules: Mapping[str, nn.Module], forward: Callable[[], Any]
 ) -> CallTrace:
     """Run a whole forward and keep everything.
 
     Args:
         modules (Mapping[str, nn.Module]): Path and module of all below the detector.
         forward (Callable): Runs ``predict`` of the detector on an image.
-        copied (Collection): See :class:`CallTrace`. Defaults to ().
     """
-    trace = CallTrace(frozenset(copied))
+    trace = CallTrace()
     counts: Counter[str] = Counter()
 
     def call(path: str, original: Callable, args: tuple, kwargs: dict) -> Any:
@@ -109,12 +77,11 @@ def trace_forward(
         position = len(trace.keys)
         trace.keys.append(key)
         trace.ends.append(-1)
-        trace.inputs[key] = kept(args)
-        trace.given[key] = tensors_in((args, kwargs))
+        trace.given[key] = list(flatten_tensors((args, kwargs)))
         output = original(*args, **kwargs)
         trace.ends[position] = len(trace.keys)
-        trace.outputs[key] = kept(output, key in trace.copied)
-        trace.versions[key] = [t._version for t in tensors_in(trace.outputs[key])]
+        # New containers, which the network does not change.
+        trace.outputs[key] = map_tensors(output, lambda _, tensor: tensor)
         return output
 
     with patched_forwards(modules, call), torch.no_grad():
@@ -127,24 +94,19 @@ def patched_forwards(
     modules: Mapping[str, nn.Module], call: Callable[..., Any]
 ) -> Iterator[None]:
     """Let every call of a module below the detector go through ``call``."""
-    patched = []
+
+    def patched(path: str, original: Callable) -> Callable:
+        return lambda *args, **kwargs: call(path, original, args, kwargs)
+
+    before = []
     try:
         for path, module in modules.items():
-            patched.append((module, vars(module).get("forward")))
-            vars(module)["forward"] = _patched(path, module.forward, call)
+            before.append((module, vars(module).get("forward")))
+            vars(module)["forward"] = patched(path, module.forward)
         yield
     finally:
-        for module, own in patched:
+        for module, own in before:
             if own is None:
                 vars(module).pop("forward", None)
             else:
                 vars(module)["forward"] = own
-
-
-def _patched(path: str, original: Callable, call: Callable) -> Callable:
-    return lambda *args, **kwargs: call(path, original, args, kwargs)
-
-
-def kept(values: Any, copied: bool = False) -> Any:
-    """New containers, which nobody else changes, with the same tensors or copies."""
-    return map_tensors(values, lambda _, t: t.clone() if copied else t)

@@ -471,6 +471,20 @@ def test_explicit_layers_give_a_map_each():
             assert agrees(saliency, expected[layer]), layer
 
 
+def test_a_map_is_named_as_captions_print_it():
+    family = build_family("yolox")
+    _, everything = explain(family, ["neck"], topk=8)
+    _, found = explain(family, ["neck[0]"], topk=8)
+    assert {e.layer for e in found} == {"neck[0]", ""}
+    for own, whole in zip(found, everything):
+        if own.maps:
+            assert np.array_equal(own.maps[0].saliency, whole.maps[0].saliency)
+        else:
+            assert own.warning.endswith(f"it was made at {whole.layer}")
+    with pytest.raises(FeatureShapeError, match=r"no map neck\[3\]; write one of neck"):
+        explain(family, ["neck[3]"])
+
+
 def test_a_layer_without_influence_is_never_a_silent_blank_map(caplog):
     family = build_family("yolox")
     with caplog.at_level(logging.WARNING, LOGGER.name):

@@ -7,11 +7,8 @@ import math
 import pytest
 import torch
 
-from mmyolo_vis_hooks.attribution.anchors import (
-    Anchor,
-    locate_anchors,
-    score_link,
-)
+from mmyolo_vis_hooks.attribution.anchors import Anchor, locate_anchors
+from mmyolo_vis_hooks.attribution.scoring import score_link
 from mmyolo_vis_hooks.attribution.targets import (
     class_logits,
     objectness_logits,

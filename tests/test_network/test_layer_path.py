@@ -3,8 +3,14 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from mmyolo_vis_hooks.errors import LayerNotFoundError, VisConfigError
+from mmyolo_vis_hooks.errors import (
+    FeatureShapeError,
+    LayerNotFoundError,
+    VisConfigError,
+)
 from mmyolo_vis_hooks.network.layer_path import (
+    layer_of_map,
+    named_maps,
     parse_layer_path,
     resolve_layer,
     resolve_layers,
@@ -104,3 +110,40 @@ def test_a_block_that_was_fused():
     net.backbone.stage4[0].deploy = True
     with pytest.raises(LayerNotFoundError, match=r"'backbone.stage4\[0\]' was fused"):
         resolve_layer(net, "backbone.stage4[0].rbr_dense.bn")
+
+
+@pytest.mark.parametrize(
+    ("path", "layer"),
+    [
+        ("neck[0]", "neck"),
+        ("neck.2", "neck"),
+        ("neck.out_layers[1][0]", "neck.out_layers[1]"),
+        ("neck.out_layers[1]", "neck.out_layers[1]"),
+        ("backbone", "backbone"),
+    ],
+)
+def test_the_caption_of_a_map_names_its_layer(path, layer):
+    net = Net()
+    assert layer_of_map(net, path) == layer
+    assert resolve_layer(net, path) is resolve_layer(net, layer)
+
+
+def test_maps_by_their_captions():
+    maps = [("neck", "neck[0]"), ("neck", "neck[1]"), ("stem", "stem")]
+    assert named_maps(["neck"], maps[:2]) == {"neck[0]", "neck[1]"}
+    assert named_maps(["neck.1", "stem"], maps) == {"neck[1]", "stem"}
+    with pytest.raises(FeatureShapeError, match=r"no map neck\[7\]; .*neck\[0\], neck"):
+        named_maps(["neck[7]"], maps[:2])
+
+
+@pytest.mark.parametrize(
+    ("caption", "remedy"),
+    [
+        ("stem (call 2)", "write 'stem', which"),
+        ("neck.fpn[p3]", "write 'neck.fpn', which"),
+        ("input of neck.out_layers[0]", "target_layers=None explains"),
+    ],
+)
+def test_captions_that_are_no_paths_name_what_to_write(caption, remedy):
+    with pytest.raises(VisConfigError, match=remedy):
+        parse_layer_path(caption)

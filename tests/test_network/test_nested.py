@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmyolo_vis_hooks.network.nested import flatten_tensors, map_tensors, tensors_in
+from mmyolo_vis_hooks.network.nested import flatten_tensors, map_tensors
 
 Maps = namedtuple("Maps", "fine coarse")
 
@@ -41,13 +41,11 @@ def test_each_tensor_with_its_place():
     found = list(flatten_tensors(nest()))
     assert [index for index, _ in found] == INDICES
     assert [float(tensor) for _, tensor in found] == [1, 2, 3, 4, 5, 6]
-    assert [float(tensor) for tensor in tensors_in(nest())] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_holds_no_tensor():
     for value in (None, 3, "text", object(), Record):
         assert list(flatten_tensors(value)) == []
-        assert tensors_in(value) == []
         assert map_tensors(value, lambda _, t: t) is value
 
 
@@ -61,8 +59,8 @@ def test_rebuilt_with_other_tensors():
 
     found = map_tensors(given, change)
     assert indices == INDICES
-    assert [float(tensor) for tensor in tensors_in(found)] == [10, 20, 30, 40, 50, 60]
-    assert [float(tensor) for tensor in tensors_in(given)] == [1, 2, 3, 4, 5, 6]
+    assert [float(t) for _, t in flatten_tensors(found)] == [10, 20, 30, 40, 50, 60]
+    assert [float(t) for _, t in flatten_tensors(given)] == [1, 2, 3, 4, 5, 6]
     assert isinstance(found["maps"], Maps)
     assert isinstance(found["maps"].coarse, list)
     assert isinstance(found[7], tuple)

@@ -25,6 +25,11 @@ class Dict(nn.Module):
         return {"p3": x, "deep": [x + 1, (x + 2, "text", None)]}
 
 
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x + 3
+
+
 class Net(nn.Module):
     """Each layer's output is known by hand."""
 
@@ -32,6 +37,7 @@ class Net(nn.Module):
         super().__init__()
         self.twice = Double()
         self.nested = Dict()
+        self.pair = Pair()
         self.rois = nn.Identity()
         self.vector = nn.Identity()
         self.unused = nn.Identity()
@@ -42,6 +48,7 @@ class Net(nn.Module):
         x.add_(100)  # an in-place operation after the layer
         x = self.twice(x)
         self.nested(x)
+        self.pair(x)
         self.rois(torch.zeros(7, 3, 2, 2))
         self.vector(torch.zeros(len(inputs), 5))
         if self.fails:
@@ -88,6 +95,20 @@ def test_nested_outputs_give_every_map_with_its_place():
     ]
     difference = found[2].feature_map - found[0].feature_map
     assert difference.unique().tolist() == [2.0]
+
+
+def test_one_map_by_its_caption():
+    record, _ = run(["twice", "pair[1]"])
+    first, second, third = record.activations(0)
+    assert [first.title, second.title, third.title] == [
+        "twice",
+        "twice (call 2)",
+        "pair[1]",
+    ]
+    torch.testing.assert_close(third.feature_map, second.feature_map + 3)
+    record, _ = run(["pair[2]"])
+    with pytest.raises(FeatureShapeError, match=r"no map pair\[2\]; .*pair\[0\], pair"):
+        record.activations(0)
 
 
 def test_order_is_the_users():
