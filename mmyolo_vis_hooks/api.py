@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from logging import Logger
 from pathlib import PurePath
@@ -122,7 +122,12 @@ def explain(
         VisError: If an image cannot be read, or its detections cannot be explained.
     """
     (given,) = read_options("explain", _with_layers(options, layers), BoxAMOptions)
-    return _looked(detector, images, config, given, _explainer)
+
+    def make(detector: nn.Module, class_names: Sequence[str]) -> SampleMaker:
+        mapper = make_box_mapper(detector, given, class_names, logger)
+        return BoxSampleMaker(detector, mapper, channels=given.image_channels)
+
+    return _look(detector, images, config, given, make, Explanations)
 
 
 @takes_options(FeatMapOptions)
@@ -153,7 +158,12 @@ def feature_maps(
     (given,) = read_options(
         "feature_maps", _with_layers(options, layers), FeatMapOptions
     )
-    return _looked(detector, images, config, given, _recorder)
+
+    def make(detector: nn.Module, class_names: Sequence[str]) -> SampleMaker:
+        targets = resolve_layers(detector, given.target_layers)
+        return SampleMaker(detector, targets, channels=given.image_channels)
+
+    return _look(detector, images, config, given, make, FeatureMaps)
 
 
 def _with_layers(options: dict[str, Any], layers: Any) -> dict[str, Any]:
@@ -167,24 +177,13 @@ def _with_layers(options: dict[str, Any], layers: Any) -> dict[str, Any]:
     return {**options, "target_layers": layers}
 
 
-def _explainer(
-    detector: nn.Module, options: BoxAMOptions, class_names: Sequence[str]
-) -> tuple[BoxSampleMaker, type]:
-    mapper = make_box_mapper(detector, options, class_names, logger)
-    maker = BoxSampleMaker(detector, mapper, channels=options.image_channels)
-    return maker, Explanations
-
-
-def _recorder(
-    detector: nn.Module, options: FeatMapOptions, class_names: Sequence[str]
-) -> tuple[SampleMaker, type]:
-    layers = resolve_layers(detector, options.target_layers)
-    maker = SampleMaker(detector, layers, channels=options.image_channels)
-    return maker, FeatureMaps
-
-
-def _looked(
-    detector: nn.Module, images: Any, config: Any, options: Any, make: Any
+def _look(
+    detector: nn.Module,
+    images: Any,
+    config: Any,
+    options: Any,
+    make: Callable[[nn.Module, Sequence[str]], SampleMaker],
+    kind: Callable[[Any, Look], Any],
 ) -> Any:
     detector = unwrap_detector(detector)
     _check_parameters(detector)
@@ -192,36 +191,31 @@ def _looked(
     info = read_dataset(config)
     meta: Any = getattr(detector, "dataset_meta", None) or {}
     names, palette = classes_and_palette(meta, info.metainfo)
-    maker, kind = make(detector, options, names)
+    maker = make(detector, names)
     pipeline = build_pipeline(config, info, channels=options.image_channels)
     several = isinstance(images, (list, tuple, Iterator))
     given = list(images) if several else [images]
+    paths = [_path_of(image) for image in given]
     results: list[Any] = []
     taken: set[str] = set()
+    placement: Placement | None = None
 
     def load(number: int) -> Loaded:
-        return pipeline.load(
-            given[number], img_id=number, img_path=_path_of(given[number])
-        )
+        return pipeline.load(given[number], img_id=number, img_path=paths[number])
 
     with _LOOKING, frozen(detector, parameters=False):
-        placement: Placement | None = None
-        for number, image in enumerate(given):
+        for number, path in enumerate(paths):
             loaded = load(number)
             if placement is None:
+                first = chain([loaded], map(load, range(1, len(given))))
                 placement = choose_alignment(
-                    options.alignment,
-                    pipeline,
-                    chain([loaded], map(load, range(1, len(given)))),
-                    detector,
-                    info,
+                    options.alignment, pipeline, first, detector, info
                 )
                 if placement.reason:
                     logger.warning(
                         "drawn on the network's own input, as alignment='network' "
                         f"does: {placement.reason}"
                     )
-            path = _path_of(image)
             stem = PurePath(path).stem if path else f"image_{number}"
             image_id = unique_name(make_image_id(stem, None, number), taken)
             sample = maker.run(image_id, loaded, placement)
@@ -272,15 +266,14 @@ def make_box_mapper(
     *,
     show_progress: bool = False,
 ) -> BoxAttributor:
-    """Make what explains the boxes of a detector.
+    """Make what explains the boxes of a detector without wrappers.
 
     Args:
-        detector (nn.Module): The detector, without wrappers.
+        detector (nn.Module): The detector.
         options (BoxAMOptions): What is explained and how.
         class_names (Sequence[str]): Names that ``options.classes`` may use.
         logger (Logger): Told what a user should know.
         show_progress (bool): Show a bar while masks or channels are tried.
-            Defaults to False.
 
     Raises:
         VisError: If the options do not fit the detector or the classes.

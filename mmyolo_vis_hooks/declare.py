@@ -24,9 +24,9 @@ def option(default: Any, check: Check, help: str, **command_line: Any) -> Any:
     Args:
         default: Its default, as a user would write it.
         check (Callable): Called with name and value.
-        help (str): One line for ``--help`` and the tables, in Markdown.
-        **command_line: What ``argparse`` needs beyond what follows from the default,
-            such as ``nargs``; ``program_default`` is a default of the programs alone.
+        help (str): For ``--help`` and the tables, in Markdown.
+        **command_line: What ``argparse`` needs besides; ``program_default`` is a
+            default of the programs alone.
     """
     metadata = {"check": check, "help": help, "command_line": command_line}
     return field(default=default, metadata=metadata)
@@ -70,21 +70,19 @@ _Options = TypeVar("_Options", bound=Options)
 def read_options(
     owner: str, given: Mapping[str, Any], *kinds: type[_Options]
 ) -> tuple[Any, ...]:
-    """Check options that a user gave by keyword.
+    """Check options that a user gave by keyword; give one of each kind.
 
     Args:
         owner (str): Who takes them, for the messages: ``'BoxAMVisHook'``.
         given (Mapping): Names and values.
         *kinds (type): Kinds of options that the owner has.
 
-    Returns:
-        tuple: One of each kind.
-
     Raises:
         UnknownOptionError: If none of the kinds has an option of a name.
         VisConfigError: If a value can never work.
     """
-    known = [own.name for kind in kinds for own in fields_of(kind)]
+    names = {kind: [own.name for own in fields_of(kind)] for kind in kinds}
+    known = [name for own in names.values() for name in own]
     for name in given:
         if name in ENDED:
             raise UnknownOptionError(
@@ -96,39 +94,24 @@ def read_options(
                 f"{owner} has no option {name!r}; use {', '.join(near)}"
             )
     return tuple(
-        kind(
-            **{
-                own.name: given[own.name]
-                for own in fields_of(kind)
-                if own.name in given
-            }
-        )
-        for kind in kinds
+        kind(**{name: given[name] for name in own if name in given})
+        for kind, own in names.items()
     )
 
 
 def takes_options(*kinds: type[Options]) -> Callable[[Any], Any]:
-    """Give a class or function that takes ``**options`` their signature and docs.
-
-    Args:
-        *kinds (type): Kinds of options that it reads with :func:`read_options`.
-    """
+    """Give a class or function that takes ``**options`` their signature and docs."""
 
     def decorate(owner: Any) -> Any:
         fields = [own for kind in kinds for own in fields_of(kind)]
-        function = owner.__init__ if inspect.isclass(owner) else owner
         own = [
             parameter
-            for parameter in inspect.signature(function).parameters.values()
-            if parameter.name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+            for parameter in inspect.signature(owner).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
         ]
+        keyword = inspect.Parameter.KEYWORD_ONLY
         declared = [
-            inspect.Parameter(
-                f.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=f.default,
-                annotation=f.type,
-            )
+            inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type)
             for f in fields
         ]
         owner.__signature__ = inspect.Signature([*own, *declared])
@@ -147,17 +130,8 @@ def _doc_line(declared: dataclasses.Field) -> str:
     return textwrap.fill(text.replace("`", ""), 84, subsequent_indent="    ") + "\n"
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser, kind: type[Options], **defaults: Any
-) -> None:
-    """Give a command line the options of a kind.
-
-    Args:
-        parser (ArgumentParser): Gets ``--channel-reduction`` for
-            ``channel_reduction``, and so on.
-        kind (type): A kind of options.
-        **defaults: Defaults of the program where they are not the hook's.
-    """
+def add_arguments(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
+    """Give a command line the options of a kind, ``--num-masks`` for ``num_masks``."""
     for declared in fields_of(kind):
         extra = dict(declared.metadata["command_line"])
         default = extra.pop("program_default", declared.default)
@@ -174,11 +148,7 @@ def add_arguments(
 
 
 def options_from(args: argparse.Namespace, kind: type[_Options]) -> _Options:
-    """The options of a kind that a command line gave.
-
-    Raises:
-        VisConfigError: If a value can never work.
-    """
+    """The options of a kind that a command line gave."""
     return kind(**{own.name: getattr(args, own.name) for own in fields_of(kind)})
 
 

@@ -1,10 +1,7 @@
 """Checks that OpenMMLab is there, with ops that fit this torch, before it is needed.
 
-Nothing of it is a requirement that pip installs: an environment may have it under
-other distribution names, and mmcv's source builds without ops in pip's isolation. So a
-user can get here with none, with mmcv-lite, or with an mmcv that was compiled for
-another torch. Each of these otherwise ends in a traceback from the middle of
-MMDetection.
+pip does not install it: an environment may have it under other distribution names, and
+mmcv's source builds without ops in pip's isolation.
 """
 
 from __future__ import annotations
@@ -36,10 +33,7 @@ class DependencyError(VisError, RuntimeError):
 
 
 def require_openmmlab() -> None:
-    """Raise unless MMEngine, mmcv and MMDetection import in versions that fit.
-
-    It does not matter which distributions brought them. All three are imported, which
-    the hooks would do next.
+    """Import MMEngine, mmcv and MMDetection, whichever distributions brought them.
 
     Raises:
         DependencyError: One of them is missing, too old, too new, or broken.
@@ -79,10 +73,7 @@ def _mmcv_error(problem: str) -> DependencyError:
 
 
 def require_mmcv() -> None:
-    """Raise unless mmcv imports, has its ops, and is of a version that MMYOLO takes.
-
-    Imports mmcv (0.4 s, which MMDetection spends anyway) and loads its compiled
-    module (0.01 s), but not ``mmcv.ops``.
+    """Import mmcv and load its compiled module.
 
     Raises:
         DependencyError: mmcv is missing, of a version that an installed MMYOLO
@@ -90,12 +81,10 @@ def require_mmcv() -> None:
     """
     try:
         mmcv = importlib.import_module("mmcv")
-    except ModuleNotFoundError as error:
-        missing = "mmcv is not installed"
-        problem = missing if error.name == "mmcv" else f"mmcv does not import: {error}"
-        raise _mmcv_error(problem) from error
     except ImportError as error:
-        raise _mmcv_error(f"mmcv does not import: {error}") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "mmcv"
+        problem = "is not installed" if missing else f"does not import: {error}"
+        raise _mmcv_error(f"mmcv {problem}") from error
     version = _version_of(mmcv)
     # MMDetection says so itself, once it is imported.
     low, high = "2.0.0rc4", "2.1.0"
@@ -108,15 +97,11 @@ def require_mmcv() -> None:
     torch = importlib.import_module("torch")  # the compiled module links to it
     try:
         importlib.import_module("mmcv._ext")
-    except ModuleNotFoundError as error:
-        raise _mmcv_error(
-            f"mmcv {version} has no compiled ops (mmcv-lite, or a build in pip's "
-            "isolation)"
-        ) from error
     except ImportError as error:
-        raise _mmcv_error(
-            f"mmcv {version} was not compiled for torch {torch.__version__} ({error})"
-        ) from error
+        problem = f"was not compiled for torch {torch.__version__} ({error})"
+        if isinstance(error, ModuleNotFoundError):
+            problem = "has no compiled ops (mmcv-lite, or a build in pip's isolation)"
+        raise _mmcv_error(f"mmcv {version} {problem}") from error
 
 
 def _version_of(module: ModuleType) -> str:

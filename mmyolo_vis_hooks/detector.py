@@ -49,10 +49,8 @@ def default_scope(config: Config) -> Iterator[None]:
 def read_dataset(config: Config) -> DatasetInfo:
     """Find the test pipeline and the classes of a config; no file is read.
 
-    Args:
-        config (Config): Of a detector. The pipeline is that of the innermost
-            data set of ``test_dataloader``, of ``val_dataloader`` where there is
-            none, or else ``test_pipeline``.
+    The pipeline is that of the innermost data set of ``test_dataloader``, of
+    ``val_dataloader`` where there is none, or else ``test_pipeline``.
 
     Raises:
         VisConfigError: If the config has none of them.
@@ -101,13 +99,8 @@ def build_pipeline(
 ) -> ImagePipeline:
     """Build the test pipeline for images that belong to no data set.
 
-    Args:
-        config (Config): Of the detector.
-        info (DatasetInfo): What :func:`read_dataset` found.
-        channels (Sequence[int], optional): Which channels a picture shows.
-
-    Returns:
-        ImagePipeline: Takes files and decoded images; annotations are not loaded.
+    It takes files and decoded images; annotations are not loaded. ``channels`` are
+    those that a picture shows.
     """
     with default_scope(config):
         steps = Compose(list(info.pipeline))
@@ -115,13 +108,10 @@ def build_pipeline(
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """Make sure that a device is there.
-
-    Args:
-        device (torch.device | str): As for :class:`torch.device`, such as ``'cuda:0'``.
+    """The device of a name such as ``'cuda:0'``.
 
     Raises:
-        VisConfigError: If it is not.
+        VisConfigError: If it is not there.
     """
     try:
         found = torch.device(device)
@@ -143,9 +133,7 @@ def check_device(device: torch.device | str) -> torch.device:
 def read_config(config: Config | str | os.PathLike) -> Config:
     """Read a config file, or one that a package brings: ``mmyolo::yolov5/....py``.
 
-    Args:
-        config (Config | str | PathLike): Path, or package and path within its
-            configs. A Config is given back as it is.
+    A Config is given back as it is.
 
     Raises:
         VisConfigError: If there is no such config, or it cannot be read.
@@ -153,19 +141,16 @@ def read_config(config: Config | str | os.PathLike) -> Config:
     if isinstance(config, Config):
         return config
     name = os.fspath(config)
+    is_file = os.path.isfile(name)
+    if not is_file and "::" not in name:
+        raise VisConfigError(f"there is no config file {name}")
     try:
-        if "::" in name and not os.path.isfile(name):
-            return get_config(name)
-        if not os.path.isfile(name):
-            raise VisConfigError(f"there is no config file {name}")
-        return Config.fromfile(name)
+        return Config.fromfile(name) if is_file else get_config(name)
     except AssertionError as error:  # MMEngine's answer for such a package
         raise VisConfigError(
             f"the config {name} cannot be read: {error}; after '::' comes a path in "
             "the configs of an installed package, as in mmyolo::yolov8/FILE.py"
         ) from error
-    except VisConfigError:
-        raise
     except Exception as error:  # a config is a program and may fail in any way
         raise VisConfigError(
             f"the config {name} cannot be read: {one_line(error)}"
@@ -176,10 +161,6 @@ def build_detector(
     config: Config | str | os.PathLike, device: torch.device | str
 ) -> nn.Module:
     """Build the detector of a config, without weights, in eval mode.
-
-    Args:
-        config (Config | str | PathLike): Of a detector; see :func:`read_config`.
-        device (torch.device | str): Where it will run.
 
     Raises:
         VisConfigError: If the config describes no model, or the device is not there.
@@ -206,10 +187,6 @@ def load_weights(
     detector: nn.Module, checkpoint: str | os.PathLike
 ) -> Mapping[str, Any]:
     """Load a checkpoint; a warning counts what the detector does not get from it.
-
-    Args:
-        detector (nn.Module): The detector.
-        checkpoint (str | PathLike): Path or URL.
 
     Returns:
         Mapping: The classes and the palette that the checkpoint names; may be empty.

@@ -53,8 +53,9 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class _Failure:
-    """All failures of one kind: the first of them, and how many there were."""
+    """The first failure of a kind, and how many there were."""
 
+    # The error's class and where it comes from; messages may name different images.
     kind: tuple[str, str, int]
     report: str
     message: str
@@ -69,11 +70,8 @@ class ErrorPolicy:
             them and lets the run go on; ``'raise'`` lets the exception through. In a
             distributed run it waits for :meth:`share`, which raises on every rank:
             a rank that stops alone leaves the others waiting.
-        logger (Logger): Where failures are reported. Those that are no
-            :class:`VisError` are reported with their traceback.
+        logger (Logger): Told of failures; with a traceback where they are no VisError.
         name (str): Whose failures they are; stands before each message.
-
-    ``KeyboardInterrupt`` and ``SystemExit`` are never swallowed.
     """
 
     CHOICES = ("log", "raise")
@@ -112,10 +110,9 @@ class ErrorPolicy:
                 if get_world_size() == 1:
                     raise
                 self._waiting = self._waiting or error
-            self.record(action, error)
+            self._record(action, error)
 
-    def record(self, action: str, error: Exception) -> None:
-        """Count a failure; log the first of its kind."""
+    def _record(self, action: str, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
         ending = "goes on" if self.on_error == "log" else "ends"
         report = f"Could not {action}; the run {ending}"
@@ -124,7 +121,9 @@ class ErrorPolicy:
         else:
             lines = "".join(traceback.format_exception(error)).rstrip()
             report += f". Set on_error='raise' to stop here.\n{lines}"
-        self._add(_Failure(_kind(error), report, message))
+        frames = traceback.extract_tb(error.__traceback__)
+        place = (frames[-1].filename, frames[-1].lineno or 0)
+        self._add(_Failure((type(error).__name__, *place), report, message))
 
     def share(self) -> None:
         """Bring the failures of all ranks to rank 0; every rank must call this.
@@ -151,10 +150,8 @@ class ErrorPolicy:
             kinds = sorted(self._failures.values(), key=lambda f: -f.count)
             shown = "; ".join(f"{f.count} x {f.message}" for f in kinds[:3])
             # As an error: MMEngine drops a warning that it has logged before.
-            self._logger.error(
-                f"{self._name}: {self.num_failures} visualization step(s) failed: "
-                f"{shown}"
-            )
+            failed = f"{self.num_failures} visualization step(s) failed"
+            self._logger.error(f"{self._name}: {failed}: {shown}")
         self._failures.clear()
 
     def _add(self, failure: _Failure) -> None:
@@ -165,10 +162,3 @@ class ErrorPolicy:
         else:
             count = known.count + failure.count
             self._failures[failure.kind] = replace(known, count=count)
-
-
-def _kind(error: Exception) -> tuple[str, str, int]:
-    """Where an error comes from. Its message may name a different image each time."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = (frames[-1].filename, frames[-1].lineno or 0) if frames else ("", 0)
-    return (type(error).__name__, *place)

@@ -1,14 +1,13 @@
 """Every option of the hooks, the programs and the Python API, declared once.
 
-Constructors, command lines and the tables in the documents are made of these fields:
-a new option is one field here, and the place that uses it.
+Constructors, command lines and the tables in the documents are made of these fields.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -16,18 +15,17 @@ from typing import Any
 from .attribution.methods import METHODS, validate
 from .attribution.saliency import FUSIONS
 from .attribution.targets import TARGETS, validate_target
+from .data.alignment import ALIGNMENTS
 from .declare import Check, Options, option, refuse
 from .errors import ErrorPolicy, VisConfigError
 from .featmap import CHANNEL_REDUCTIONS
 from .network.layer_path import parse_layer_path
 from .render.heatmap import colormap_lut
 
-ALIGNMENTS = ("resize", "letterbox", "network")
 SCOPES = ("box", "class", "image")
 _MAX_TILES = 1024
 
-
-# ---------------------------------------------------------------------- checks
+# Checks of values.
 
 
 def flag(name: str, value: Any) -> bool:
@@ -36,11 +34,12 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def choice(values: Sequence[Any]) -> Check:
+def choice(values: Sequence[str | None]) -> Check:
     def check(name: str, value: Any) -> Any:
-        if any(value is known or _same_text(value, known) for known in values):
+        if (value is None or isinstance(value, str)) and value in values:
             return value
-        near = difflib.get_close_matches(str(value).lower(), _texts(values), n=1)
+        texts = [known for known in values if known is not None]
+        near = difflib.get_close_matches(str(value).lower(), texts, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         shown = ", ".join(map(repr, values))
         raise VisConfigError(f"{name}={value!r} is unknown; {hint}Use one of {shown}")
@@ -48,18 +47,19 @@ def choice(values: Sequence[Any]) -> Check:
     return check
 
 
-def share(remedy: str = "use 0 to 1") -> Check:
+def number(remedy: str, most: float = 1.0, *, above_0: bool = False) -> Check:
     def check(name: str, value: Any) -> float:
-        if not _is_real(value) or not 0 <= float(value) <= 1:
+        is_real = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_real or not 0 <= float(value) <= most or (above_0 and value == 0):
             raise refuse(name, value, remedy)
         return float(value)
 
     return check
 
 
-def count(remedy: str, least: int = 1, special: int | None = None) -> Check:
+def count(remedy: str, special: int | None = None) -> Check:
     def check(name: str, value: Any) -> int:
-        if not is_int(value) or not (value >= least or value == special):
+        if not is_int(value) or not (value >= 1 or value == special):
             raise refuse(name, value, remedy)
         return int(value)
 
@@ -68,6 +68,14 @@ def count(remedy: str, least: int = 1, special: int | None = None) -> Check:
 
 def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
+
+
+def checked_by(validate: Callable[[Any], Any]) -> Check:
+    def check(name: str, value: Any) -> Any:
+        validate(value)
+        return value
+
+    return check
 
 
 def layers(remedy: str) -> Check:
@@ -82,23 +90,18 @@ def layers(remedy: str) -> Check:
     return check
 
 
-def colormap(name: str, value: Any) -> Any:
-    colormap_lut(value)
-    return value
+def indices(remedy: str, length: int | None = None) -> Check:
+    def check(name: str, value: Any) -> tuple[int, ...]:
+        is_list = isinstance(value, (list, tuple, range)) and len(value) > 0
+        if (
+            not is_list
+            or not all(is_int(i) and i >= 0 for i in value)
+            or len(value) != (length or len(value))
+        ):
+            raise refuse(name, value, remedy)
+        return tuple(map(int, value))
 
-
-def indices(name: str, value: Any) -> tuple[int, ...]:
-    is_list = isinstance(value, (list, tuple, range)) and len(value) > 0
-    if not is_list or not all(is_int(i) and i >= 0 for i in value):
-        raise refuse(name, value, "use a list of indices, counted from 0, or None")
-    return tuple(map(int, value))
-
-
-def three_channels(name: str, value: Any) -> tuple[int, ...]:
-    chosen = indices(name, value)
-    if len(chosen) != 3:
-        raise refuse(name, value, "name three channels, counted from 0, as R, G and B")
-    return chosen
+    return check
 
 
 def class_list(name: str, value: Any) -> tuple[str | int, ...]:
@@ -135,32 +138,10 @@ def map_limit(name: str, value: Any) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[-1])
 
 
-def channel_share(name: str, value: Any) -> float:
-    if not _is_real(value) or not 0 < float(value) <= 1:
-        raise refuse(name, value, "use more than 0 and at most 1, all channels")
-    return float(value)
-
-
 def tag(name: str, value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[\w-]{1,64}", value, re.A):
         remedy = "use at most 64 letters, digits, '_' and '-': it is part of file names"
         raise refuse(name, value, remedy)
-    return value
-
-
-def seconds(name: str, value: Any) -> float:
-    if not _is_real(value) or not 0 <= float(value) <= 86_400:
-        raise refuse(name, value, "use seconds, at most a day; 0 waits for a key")
-    return float(value)
-
-
-def target_name(name: str, value: Any) -> str:
-    validate_target(value)
-    return value
-
-
-def method_name(name: str, value: Any) -> str:
-    validate(value)
     return value
 
 
@@ -169,25 +150,17 @@ def is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+_SHARE = number("use 0 to 1")
+_COLORMAP = checked_by(colormap_lut)
+_COLORMAP_HELP = "any name of OpenCV or matplotlib"
 
-
-def _same_text(value: Any, known: Any) -> bool:
-    return isinstance(value, str) and isinstance(known, str) and value == known
-
-
-def _texts(values: Sequence[Any]) -> list[str]:
-    return [value for value in values if isinstance(value, str)]
-
-
-# --------------------------------------------------------------------- options
+# The options.
 
 
 @dataclass(frozen=True)
 class _Seen(Options):
     score_thr: float = option(
-        0.3, share("use 0 to 1; 1 draws no box"), "boxes with a higher score are drawn"
+        0.3, number("use 0 to 1; 1 draws no box"), "boxes with a higher score are drawn"
     )
     alignment: str | None = option(
         None,
@@ -200,7 +173,7 @@ class _Seen(Options):
     )
     image_channels: Sequence[int] | None = option(
         None,
-        optional(three_channels),
+        optional(indices("name three channels, counted from 0, as R, G and B", 3)),
         "of an image with more than three channels those that are shown as red, "
         "green and blue; `None` takes the first three",
         nargs=3,
@@ -243,8 +216,8 @@ class FeatMapOptions(_Seen):
         type=int,
         metavar=("ROWS", "COLUMNS"),
     )
-    alpha: float = option(0.5, share(), "share of the heat map in the blend")
-    colormap: str | int = option("jet", colormap, "any name of OpenCV or matplotlib")
+    alpha: float = option(0.5, _SHARE, "share of the heat map in the blend")
+    colormap: str | int = option("jet", _COLORMAP, _COLORMAP_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -263,13 +236,13 @@ class BoxAMOptions(_Seen):
 
     method: str = option(
         "boxam",
-        method_name,
+        checked_by(validate),
         "how a map is made: " + ", ".join(f"`{name!r}`" for name in METHODS),
         metavar="METHOD",
     )
     target: str = option(
         "score",
-        target_name,
+        checked_by(validate_target),
         "what is explained: the final `'score'`, the raw class `'logit'`, the raw "
         "`'objectness'` (centerness counts), or a side `'x1'`, `'y1'`, `'x2'`, "
         "`'y2'` of the box",
@@ -300,7 +273,7 @@ class BoxAMOptions(_Seen):
     )
     smooth: float | None = option(
         None,
-        optional(share("use a share of the box's size, 0 (not smoothed) to 1")),
+        optional(number("use a share of the box's size, 0 (not smoothed) to 1")),
         "sigma of a Gaussian over the map, in units of the square root of the box's "
         "area; `None` takes the method's own: 0.1 for `'boxam'`, 0 for the others",
         type=float,
@@ -346,38 +319,37 @@ class BoxAMOptions(_Seen):
     )
     ratio_channels_to_ablate: float = option(
         1.0,
-        channel_share,
+        number("use more than 0 and at most 1, all channels", above_0=True),
         "share of the channels that `'ablationcam'` tries, the most active ones",
     )
     num_masks: int = option(
         1000, count("use a positive number of masks"), "masks of `'drise'`"
     )
     alpha: float = option(
-        0.6, share(), "share of the heat map in the blend where the map is strong"
+        0.6,
+        _SHARE,
+        "share of the heat map in the blend where the map is strong",
     )
-    colormap: str | int = option("plasma", colormap, "any name of OpenCV or matplotlib")
+    colormap: str | int = option(
+        "plasma", _COLORMAP, "any name of OpenCV or matplotlib"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         method = validate(self.method, eigen_smooth=self.eigen_smooth)
-        target = TARGETS[self.target]
-        wrong: list[tuple[str, str]] = []
-        if method.kind == "black_box":
-            if self.target_layers is not None:
-                wrong.append(("target_layers", "it looks at no layer; leave it out"))
-            if self.aug_smooth:
-                remedy = "it is a mean over many changed images already; leave it False"
-                wrong.append(("aug_smooth", remedy))
-            if self.target != "score":
-                remedy = "it sees what is found, not how; leave target='score'"
-                wrong.append(("target", remedy))
+        wrong: dict[str, str] = {}
+        if method.kind in ("ablation", "masking") and not TARGETS[self.target].compares:
+            wrong["target"] = "it compares scores; use 'score', 'logit' or 'objectness'"
         if method.targets and self.target != "score":
-            remedy = "it joins several targets by itself; leave target='score'"
-            wrong.append(("target", remedy))
-        if method.kind in ("ablation", "masking") and not target.compares:
-            remedy = "it compares scores; use 'score', 'logit' or 'objectness'"
-            wrong.append(("target", remedy))
-        for name, remedy in wrong:
+            wrong["target"] = "it joins several targets by itself; leave target='score'"
+        if method.kind == "black_box":
+            if self.target != "score":
+                wrong["target"] = "it sees what is found, not how; leave target='score'"
+            if self.aug_smooth:
+                wrong["aug_smooth"] = "it is a mean over many images; leave it False"
+            if self.target_layers is not None:
+                wrong["target_layers"] = "it looks at no layer; leave it out"
+        for name, remedy in wrong.items():
             raise VisConfigError(
                 f"{name}={getattr(self, name)!r} cannot work with "
                 f"method={self.method!r}: {remedy}"
@@ -407,7 +379,7 @@ class RunOptions(Options):
     )
     image_indices: Sequence[int] | None = option(
         None,
-        optional(indices),
+        optional(indices("use a list of indices, counted from 0, or None")),
         "explicit indices instead, also through wrapped data sets",
     )
     override_loop_pipeline: bool = option(
@@ -423,7 +395,11 @@ class RunOptions(Options):
         "one name gets a number",
     )
     show: bool = option(False, flag, "show pictures in a window and publish none")
-    wait_time: float = option(0.0, seconds, "seconds per window; 0 waits for a key")
+    wait_time: float = option(
+        0.0,
+        number("use seconds, at most a day; 0 waits for a key", 86_400),
+        "seconds per window; 0 waits for a key",
+    )
     on_error: str = option(
         "log",
         choice(ErrorPolicy.CHOICES),

@@ -49,11 +49,7 @@ class SampleMaker:
         self._channels = channels
 
     def prepare(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> None:
-        """Try on an image what can be tried before a run.
-
-        Args:
-            inputs (Tensor): ``(1, C, H, W)``, as the data preprocessor gives it.
-            metainfo (Mapping): Of its data sample.
+        """Try what can be tried before a run on an image of :func:`network_input`.
 
         Raises:
             VisError: If what is asked for cannot be had of this detector.
@@ -62,14 +58,7 @@ class SampleMaker:
     def run(
         self, image_id: str, loaded: Loaded, placement: Placement, *, fp16: bool = False
     ) -> Any:
-        """Run the detector on one image and record it.
-
-        Args:
-            image_id (str): Name of the image.
-            loaded (Loaded): The image.
-            placement (Placement): How it is drawn, and what it goes through.
-            fp16 (bool): Run under autocast.
-        """
+        """Run the detector on one image, under autocast or not, and record it."""
         data = placement.pipeline.pack(loaded)
         with (
             frozen(self._detector, parameters=False),
@@ -104,17 +93,15 @@ class SampleMaker:
         Raises:
             VisError: If the recording failed.
         """
-        slot = _slot_of(record, image_id, position)
+        slot, inputs, metainfo = _recorded(record, image_id, position)
         activations = record.activations(slot)
-        inputs = record.inputs[slot : slot + 1]  # type: ignore[index]
-        metainfo = record.metainfos[slot]
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
-        if placement.alignment != "network":
-            detections = detections_of(output)
-        elif _leads_to_network(placement, metainfo):
-            detections = _to_network(detections_of(output), inputs, metainfo)
-        else:
-            detections = self._found_in_network(inputs, metainfo)
+        if placement.alignment == "network" and not _leads_there(placement, metainfo):
+            # Ask the detector again, for boxes in the frame of its input.
+            sample = DetDataSample(metainfo=_network_metainfo(metainfo))
+            with frozen(self._detector, parameters=False), torch.no_grad():
+                (output,) = self._detector(inputs, [sample], mode="predict")
+        detections = _on_picture(detections_of(output), placement, metainfo)
         return VisSample(image_id, image_rgb, frame, detections, activations, note=note)
 
     def _picture(
@@ -125,7 +112,7 @@ class SampleMaker:
         metainfo: Mapping[str, Any],
     ) -> tuple[np.ndarray, str, FrameTransform]:
         """What is drawn on, how it was made, and where it lies in the input."""
-        network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
+        network_hw = metainfo["batch_input_shape"]
         if placement.alignment == "network":
             image_rgb, note = network_picture(
                 inputs[0], self._detector.data_preprocessor, self._channels
@@ -133,32 +120,22 @@ class SampleMaker:
             return image_rgb, note, FrameTransform.identity(network_hw)
         if loaded is None:
             raise VisError(f"alignment={placement.alignment!r} needs the loaded image")
-        image_hw = (loaded.image_rgb.shape[0], loaded.image_rgb.shape[1])
-        frame = placement.frame(image_hw, network_hw, metainfo)
+        height, width = loaded.image_rgb.shape[:2]
+        frame = placement.frame((height, width), network_hw, metainfo)
         return loaded.image_rgb, loaded.note, frame
-
-    def _found_in_network(
-        self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
-    ) -> Detections:
-        """Ask the detector again, for boxes in the frame of its input."""
-        sample = DetDataSample(metainfo=_network_metainfo(metainfo, inputs))
-        with frozen(self._detector, parameters=False), torch.no_grad():
-            (output,) = self._detector(inputs, [sample], mode="predict")
-        return detections_of(output)
 
 
 class BoxSampleMaker(SampleMaker):
     """Turns images into records of explained boxes.
 
     The mapper makes its own forward, with a graph and in full precision, since small
-    gradients vanish in half precision. The way of alignment says on which input: the
-    Resize-only one, or the very tensor that the loop's own forward received.
+    gradients vanish in half precision: on the Resize-only input, or on the very tensor
+    that the loop's own forward received.
 
     Args:
         detector (nn.Module): The detector, without wrappers.
         mapper (BoxAttributor): Explains the detections.
-        channels (Sequence[int], optional): Which channels a picture of the network's
-            input shows.
+        channels (Sequence[int], optional): As of :class:`SampleMaker`.
     """
 
     def __init__(
@@ -195,9 +172,7 @@ class BoxSampleMaker(SampleMaker):
         output: Any,
     ) -> BoxSample:
         """Explain one image of a recorded forward, of which the input is needed."""
-        slot = _slot_of(record, image_id, position)
-        inputs = record.inputs[slot : slot + 1]  # type: ignore[index]
-        metainfo = record.metainfos[slot]
+        _, inputs, metainfo = _recorded(record, image_id, position)
         return self._explained(image_id, loaded, placement, inputs, metainfo)
 
     def _explained(
@@ -208,62 +183,62 @@ class BoxSampleMaker(SampleMaker):
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
     ) -> BoxSample:
-        network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
-        metainfo = {"batch_input_shape": network_hw, **metainfo}
-        on_network = placement.alignment == "network"
-        leads_there = on_network and _leads_to_network(placement, metainfo)
         asked = metainfo
-        if on_network and not leads_there:
-            asked = _network_metainfo(metainfo, inputs)
+        if placement.alignment == "network" and not _leads_there(placement, metainfo):
+            asked = _network_metainfo(metainfo)
         # Autocast of the loop would round gradients away.
         with torch.autocast(inputs.device.type, enabled=False):
             predictions, explanations = self._mapper.explain(inputs, asked)
-        detections = detections_of(DetDataSample(pred_instances=predictions))
-        if leads_there:
-            detections = _to_network(detections, inputs, metainfo)
+        found = detections_of(DetDataSample(pred_instances=predictions))
+        detections = _on_picture(found, placement, metainfo)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
         return BoxSample(
             image_id, image_rgb, frame, detections, explanations, note=note
         )
 
 
-def _slot_of(record: ForwardRecord, image_id: str, position: int) -> int:
-    """Where in a recorded forward an image is kept."""
+def _recorded(
+    record: ForwardRecord, image_id: str, position: int
+) -> tuple[int, torch.Tensor, dict[str, Any]]:
+    """Where in a recorded forward an image is kept, its input and its metainfo."""
     if record.error is not None:
         raise record.error
     if position not in record.keep or record.inputs is None:
         raise VisError(f"the forward of image {image_id} was not recorded")
-    return record.keep.index(position)
+    slot = record.keep.index(position)
+    inputs = record.inputs[slot : slot + 1]
+    network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
+    return slot, inputs, {**record.metainfos[slot], "batch_input_shape": network_hw}
 
 
-def _leads_to_network(placement: Placement, metainfo: Mapping[str, Any]) -> bool:
+def _leads_there(placement: Placement, metainfo: Mapping[str, Any]) -> bool:
+    """Whether boxes in the original frame can be put into that of the input."""
     return placement.proven and "ori_shape" in metainfo
 
 
-def _to_network(
-    detections: Detections, inputs: torch.Tensor, metainfo: Mapping[str, Any]
+def _on_picture(
+    detections: Detections, placement: Placement, metainfo: Mapping[str, Any]
 ) -> Detections:
-    if not len(detections):
+    """Detections of the original frame, or of the input's where nothing leads there."""
+    on_image = placement.alignment != "network" or not _leads_there(placement, metainfo)
+    if on_image or not len(detections):
         return detections
-    image_hw = (int(metainfo["ori_shape"][0]), int(metainfo["ori_shape"][1]))
-    network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
-    frame = packed_frame(image_hw, network_hw, metainfo)
+    height, width = metainfo["ori_shape"][:2]
+    frame = packed_frame(
+        (int(height), int(width)), metainfo["batch_input_shape"], metainfo
+    )
     boxes = frame.boxes_to_network(detections.boxes_xyxy)
     return Detections(boxes, detections.scores, detections.labels)
 
 
-def _network_metainfo(
-    metainfo: Mapping[str, Any], inputs: torch.Tensor
-) -> dict[str, Any]:
+def _network_metainfo(metainfo: Mapping[str, Any]) -> dict[str, Any]:
     """Metainfo with which a detector leaves its boxes in the frame of its input.
 
     ``img_shape`` stays, which says how much of the input is image.
     """
-    network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
     changed = {
-        "batch_input_shape": network_hw,
         **metainfo,
-        "ori_shape": network_hw,
+        "ori_shape": metainfo["batch_input_shape"],
         "scale_factor": (1.0, 1.0),
     }
     for key in ("pad_param", "border"):

@@ -150,7 +150,7 @@ def network_input(
     inputs = batch["inputs"]
     network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
     metainfo = batch["data_samples"][0].metainfo
-    return inputs, {"batch_input_shape": network_hw, **metainfo}
+    return inputs, {**metainfo, "batch_input_shape": network_hw}
 
 
 def packed_frame(
