@@ -8,7 +8,8 @@ already, it does nothing. Otherwise it takes mmcv's source, compiles it with the
 standard that this torch needs, without debug information and with a precompiled
 header, proves the result by running NMS and RoIAlign, and installs it. Finished wheels
 stay in the user's cache folder, so that a second environment with the same versions
-gets its mmcv within seconds. It heeds these variables: MMVIS_CACHE_DIR, CXX, MAX_JOBS
+gets its mmcv within seconds. Where mmcv comes from OneDL's fork, it builds the fork in
+the version that is installed. It heeds these variables: MMVIS_CACHE_DIR, CXX, MAX_JOBS
 (compilers at a time), FORCE_CUDA (1 or 0), TORCH_CUDA_ARCH_LIST.
 """
 
@@ -32,12 +33,14 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 MMCV_VERSION = "2.0.1"  # MMYOLO 0.6 and MMDetection 3 accept it
 SDIST_SHA256 = "2b9b2c23795b3f43cf2ebcaca46552d9b4ef7e903eacdcf7c08ee15195044071"
+FORK = "onedl-mmcv"  # it imports as mmcv, too
 # setuptools 81 dropped pkg_resources, which mmcv's setup.py imports.
 BUILD_TOOLS = ("setuptools>=64,<81", "wheel", "ninja", "psutil")
 DISK_NEEDED, MEMORY_PER_JOB = 1_000_000_000, 1_500_000_000
@@ -191,6 +194,14 @@ print(json.dumps(dict(version=mmcv.__version__)))
 """
 
 
+def wanted() -> tuple[str, str]:
+    """Distribution and version to build: the fork's if it is here, else mmcv's."""
+    try:
+        return FORK, metadata.version(FORK)
+    except metadata.PackageNotFoundError:
+        return "mmcv", MMCV_VERSION
+
+
 def check_imports() -> None:
     pair, rest = "torch torchvision", "mmengine>=0.10"
     for module, wanted in {"torch": pair, "mmengine": rest, "cv2": rest}.items():
@@ -310,7 +321,7 @@ def patch_setup(text: str) -> str:
     nvcc = r"(extra_compile_args\['nvcc'\] \+= )\['-std=c\+\+\d+'\]"
     text = re.sub(nvcc, r"\1['-w']", text)
     text = re.sub(r"'-std=c\+\+\d+'", "'-g0', '-w'", text)
-    return text.replace("locals()['__version__']", repr(MMCV_VERSION))
+    return text.replace("locals()['__version__']", repr(wanted()[1]))
 
 
 def build_variables(folder: Path, log: Path) -> dict[str, str]:
@@ -341,6 +352,7 @@ def build_wheel(device: str, entry: Path) -> Path:
     """Compile mmcv, prove it, and only then put it into the cache."""
     import torch
 
+    name, version = wanted()
     log, start = entry / "build.log", time.monotonic()
     log.unlink(missing_ok=True)
     free = shutil.disk_usage(entry).free
@@ -349,24 +361,24 @@ def build_wheel(device: str, entry: Path) -> Path:
             f"Only {free / 1e9:.2f} GB are free in {entry}, {DISK_NEEDED / 1e9:.0f} GB "
             "are needed: free some, or name another folder in MMVIS_CACHE_DIR."
         )
-    with tempfile.TemporaryDirectory(prefix="tmp-", dir=entry) as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=entry) as temporary:
+        folder = Path(temporary)
         compiler = find_compiler(folder, log)
         env = build_variables(folder, log)
         env["FORCE_CUDA"] = "1" if device == "cuda" else "0"
         env |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         if not torch.version.hip:  # hipcc was not tried
             env.update(precompile(compiler, folder))
-        versions = f"mmcv {MMCV_VERSION} for torch {torch.__version__} ({device})"
+        versions = f"{name} {version} for torch {torch.__version__} ({device})"
         print(f"Compiling {versions}, {env['MAX_JOBS']} at a time; log: {log}")
-        wanted = folder / "mmcv.txt"
-        known = f"mmcv=={MMCV_VERSION} --hash=sha256:{SDIST_SHA256}"
-        wanted.write_text(f"--no-binary=mmcv\n{known}\n")
+        file = folder / "mmcv.txt"
+        known = f" --hash=sha256:{SDIST_SHA256}" if name == "mmcv" else ""
+        file.write_text(f"--no-binary={name}\n{name}=={version}{known}\n")
         # pip's own wheel cache does not know torch's version: keep this out of it.
         options = ["--no-deps", "--no-build-isolation", "--no-cache-dir"]
-        command = pip("wheel", "-v", *options, "-w", name, "-r", str(wanted))
+        command = pip("wheel", "-v", *options, "-w", temporary, "-r", str(file))
         run("mmcv could not be built", command, log, show_progress, env=env, cwd=folder)
-        [wheel] = folder.glob("mmcv-*.whl")
+        [wheel] = folder.glob("*mmcv-*.whl")
         problem = wheel_problem(wheel, device)
         if problem is not None:
             raise BuildError.quote("The compiled mmcv does not work", problem, log)
@@ -384,9 +396,9 @@ def cache_entry(device: str) -> Path:
     root = Path(os.environ.get("MMVIS_CACHE_DIR") or base / "mmyolo_vis_hooks")
     toolkit = torch.version.hip or torch.version.cuda if device == "cuda" else ""
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    parts = [f"mmcv-{MMCV_VERSION}_torch-{torch.__version__}_{device}{toolkit}", archs]
+    build = f"{'-'.join(wanted())}_torch-{torch.__version__}_{device}{toolkit}"
     python = PYTHON.replace("python", "cp").replace(".", "")
-    key = "_".join(filter(None, [*parts, python, sysconfig.get_platform()]))
+    key = "_".join(filter(None, [build, archs, python, sysconfig.get_platform()]))
     return root.expanduser().absolute() / re.sub(r"[^\w.+-]+", "-", key)
 
 
@@ -414,16 +426,17 @@ def install(device: str, entry: Path, force: bool) -> None:
     else:
         wheel = build_wheel(device, entry)
     log = entry / "install.log"
-    # These two are the same folder under other names.
-    twins = pip("uninstall", "-y", "mmcv-lite", "mmcv-full")
-    run("pip could not remove another mmcv", twins, log)
+    name, version = wanted()
+    # These are the same folder under other names.
+    twins = sorted({"mmcv", "mmcv-lite", "mmcv-full"} - {name})
+    run("pip could not remove another mmcv", pip("uninstall", "-y", *twins), log)
     options = ["--no-deps", "--no-index", "--force-reinstall", str(wheel)]
     run(f"pip could not install {wheel.name}", pip("install", *options), log)
     proof = ask(PROOF, device)
-    if proof.get("version") != MMCV_VERSION:
+    if proof.get("version") != version:
         problem = "The wheel works on its own, but not as it is installed"
         raise BuildError(f"{problem}: does another mmcv come first? {proof}")
-    print(f"mmcv {MMCV_VERSION} is installed; NMS and RoIAlign give the right numbers.")
+    print(f"{name} {version} is installed; NMS and RoIAlign give the right numbers.")
 
 
 def build(force: bool) -> None:
@@ -431,12 +444,12 @@ def build(force: bool) -> None:
     check_imports()
     device = choose_device()
     proof = ask(PROOF, device)
-    version = proof.get("version", "")
+    version, target = proof.get("version", ""), wanted()[1]
     accepted = r"2\.0\.\d" if find_spec("mmyolo") else r"2\.\d+\.\d"
-    if re.match(accepted, version) and not force:
+    if (version == target or re.match(accepted, version)) and not force:
         print(f"mmcv {version} works: nothing to do")
         return
-    problem = proof.get("error") or f"mmcv {version} is not {MMCV_VERSION}"
+    problem = proof.get("error") or f"mmcv {version} is not {target}"
     print(f"mmcv's ops do not run here yet: {problem}")
     entry = cache_entry(device)
     try:

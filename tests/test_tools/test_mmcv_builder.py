@@ -103,13 +103,7 @@ class Program:
         self.pid, self.cache = folder / "pid", folder / "cache"
         self.registry, fakes = folder / "registry", folder / "fakes"
         self.registry.mkdir()
-        with tarfile.open(self.registry / "mmcv-2.0.1.tar.gz", "w:gz") as archive:
-            for name, text in SOURCE.items():
-                member = tarfile.TarInfo(f"mmcv-2.0.1/{name}")
-                member.size = len(text)
-                archive.addfile(member, io.BytesIO(text.encode()))
-        sdist = (self.registry / "mmcv-2.0.1.tar.gz").read_bytes()
-        self.sum = hashlib.sha256(sdist).hexdigest()
+        self.sum = self.offer("mmcv", "2.0.1")
         (fakes / "torch" / "utils").mkdir(parents=True)
         (fakes / "torch" / "__init__.py").write_text(TORCH)
         (fakes / "torch" / "utils" / "__init__.py").touch()
@@ -127,6 +121,20 @@ class Program:
             "FAKE_PID": str(self.pid),
         }
 
+    def offer(self, name: str, version: str) -> str:
+        """Put a source into the registry; gives its sum."""
+        folder = f"{name.replace('-', '_')}-{version}"
+        path = self.registry / f"{folder}.tar.gz"
+        with tarfile.open(path, "w:gz") as archive:
+            for file, text in SOURCE.items():
+                text = text.replace("2.0.1", version)
+                text = text.replace("name='mmcv'", f"name='{name}'")
+                data = text.replace("Name: mmcv", f"Name: {name}").encode()
+                member = tarfile.TarInfo(f"{folder}/{file}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
     def start(self, extra: str = "", **variables: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [str(self.python), "-c", MAIN.format(extra=extra), self.sum],
@@ -143,7 +151,7 @@ class Program:
         return process.returncode, output
 
     def forget(self) -> None:
-        for path in self.site.glob("mmcv*"):
+        for path in [*self.site.glob("mmcv*"), *self.site.glob("onedl*")]:
             shutil.rmtree(path)
 
 
@@ -187,6 +195,25 @@ def test_two_build_once_then_cache_then_a_broken_cache(program: Program) -> None
     assert code == 0, output
     assert "does not work and is discarded" in output
     assert "Compiling" in output
+
+
+def test_the_fork_is_built_where_it_is_installed(program: Program) -> None:
+    """In its own version, and nothing of the same folder's other name is left."""
+    program.offer("onedl-mmcv", "2.3.6")
+    for name, version in (("mmcv", "2.0.1"), ("onedl-mmcv", "2.3.6")):
+        info = program.site / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+        files = [f"{info.name}/{file},," for file in ("METADATA", "RECORD")]
+        (info / "RECORD").write_text("\n".join(files))
+    code, output = program.run()
+    assert code == 0, output
+    assert "Compiling onedl-mmcv 2.3.6 for torch" in output
+    assert "onedl-mmcv 2.3.6 is installed; NMS and" in output
+    found = sorted(path.name for path in program.site.glob("*mmcv*"))
+    assert found == ["mmcv", "onedl_mmcv-2.3.6.dist-info"]
+    code, output = program.run()
+    assert (code, output) == (0, "mmcv 2.3.6 works: nothing to do\n")
 
 
 def test_what_fails_is_neither_cached_nor_installed(program: Program) -> None:
