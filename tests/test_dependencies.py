@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mmyolo_vis_hooks import dependencies
 from mmyolo_vis_hooks.dependencies import (
     DependencyError,
     require_mmcv,
@@ -110,6 +111,50 @@ def test_what_else_is_needed(
     assert message.endswith(f"\n\n    {PIP + command if command else COMMAND}\n")
 
 
+@pytest.fixture
+def onedl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fork's mmcv is installed, under its own distribution name."""
+    info = tmp_path / "onedl_mmcv-2.3.6.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: onedl-mmcv\nVersion: 2.3.6\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "says", "wanted"),
+    [
+        ("mmengine", None, "mmengine is not installed", "onedl-mmengine>=0.10.0,<1"),
+        ("mmcv", None, "mmcv is not installed", "onedl-mmcv"),
+        ("mmdet", None, "mmdet is not installed", "onedl-mmdetection>=3.0.0,<4"),
+        (
+            "mmdet",
+            "assert False, 'MMCV==2.3.6 is used but incompatible.'",
+            "MMCV==2.3.6 is used but incompatible. Install OneDL's",
+            "onedl-mmdetection>=3.0.0,<4",
+        ),
+    ],
+)
+def test_what_else_is_needed_of_the_fork(
+    name: str,
+    module: str | None,
+    says: str,
+    wanted: str,
+    onedl: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, name)
+    if module is None:
+        monkeypatch.setattr(sys, "meta_path", [Without(name), *sys.meta_path])
+    else:
+        (tmp_path / f"{name}.py").write_text(module)
+    with pytest.raises(DependencyError) as raised:
+        require_openmmlab()
+    command = shlex.join([sys.executable, "-m", "pip", "install", wanted])
+    assert str(raised.value).startswith(says)
+    assert str(raised.value).endswith(f"\n\n    {command}\n")
+
+
 def test_no_mmcv(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [Without("mmcv"), *sys.meta_path])
     assert complaint().startswith("mmcv is not installed. Build the right mmcv")
@@ -156,6 +201,23 @@ def test_a_version_that_mmyolo_rejects(version: str, package: Path) -> None:
     (package / "_ext.py").touch()
     start = f"mmcv {version} is installed, but MMYOLO needs mmcv >= 2.0.0rc4, < 2.1.0."
     assert complaint().startswith(start)
+
+
+def test_mmyolo_on_the_mmcv_of_the_fork(
+    package: Path, onedl: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (package / "__init__.py").write_text("__version__ = '2.3.6'\n")
+    (package / "_ext.py").touch()
+    monkeypatch.delenv(dependencies.ANY_MMCV, raising=False)
+    with pytest.raises(DependencyError, match="but MMYOLO needs mmcv >= ") as raised:
+        require_mmcv()
+    assert str(raised.value).endswith("\n\n    export MMVIS_ANY_MMCV=1\n")
+
+    monkeypatch.setenv(dependencies.ANY_MMCV, "1")
+    monkeypatch.delitem(sys.modules, "mmyolo", raising=False)
+    require_openmmlab()
+    assert sys.modules["mmyolo"].mmcv_version < (2, 1)  # what its check saw
+    assert sys.modules["mmcv"].__version__ == "2.3.6"
 
 
 @pytest.mark.parametrize("version", ["2.0.0rc4", "2.0.0", "2.0.1"])
