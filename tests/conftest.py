@@ -63,3 +63,13 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("toy_data")
     write_dataset(root)
     return root
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged about checkpoints."""
+    found: list[str] = []
+    monkeypatch.setattr(
+        "mmyolo_vis_hooks.checkpoint.print_log", lambda text, **_: found.append(text)
+    )
+    return found

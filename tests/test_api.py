@@ -21,24 +21,19 @@ from torch import nn
 from mmyolo_vis_hooks import explain, feature_maps, load
 from mmyolo_vis_hooks.errors import VisConfigError, VisError
 from mmyolo_vis_hooks.results import Gallery
-from tests.toy_boxes import box_config
+from tests.toy_boxes import box_detector
 
 LAYER = ["neck"]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, toy_data: Path) -> Config:
-    cfg = box_config(tmp_path_factory.mktemp("api"), [], data_root=toy_data)
-    cfg.custom_imports = dict(imports=["mmyolo.datasets"], allow_failed_imports=False)
-    return cfg
+@pytest.fixture
+def detector(tmp_path: Path, toy_data: Path) -> nn.Module:
+    return box_detector(tmp_path, toy_data)
 
 
 @pytest.fixture
-def detector(config: Config) -> nn.Module:
-    torch.manual_seed(0)
-    detector = MODELS.build(copy.deepcopy(config.model)).eval()
-    detector.cfg = config
-    return detector
+def config(detector: nn.Module) -> Config:
+    return detector.cfg
 
 
 @pytest.fixture
@@ -105,6 +100,23 @@ def test_several_images_give_a_gallery_with_names_of_their_own(
     assert files[0].name == "index.html"
     assert len(files) == 10
     assert all(file.stat().st_size for file in files)
+    of_iterator = feature_maps(detector, iter(paths[:2]), layers=LAYER)
+    assert isinstance(of_iterator, Gallery)
+    assert (tmp_path / "index.html") in of_iterator[:1].save(tmp_path)
+
+
+def test_results_filter_by_class_and_slice(detector, photo) -> None:
+    given = dict(score_thr=0.0, topk=3, classes=[np.int64(0)])
+    result = explain(nn.DataParallel(detector), photo, **given)
+    for label in ("square", 0, np.int64(0)):
+        assert len(result.of_class(label)) == len(result) == 3
+    assert [e.score for e in result[1:]] == [e.score for e in list(result)[1:]]
+    assert result[:0].draw().ndim == 3
+    for unknown in ("round", 7):
+        with pytest.raises(VisConfigError, match="no class of the data set"):
+            result.of_class(unknown)
+    with pytest.raises(VisConfigError, match="use names or indices"):
+        result.of_class(["square"])
 
 
 def test_results_print_in_one_line_without_numbers_of_maps(detector, photo) -> None:
@@ -116,13 +128,6 @@ def test_results_print_in_one_line_without_numbers_of_maps(detector, photo) -> N
     assert repr(result).startswith("Explanations(image, ")
     assert repr(result[0]).startswith("Explanation(square 0.")
     assert repr(maps[0]).startswith("FeatureMap(neck[0], 9 x ")
-
-
-def test_results_filter_by_class_and_slice(detector, photo) -> None:
-    result = explain(detector, photo, score_thr=0.0, topk=3)
-    assert len(result.of_class("square")) == len(result.of_class(0)) == len(result) == 3
-    assert [e.score for e in result[1:]] == [e.score for e in list(result)[1:]]
-    assert result[:0].draw().ndim == 3
 
 
 def test_feature_maps_are_what_the_layer_puts_out(detector, photo) -> None:
@@ -172,6 +177,9 @@ def test_saved_numbers_are_those_of_the_result(detector, photo, tmp_path) -> Non
         np.testing.assert_array_equal(saved["neck[1]"], maps[1].values)
     with pytest.raises(VisConfigError, match=r"'out\.txt' cannot work: use a folder"):
         result.save("out.txt")
+    for name in ("a.NPZ", "new/a.npz", "new/b.json", "new/c.png"):
+        assert result.save(tmp_path / name) == [tmp_path / name]
+        assert (tmp_path / name).stat().st_size
 
 
 def test_a_notebook_shows_a_result_by_itself(detector, photo) -> None:
@@ -194,7 +202,9 @@ def test_a_model_in_the_middle_of_a_training_is_afterwards_what_it_was(
     state = {key: value.clone() for key, value in detector.state_dict().items()}
     modes = [module.training for module in detector.modules()]
     random = torch.get_rng_state()
-    explain(detector, photo, score_thr=0.0)
+    evaluated = explain(copy.deepcopy(detector).eval(), photo, score_thr=0.0)
+    trained = explain(detector, photo, score_thr=0.0)
+    np.testing.assert_array_equal(trained[0].saliency, evaluated[0].saliency)
     explain(detector, photo, score_thr=0.0, method="ablationcam", topk=1)
     feature_maps(detector, photo, layers=LAYER)
     assert [module.training for module in detector.modules()] == modes
@@ -207,14 +217,6 @@ def test_a_model_in_the_middle_of_a_training_is_afterwards_what_it_was(
         assert torch.equal(value, state[key]), key
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in detector.modules())
     optimizer.step()
-
-
-def test_a_training_mode_does_not_change_what_is_seen(detector, photo) -> None:
-    evaluated = explain(detector, photo, score_thr=0.0, topk=1)
-    detector.train()
-    trained = explain(detector, photo, score_thr=0.0, topk=1)
-    np.testing.assert_array_equal(trained[0].saliency, evaluated[0].saliency)
-    assert trained[0].score == evaluated[0].score
 
 
 def test_load_gives_what_explain_takes(config, detector, photo, tmp_path) -> None:
@@ -242,10 +244,6 @@ def test_a_detector_without_a_config_is_given_one(detector, config, photo) -> No
     assert len(explain(detector, photo, config=config, score_thr=0.0))
 
 
-def test_a_wrapped_detector_is_unwrapped(detector, photo) -> None:
-    assert len(explain(nn.DataParallel(detector), photo, score_thr=0.0))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -261,6 +259,7 @@ def test_a_wrapped_detector_is_unwrapped(detector, photo) -> None:
         (lambda d, p: feature_maps(d, p, layers=[]), "target_layers="),
         (lambda d, p: explain(d, np.zeros((4, 4, 3, 1))), r"\(4, 4, 3, 1\)"),
         (lambda d, p: explain(d, p.with_name("none.png")), "none.png"),
+        (lambda d, p: explain(d, __file__), r"test_api\.py is no image"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_reason(detector, photo, call, message):
@@ -268,11 +267,13 @@ def test_what_cannot_work_is_refused_with_a_reason(detector, photo, call, messag
         call(detector, photo)
 
 
-def test_a_file_that_is_no_image_is_named(detector, tmp_path) -> None:
-    file = tmp_path / "broken.jpg"
-    file.write_bytes(b"no image")
-    with pytest.raises(VisError, match=r"broken\.jpg"):
-        explain(detector, file)
+def test_detectors_that_cannot_work_are_refused(config, detector, photo) -> None:
+    with pytest.raises(VisConfigError, match=r"float16 .* use detector.float\(\)"):
+        explain(detector.half(), photo)
+    with torch.inference_mode():
+        built = MODELS.build(copy.deepcopy(config.model))
+    with pytest.raises(VisConfigError, match="inference_mode"):
+        explain(built, photo, config=config)
 
 
 @pytest.mark.real_data
@@ -303,40 +304,3 @@ def test_threads_take_turns(detector, photo) -> None:
         for result in (look.result() for look in looks):
             np.testing.assert_array_equal(result[0].saliency, alone[0].saliency)
     assert all(p.requires_grad for p in detector.parameters())
-
-
-def test_an_iterator_and_a_part_of_a_gallery_are_galleries(
-    detector, toy_data, tmp_path
-) -> None:
-    results = feature_maps(detector, toy_data.glob("folder0/*.png"), layers=LAYER)
-    assert isinstance(results, Gallery)
-    assert (tmp_path / "index.html") in results[:1].save(tmp_path)
-
-
-def test_classes_may_be_numbers_of_numpy_but_not_unknown(detector, photo) -> None:
-    result = explain(detector, photo, score_thr=0.0, classes=[np.int64(0)])
-    assert len(result.of_class(np.int64(0))) == len(result) > 0
-    for unknown in ("round", 7):
-        with pytest.raises(VisConfigError, match="no class of the data set"):
-            result.of_class(unknown)
-    with pytest.raises(VisConfigError, match="use names or indices"):
-        result.of_class(["square"])
-
-
-@pytest.mark.parametrize("name", ["a.NPZ", "new/a.npz", "new/b.json", "new/c.png"])
-def test_a_file_is_where_save_says(detector, photo, tmp_path, name) -> None:
-    result = explain(detector, photo, topk=1, score_thr=0.0)
-    (file,) = result.save(tmp_path / name)
-    assert file == tmp_path / name
-    assert file.stat().st_size
-
-
-def test_detectors_that_cannot_work_are_refused_by_name(
-    config, detector, photo
-) -> None:
-    with pytest.raises(VisConfigError, match=r"float16 .* use detector.float\(\)"):
-        explain(detector.half(), photo)
-    with torch.inference_mode():
-        built = MODELS.build(copy.deepcopy(config.model))
-    with pytest.raises(VisConfigError, match="inference_mode"):
-        explain(built, photo, config=config)

@@ -17,36 +17,18 @@ from mmengine.runner import Runner
 from sklearn.datasets import load_sample_images
 
 from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
-from mmyolo_vis_hooks.attribution.saliency import box_saliency
 from mmyolo_vis_hooks.detector import build_detector
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.network.levels import last_maps
 
-from .test_hooks.helpers import pictures, vis_hooks
-
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-EXAMPLES = sorted(path.stem for path in (CONFIGS / "examples").glob("*_featmap.py"))
-BOX_EXAMPLES = sorted(path.stem for path in (CONFIGS / "examples").glob("*_boxam.py"))
+
+
+NAMES = (path.stem for path in (CONFIGS / "examples").glob("*.py"))
+EXAMPLES = sorted(n for n in NAMES if n.endswith(("_featmap", "_boxam")))
 # One of each kind of detector; the others are built.
-DRAWN = ("yolov8_n_featmap", "retinanet_r50_featmap")
-BOX_DRAWN = (
-    "yolov5_n_boxam",
-    "fcos_r50_boxam",
-    "mask_rcnn_r50_boxam",
-    "dino_r50_boxam",
-)
-# What the panel of each example shows after the image.
-LAYERS = {
-    "yolov5_n": ["backbone[0]", "backbone[1]", "backbone[2]", 3],
-    "yolov6_n": ["backbone.stage3", 3],
-    "yolov7_tiny": ["backbone.stage4", 3],
-    "yolov8_n": ["backbone[0]", "backbone[1]", "backbone[2]", 3],
-    "yolox_tiny": ["backbone.stage4", 3],
-    "rtmdet_tiny": ["backbone.stage4", 3],
-    "ppyoloe_plus_s": ["backbone.stage4", 3],
-    "retinanet_r50": ["backbone.layer4", 5],
-    "faster_rcnn_r50": ["backbone.layer4", 5],
-}
+DRAWN = ("yolov8_n_featmap", "retinanet_r50_featmap", "yolov5_n_boxam")
+DRAWN += ("fcos_r50_boxam", "mask_rcnn_r50_boxam", "dino_r50_boxam")
 
 
 @pytest.fixture(scope="module")
@@ -105,58 +87,20 @@ def localise(config: Config, coco: Path, work_dir: Path) -> Config:
         data_root=str(coco), ann_file="instances.json", data_prefix=dict(img="")
     )
     config.test_evaluator.ann_file = str(coco / "instances.json")
-    # Half the size of MMDetection's images, and not 20,000 boxes of random weights
-    # for the NMS.
-    for transform in loader.dataset.pipeline:
-        if transform.get("scale") == (1333, 800):
-            transform.scale = (667, 400)
-    if "nms_pre" in config.model.get("test_cfg", {}):
-        config.model.test_cfg.nms_pre = 500
     return config
-
-
-def detector_of(config: Config) -> Any:
-    drop_downloads(config.model)
-    return build_detector(config, "cpu")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_layers_of_an_example_are_in_its_detector(name):
     config = Config.fromfile(CONFIGS / "examples" / f"{name}.py")
-    wanted = config.custom_hooks[-1].target_layers
-    layers = resolve_layers(detector_of(config), wanted)
-    *titles, _ = LAYERS[name.removesuffix("_featmap")]
-    backbone = dict.fromkeys(title.split("[")[0] for title in titles)
-    assert list(layers) == [*backbone, "neck"]
-
-
-@pytest.mark.parametrize("name", BOX_EXAMPLES)
-def test_where_a_box_example_makes_its_boxes(name):
-    detector = detector_of(Config.fromfile(CONFIGS / "examples" / f"{name}.py"))
-    layer = "encoder" if "detr" in name or "dino" in name else "neck"
-    assert last_maps(detector).layer == layer
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_the_example_draws(name, coco, tmp_path):
-    config = Config.fromfile(CONFIGS / "examples" / f"{name}.py")
+    drop_downloads(config.model)
+    detector = build_detector(config, "cpu")
     hook = config.custom_hooks[-1]
-    hook.update(type="SpyHook", on_error="raise")
-    torch.manual_seed(0)
-    runner = Runner.from_cfg(localise(config, coco, tmp_path / "run"))
-    runner.test()
-
-    *layers, num_neck_maps = LAYERS[name[: -len("_featmap")]]
-    layers += [f"neck[{i}]" for i in range(num_neck_maps)]
-    (spy,) = vis_hooks(runner)
-    (sample,) = spy.samples
-    assert [activation.title for activation in sample.activations] == layers
-    for activation in sample.activations:
-        mean = activation.feature_map.mean(dim=0)
-        assert bool(torch.isfinite(mean).all()), activation.title
-        assert float(mean.std()) > 1e-6 * float(mean.abs().max()), activation.title
-    (picture,) = pictures(tmp_path / "run").values()
-    assert picture.std() > 20
+    if hook.type == "FeatMapVisHook":
+        assert "neck" in resolve_layers(detector, hook.target_layers)
+    else:
+        layer = "encoder" if "detr" in name or "dino" in name else "neck"
+        assert last_maps(detector).layer == layer
 
 
 def shrink(config: Config) -> None:
@@ -165,7 +109,7 @@ def shrink(config: Config) -> None:
         for key, small in (("scale", (320, 320)), ("size", (320, 320))):
             if transform.get(key) == (640, 640):
                 transform[key] = small
-        if transform.get("scale") == (667, 400):
+        if transform.get("scale") == (1333, 800):
             transform.scale = (333, 200)
         if transform.get("width") == 640:
             transform.update(width=320, height=320)
@@ -198,36 +142,6 @@ def settle(runner: Runner) -> None:
     detector.test_step(next(iter(runner.test_dataloader)))
     for norm, momentum in zip(norms, momenta):
         norm.eval().momentum = momentum
-
-
-@pytest.mark.parametrize("name", BOX_DRAWN)
-def test_the_box_example_draws(name, coco, tmp_path):
-    config = Config.fromfile(CONFIGS / "examples" / f"{name}.py")
-    hook = config.custom_hooks[-1]
-    hook.update(type="BoxSpyHook", on_error="raise", score_thr=0.0, topk=3)
-    config = localise(config, coco, tmp_path / "run")
-    shrink(config)
-    torch.manual_seed(0)
-    runner = Runner.from_cfg(config)
-    settle(runner)
-    runner.test()
-
-    (spy,) = vis_hooks(runner)
-    (sample,) = spy.samples
-    assert len(sample.explanations) == 3
-    shown = [e for e in sample.explanations if e.maps]
-    assert shown, [e.warning for e in sample.explanations]
-    assert all(e.maps or e.warning for e in sample.explanations)
-    for explanation in shown:
-        assert len(explanation.maps) == 1
-        heat = box_saliency(
-            explanation, sample.frame, sample.detections.boxes_xyxy[explanation.index]
-        )
-        assert heat.shape == sample.image_rgb.shape[:2]
-        assert heat.max() == 1
-        assert heat.min() < 0.5
-    (picture,) = pictures(tmp_path / "run").values()
-    assert picture.std() > 20
 
 
 WITHOUT_HOOK = CONFIGS / "examples" / "yolox_nano_coco.py"

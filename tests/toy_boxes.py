@@ -6,6 +6,8 @@ pyramid levels, carry gradients, and are several an image.
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,3 +169,15 @@ def box_config(*args: Any, num_classes: int = 1, **options: Any) -> Config:
             dataset.metainfo = dict(classes=names, palette=[(220, 20, 60)] * 3)
             cfg[f"{mode}_evaluator"] = []
     return cfg
+
+
+def box_detector(
+    folder: Path, toy_data: Path, num_classes: int = 1, **options: Any
+) -> nn.Module:
+    """A ``ToyBoxDetector`` that carries its config, for the Python API."""
+    cfg = box_config(folder, [], data_root=toy_data, num_classes=num_classes, **options)
+    cfg.custom_imports = dict(imports=["mmyolo.datasets"], allow_failed_imports=False)
+    torch.manual_seed(0)
+    detector = MODELS.build(copy.deepcopy(cfg.model)).eval()
+    detector.cfg = cfg
+    return detector

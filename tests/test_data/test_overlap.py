@@ -55,11 +55,12 @@ def test_an_item_is_taken_while_another_one_is_used():
 
 def test_no_more_is_taken_than_the_depth_allows():
     source = Counted(50)
-    items = read_ahead(source, 3)
-    next(items)
-    time.sleep(0.1)
-    assert source.taken <= 4
-    items.close()
+    for item in read_ahead(source, 3):
+        time.sleep(0.05)
+        assert source.taken <= item + 4
+        if item == 2:
+            break
+    assert source.taken < 10
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 7])
@@ -68,20 +69,6 @@ def test_an_error_is_raised_where_the_items_are_used(fail_at):
     with pytest.raises(OSError, match="the disk is gone"):
         used.extend(read_ahead(Counted(20, fail_at)))
     assert used in ([], list(range(fail_at)))
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_reading_ends_when_the_user_fails(error):
-    source = Counted(1000)
-
-    def use():
-        for item in read_ahead(source):
-            if item == 3:
-                raise error
-
-    with pytest.raises(error):
-        use()
-    assert source.taken < 10
 
 
 def test_no_more_work_is_open_than_the_depth_allows():

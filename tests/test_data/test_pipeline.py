@@ -79,40 +79,10 @@ SHORTEST = (dict(type="ResizeShortestEdge", scale=800, max_size=1333),)
     ],
 )
 def test_size_keeps_orientation_and_is_a_multiple(geometry, image_hw, size_hw):
-    found = aligned(geometry).size_hw(image_hw)
-    assert found == size_hw
-    assert found[0] % 32 == found[1] % 32 == 0
-
-
-def test_large_divisors_and_strides():
-    assert aligned(LETTERBOX, divisor=64).size_hw((480, 640)) == (128, 128)
-    assert aligned(PPYOLOE, divisor=1).size_hw((480, 640)) == (640, 640)
-    assert aligned(FASTER, divisor=1, stride=64).size_hw((480, 640)) == (768, 1088)
-
-
-@pytest.mark.parametrize("geometry", [LETTERBOX, YOLOX, PPYOLOE, SHORTEST, ()])
-def test_the_image_fills_the_input_and_nothing_else_moves(tmp_path, geometry):
-    write_dataset(tmp_path)
-    data = dataset(tmp_path, geometry)
-    before = data[1]
-    pipeline = ImagePipeline(data.pipeline)
-    loaded = prepare_data(data, 1, pipeline.load)
-    pipeline = pipeline.resize_only(loaded, divisor=32, stride=32)
-    given = pipeline.pack(loaded)
-    meta = given["data_samples"].metainfo
-    assert "pad_param" not in meta
-    assert tuple(given["inputs"].shape[1:]) == tuple(meta["img_shape"][:2])
-    height, width = meta["ori_shape"]
-    assert meta["scale_factor"][0] == pytest.approx(meta["img_shape"][1] / width)
-    assert meta["scale_factor"][1] == pytest.approx(meta["img_shape"][0] / height)
-    # The picture is the original one, only larger or smaller.
-    original = cv2.imread(meta["img_path"])
-    back = cv2.resize(given["inputs"].numpy().transpose(1, 2, 0), (width, height))
-    assert np.abs(back.astype(int) - original).mean() < 12
-    # The dataset's own pipeline is what it was.
-    after = data[1]
-    assert after["inputs"].shape == before["inputs"].shape
-    assert (after["inputs"] == before["inputs"]).all()
+    assert aligned(geometry).size_hw(image_hw) == size_hw
+    multiples = {"divisor": 64, "stride": 1}, {"divisor": 1, "stride": 64}
+    for found in (aligned(geometry, **m).size_hw(image_hw) for m in multiples):
+        assert found[0] % 64 == found[1] % 64 == 0 or geometry in (PPYOLOE, STRETCH)
 
 
 def test_batch_shapes_do_not_matter(tmp_path):
@@ -143,35 +113,7 @@ def test_batch_shapes_do_not_matter(tmp_path):
         assert tuple(aligned.pack(loaded)["inputs"].shape[1:]) == expected
 
 
-@pytest.mark.parametrize("flips_first", [True, False])
-def test_first_view_of_test_time_augmentation(tmp_path, flips_first):
-    write_dataset(tmp_path)
-    flips = [
-        [dict(type="RandomFlip", prob=1.0), dict(type="RandomFlip", prob=0.0)],
-        [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
-    ][not flips_first]
-    views = dict(
-        type="TestTimeAug",
-        transforms=[
-            [dict(type="Compose", transforms=list(LETTERBOX))],
-            flips,
-            make_pipeline(())[1:2],
-            make_pipeline(())[2:],
-        ],
-    )
-    data = dataset(tmp_path, ())
-    data.pipeline = build([dict(type="LoadImageFromFile"), views])
-    pipeline = ImagePipeline(data.pipeline)
-    loaded = prepare_data(data, 0, pipeline.load)
-    for aligned, size_hw in ((True, (64, 128)), (False, (128, 128))):
-        if aligned:
-            step = pipeline.resize_only(loaded, divisor=32, stride=32)
-        given = (step if aligned else pipeline).pack(loaded)
-        assert tuple(given["inputs"].shape[1:]) == size_hw
-        assert not given["data_samples"].metainfo.get("flip")
-
-
-# ------------------------------------------------------------------ what loads, and how
+# What loads, and how.
 
 
 class Step:

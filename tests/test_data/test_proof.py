@@ -102,12 +102,25 @@ def letterboxed(image, change, size=416):
     return torch.from_numpy(inputs.astype(np.float32)).permute(2, 0, 1), frame
 
 
-@pytest.mark.parametrize("change", STAYING.values(), ids=STAYING)
-def test_what_only_looks_different(change):
+def step_of(change):
+    def step(results):
+        return {**results, "img": np.ascontiguousarray(change(results["img"]))}
+
+    return step
+
+
+def like(dtype=np.uint8, channels=3, size_hw=(240, 320), high=255):
+    image = np.random.RandomState(2).rand(*size_hw, *([channels] if channels else []))
+    return dict(img=(image * high).astype(dtype), img_path="x.png")
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_what_only_looks_different(name):
     image = texture()
-    found = compare_with_input(image, *letterboxed(image, change))
+    found = compare_with_input(image, *letterboxed(image, STAYING[name]))
     assert found.num_tiles >= 9
     assert found.holds
+    assert name == "16 bits" or not moves_pixels(step_of(STAYING[name]), like())
 
 
 @pytest.mark.parametrize("change", MOVING.values(), ids=MOVING)
@@ -116,6 +129,7 @@ def test_what_has_moved(change):
     found = compare_with_input(image, *letterboxed(image, change))
     assert found.is_clear
     assert not found.holds
+    assert moves_pixels(step_of(change), like())
 
 
 @pytest.mark.real_data
@@ -164,28 +178,6 @@ def test_stripes_have_no_place_of_their_own():
     found = compare_places(stripes, np.roll(stripes, 9, axis=0))
     assert found.holds
     assert not found.is_clear
-
-
-def step_of(change):
-    def step(results):
-        return {**results, "img": np.ascontiguousarray(change(results["img"]))}
-
-    return step
-
-
-def like(dtype=np.uint8, channels=3, size_hw=(240, 320), high=255):
-    image = np.random.RandomState(2).rand(*size_hw, *([channels] if channels else []))
-    return dict(img=(image * high).astype(dtype), img_path="x.png")
-
-
-@pytest.mark.parametrize("name", [n for n in STAYING if n != "16 bits"])
-def test_steps_that_move_nothing(name):
-    assert not moves_pixels(step_of(STAYING[name]), like())
-
-
-@pytest.mark.parametrize("change", MOVING.values(), ids=MOVING)
-def test_steps_that_move_pixels(change):
-    assert moves_pixels(step_of(change), like())
 
 
 @pytest.mark.parametrize(

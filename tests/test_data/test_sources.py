@@ -47,9 +47,6 @@ def level(image: SourceImage) -> int:
     return round(float(content.mean()))
 
 
-# ------------------------------------------------------------------ files and folders
-
-
 def test_files_keep_the_order_of_the_arguments(tmp_path):
     paths = [write(tmp_path / f"{name}.png", i) for i, name in enumerate("cab")]
     source = ImageSource([str(path) for path in paths])
@@ -89,15 +86,13 @@ def test_the_folder_of_the_results_is_left_out(tmp_path, monkeypatch):
     assert names(ImageSource(["output"], "output")) == ["a", "deeper_a"]
     (tmp_path / "linked").symlink_to("output")
     assert names(ImageSource(["."], "linked")) == expected
-
-
-def test_loops_of_links_are_not_followed(tmp_path):
-    write(tmp_path / "sub" / "a.png")
-    (tmp_path / "sub" / "again").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "sub" / "self.png").symlink_to("self.png")
-    (tmp_path / "b.png").symlink_to(tmp_path / "sub" / "a.png")
-    found = {image.name: image for image in ImageSource([str(tmp_path)])}
-    assert set(found) == {"b", "sub_a", "sub_self"}
+    (tmp_path / "notes").mkdir()
+    for missing, message in (
+        ("missing.png", r"there is no image.* missing\.png"),
+        ("notes", r"holds no image .*\.jpg.*\.mp4"),
+    ):
+        with pytest.raises(ImageReadError, match=message):
+            ImageSource(["a.png", missing])
 
 
 def test_names_are_unique_in_file_systems_that_ignore_case(tmp_path):
@@ -143,9 +138,8 @@ def test_names_that_are_no_unicode(tmp_path):
     image.title.encode()
 
 
-@pytest.mark.parametrize("letter", ["a", "犬", "😀"])
-def test_long_names_fit_file_systems(tmp_path, letter):
-    folder = letter * (200 // len(letter.encode()))
+def test_long_names_fit_file_systems(tmp_path):
+    folder = "犬" * 66
     for name in ("a.png", "b.png"):
         write(tmp_path / folder / folder / name)
     found = names(ImageSource([str(tmp_path)]))
@@ -153,21 +147,6 @@ def test_long_names_fit_file_systems(tmp_path, letter):
     for name in found:
         # The number of a frame and the suffix come behind it.
         (tmp_path / f"{name}_000000.jpg.part").write_text("")
-
-
-def test_what_is_not_there(tmp_path):
-    with pytest.raises(ImageReadError, match=r"there is no image.* missing\.png"):
-        ImageSource([str(write(tmp_path / "a.png")), "missing.png"])
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.txt").write_text("no image")
-    with pytest.raises(ImageReadError, match=r"holds no image .*\.jpg.*\.mp4"):
-        ImageSource([str(tmp_path / "notes")])
-    write(tmp_path / "notes" / "output" / "a.png")
-    with pytest.raises(ImageReadError, match="holds no image"):
-        ImageSource([str(tmp_path / "notes")], str(tmp_path / "notes" / "output"))
-
-
-# --------------------------------------------------------------------------- addresses
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -232,8 +211,6 @@ def test_addresses_without_an_image(address):
     assert level(good) == 70
 
 
-# ------------------------------------------------------------------------------ videos
-
 CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
 
 
@@ -285,17 +262,6 @@ def test_videos_and_images_together(tmp_path):
     assert not ImageSource([str(tmp_path / "a?b.mp4&c.png")]).has_videos
     with pytest.raises(ImageReadError, match=r"none\.mp4 is no video"):
         ImageSource([str(tmp_path / "none.mp4")])
-
-
-def test_a_truncated_video_gives_the_frames_that_are_there(tmp_path):
-    path = write_video(tmp_path / "clip.avi", 60)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    images = list(ImageSource([str(path)]))
-    assert 0 < len(images) < 60
-    # The last one may be half a picture.
-    levels = [level(image) for image in images[:-1]]
-    assert np.abs(np.array(levels) - 4 * np.arange(len(levels))).max() <= 6
 
 
 def test_frames_are_not_kept_alive(tmp_path):

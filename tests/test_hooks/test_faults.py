@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import resource
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +16,6 @@ from mmengine.visualization import LocalVisBackend, Visualizer
 
 from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
 from mmyolo_vis_hooks.errors import VisConfigError
-from mmyolo_vis_hooks.network import recorder
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
 from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy import toy_config, write_dataset
@@ -200,46 +198,6 @@ def test_image_that_breaks_between_loading_and_drawing(tmp_path):
     ]
     assert failures(tmp_path / "work") == [2]
     assert "folder2" in log_of(tmp_path / "work")
-
-
-@pytest.mark.parametrize("alignment", ["resize", "letterbox"])
-def test_layer_whose_output_is_no_map(tmp_path, toy_data, monkeypatch, alignment):
-    """It shows in the forward only, and the forward must go on."""
-
-    def broken_select(tensor, keep):
-        raise torch.cuda.OutOfMemoryError("no memory left")
-
-    monkeypatch.setattr(recorder, "_select", broken_select)
-    options = dict(alignment=alignment, num_images=2)
-    cfg = toy_config(tmp_path, [hook(**options)], data_root=toy_data)
-    runner = Runner.from_cfg(cfg)
-    runner.model.neck.register_forward_hook(
-        lambda module, args, output: (output[0], output[1][:, 0, 0, 0])
-    )
-    own = vis_hooks(runner)[0]
-    layers = ("neck.out_layers[0]", "head", "neck.shared")
-    own.options = replace(own.options, target_layers=layers)
-    assert runner.test()["coco/bbox_mAP"] > 0
-    assert failures(tmp_path) == [2]
-    assert "no memory left" in log_of(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("alignment", "error"),
-    [("resize", KeyboardInterrupt()), ("letterbox", RuntimeError("a layer failed"))],
-)
-def test_nothing_stays_attached_after_a_failing_forward(
-    tmp_path, toy_data, alignment, error
-):
-    """Ctrl-C and a failing layer in the loop's own forward."""
-    options = dict(num_images=-1, alignment=alignment)
-    cfg = toy_config(tmp_path, [hook(**options)], data_root=toy_data)
-    runner = Runner.from_cfg(cfg)
-    runner.model.fail_at = 3 + 1  # three iterations of training, then validation
-    runner.model.fail_with = error
-    with pytest.raises(type(error)):
-        runner.train()
-    assert hooks_left(runner.model) == []
 
 
 def test_failing_layer_in_our_own_forward_ends_nothing(tmp_path, toy_data):

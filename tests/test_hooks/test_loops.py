@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 
 from mmyolo_vis_hooks.errors import VisConfigError
 from tests.test_hooks.helpers import log_of, pictures, spy, vis_hooks
+from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy import LETTERBOX, SQUARE, ToyDetector, toy_config, write_dataset
 
 ALIGNMENTS = ("resize", "letterbox", "network")
@@ -93,7 +94,7 @@ def test_the_loop_is_put_back(tmp_path, toy_data, outcome):
         with pytest.raises(outcome):
             runner.val()
     assert "run_iter" not in vars(loop)
-    assert "val_step" not in vars(runner.model)
+    assert hooks_left(runner.model) == []
 
 
 # --------------------------------------------------------------- pipelines of all kinds
@@ -159,18 +160,14 @@ def test_an_unknown_canvas_is_noticed_and_drawn_on(tmp_path, textured):
         box = sample.detections.boxes_xyxy[0]
         centre = [(left + right) / 2, (top + bottom) / 2]
         assert np.abs((box[:2] + box[2:]) / 2 - centre).max() < 12
-
-
-@pytest.mark.parametrize("alignment", ["resize", "letterbox"])
-def test_an_unknown_canvas_is_refused_where_an_alignment_is_named(
-    tmp_path, textured, alignment
-):
-    hook = spy(alignment=alignment)
-    cfg = toy_config(tmp_path, [hook], data_root=textured, geometry=CANVAS)
-    runner = Runner.from_cfg(cfg)
-    with pytest.raises(VisConfigError, match=rf"alignment='{alignment}' cannot work"):
-        runner.test()
-    assert runner.model.num_forwards == 0
+    for alignment in ("resize", "letterbox"):
+        hooks = [spy(alignment=alignment)]
+        cfg = toy_config(tmp_path, hooks, data_root=textured, geometry=CANVAS)
+        runner = Runner.from_cfg(cfg)
+        refusal = rf"alignment='{alignment}' cannot work"
+        with pytest.raises(VisConfigError, match=refusal):
+            runner.test()
+        assert runner.model.num_forwards == 0
 
 
 @pytest.mark.parametrize("alignment", [None, *ALIGNMENTS])
