@@ -8,7 +8,7 @@ from .dependencies import require_openmmlab
 
 require_openmmlab()  # before the imports that would fail in the middle of MMDetection
 
-from .api import explain, feature_maps, load  # noqa: E402
+from .api import diagnose, explain, feature_maps, load  # noqa: E402
 from .checkpoint import register_checkpoint_loaders  # noqa: E402
 from .hooks import BoxAMVisHook, FeatMapVisHook  # noqa: E402
 from .version import __version__  # noqa: E402
@@ -19,6 +19,7 @@ __all__ = [
     "BoxAMVisHook",
     "FeatMapVisHook",
     "__version__",
+    "diagnose",
     "explain",
     "feature_maps",
     "load",

@@ -37,10 +37,12 @@ from .detector import (
     read_dataset,
     unwrap_detector,
 )
+from .diagnosis.diagnose import diagnose_image
+from .diagnosis.matching import GroundTruth
 from .errors import VisConfigError
 from .network.layer_path import resolve_layers
 from .network.state import frozen
-from .options import BoxAMOptions, FeatMapOptions
+from .options import BoxAMOptions, DiagnosisOptions, FeatMapOptions
 from .results import Explanations, FeatureMaps, Gallery, Look
 from .samples import BoxSampleMaker, SampleMaker
 
@@ -123,11 +125,10 @@ def explain(
     """
     (given,) = read_options("explain", _with_layers(options, layers), BoxAMOptions)
 
-    def make(detector: nn.Module, class_names: Sequence[str]) -> SampleMaker:
-        mapper = make_box_mapper(detector, given, class_names, logger)
-        return BoxSampleMaker(detector, mapper, channels=given.image_channels)
-
-    return _look(detector, images, config, given, make, Explanations)
+    scene = _Scene(detector, images, config, given.image_channels)
+    mapper = make_box_mapper(scene.detector, given, scene.class_names, logger)
+    maker = BoxSampleMaker(scene.detector, mapper, channels=given.image_channels)
+    return _look(scene, given, maker, Explanations)
 
 
 @takes_options(FeatMapOptions)
@@ -158,12 +159,70 @@ def feature_maps(
     (given,) = read_options(
         "feature_maps", _with_layers(options, layers), FeatMapOptions
     )
+    scene = _Scene(detector, images, config, given.image_channels)
+    targets = resolve_layers(scene.detector, given.target_layers)
+    maker = SampleMaker(scene.detector, targets, channels=given.image_channels)
+    return _look(scene, given, maker, FeatureMaps)
 
-    def make(detector: nn.Module, class_names: Sequence[str]) -> SampleMaker:
-        targets = resolve_layers(detector, given.target_layers)
-        return SampleMaker(detector, targets, channels=given.image_channels)
 
-    return _look(detector, images, config, given, make, FeatureMaps)
+@takes_options(DiagnosisOptions)
+def diagnose(
+    detector: nn.Module,
+    images: Image | Sequence[Image],
+    ground_truth: Any,
+    *,
+    config: str | os.PathLike | Config | None = None,
+    **options: Any,
+) -> Any:
+    """Say which objects a detector missed, which it invented, and why.
+
+    The detector runs on the config's own test pipeline, as when it is evaluated, and a
+    second time with its threshold, limits and NMS opened, for the candidates. It is
+    afterwards what it was, as of :func:`explain`.
+
+    Args:
+        detector (nn.Module): As of :func:`explain`.
+        images: As of :func:`explain`.
+        ground_truth: Objects of the image, in its own pixels: ``instances`` of a data
+            set (``dataset.get_data_info(i)['instances']``), or a mapping with
+            ``boxes_xyxy`` ``(M, 4)``, ``labels`` ``(M,)`` and, if need be, ``ignored``
+            ``(M,)``. Of several images a list with one of these for each.
+        config (str | Config, optional): As of :func:`explain`.
+        {options}
+
+    Returns:
+        Diagnosis: Of several images a list of them.
+
+    Raises:
+        VisConfigError: If an option or the ground truth cannot be used.
+        VisError: If an image cannot be read.
+    """
+    (given,) = read_options("diagnose", options, DiagnosisOptions)
+    scene = _Scene(detector, images, config, given.image_channels)
+    each = list(ground_truth) if scene.several else [ground_truth]
+    if len(each) != len(scene.paths):
+        raise VisConfigError(
+            f"ground_truth has {len(each)} entries for {len(scene.paths)} images: give "
+            "one for each"
+        )
+    truths = [GroundTruth.of(truth) for truth in each]
+    results = []
+    with _LOOKING, frozen(scene.detector, parameters=False):
+        for number, truth in enumerate(truths):
+            loaded = scene.load(number)
+            results.append(
+                diagnose_image(
+                    scene.detector,
+                    scene.pipeline.pack(loaded),
+                    scene.name(number),
+                    loaded.image_rgb,
+                    truth,
+                    scene.class_names,
+                    score_thr=given.score_thr,
+                    iou_thr=given.iou_thr,
+                )
+            )
+    return results if scene.several else results[0]
 
 
 def _with_layers(options: dict[str, Any], layers: Any) -> dict[str, Any]:
@@ -177,50 +236,68 @@ def _with_layers(options: dict[str, Any], layers: Any) -> dict[str, Any]:
     return {**options, "target_layers": layers}
 
 
+class _Scene:
+    """A detector that was given, and the images that it shall look at."""
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        images: Any,
+        config: Any,
+        channels: Sequence[int] | None,
+    ) -> None:
+        self.detector = unwrap_detector(detector)
+        _check_parameters(self.detector)
+        config = _config_of(self.detector, config)
+        self.info = read_dataset(config)
+        meta: Any = getattr(self.detector, "dataset_meta", None) or {}
+        self.class_names, self.palette = classes_and_palette(meta, self.info.metainfo)
+        self.pipeline = build_pipeline(config, self.info, channels=channels)
+        self.several = isinstance(images, (list, tuple, Iterator))
+        self._images = list(images) if self.several else [images]
+        self.paths = [_path_of(image) for image in self._images]
+        self._taken: set[str] = set()
+
+    def load(self, number: int) -> Loaded:
+        return self.pipeline.load(
+            self._images[number], img_id=number, img_path=self.paths[number]
+        )
+
+    def name(self, number: int) -> str:
+        path = self.paths[number]
+        stem = PurePath(path).stem if path else f"image_{number}"
+        return unique_name(make_image_id(stem, None, number), self._taken)
+
+
 def _look(
-    detector: nn.Module,
-    images: Any,
-    config: Any,
+    scene: _Scene,
     options: Any,
-    make: Callable[[nn.Module, Sequence[str]], SampleMaker],
+    maker: SampleMaker,
     kind: Callable[[Any, Look], Any],
 ) -> Any:
-    detector = unwrap_detector(detector)
-    _check_parameters(detector)
-    config = _config_of(detector, config)
-    info = read_dataset(config)
-    meta: Any = getattr(detector, "dataset_meta", None) or {}
-    names, palette = classes_and_palette(meta, info.metainfo)
-    maker = make(detector, names)
-    pipeline = build_pipeline(config, info, channels=options.image_channels)
-    several = isinstance(images, (list, tuple, Iterator))
-    given = list(images) if several else [images]
-    paths = [_path_of(image) for image in given]
     results: list[Any] = []
-    taken: set[str] = set()
     placement: Placement | None = None
-
-    def load(number: int) -> Loaded:
-        return pipeline.load(given[number], img_id=number, img_path=paths[number])
-
-    with _LOOKING, frozen(detector, parameters=False):
-        for number, path in enumerate(paths):
-            loaded = load(number)
+    with _LOOKING, frozen(scene.detector, parameters=False):
+        for number in range(len(scene.paths)):
+            loaded = scene.load(number)
             if placement is None:
-                first = chain([loaded], map(load, range(1, len(given))))
+                first = chain([loaded], map(scene.load, range(1, len(scene.paths))))
                 placement = choose_alignment(
-                    options.alignment, pipeline, first, detector, info
+                    options.alignment,
+                    scene.pipeline,
+                    first,
+                    scene.detector,
+                    scene.info,
                 )
                 if placement.reason:
                     logger.warning(
                         "drawn on the network's own input, as alignment='network' "
                         f"does: {placement.reason}"
                     )
-            stem = PurePath(path).stem if path else f"image_{number}"
-            image_id = unique_name(make_image_id(stem, None, number), taken)
-            sample = maker.run(image_id, loaded, placement)
-            results.append(kind(sample, Look(options, names, palette)))
-    return Gallery(results) if several else results[0]
+            sample = maker.run(scene.name(number), loaded, placement)
+            look = Look(options, scene.class_names, scene.palette)
+            results.append(kind(sample, look))
+    return Gallery(results) if scene.several else results[0]
 
 
 def _check_parameters(detector: nn.Module) -> None:

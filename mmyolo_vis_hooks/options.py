@@ -158,7 +158,20 @@ _COLORMAP_HELP = "any name of OpenCV or matplotlib"
 
 
 @dataclass(frozen=True)
-class _Seen(Options):
+class _Shown(Options):
+    image_channels: Sequence[int] | None = option(
+        None,
+        optional(indices("name three channels, counted from 0, as R, G and B", 3)),
+        "of an image with more than three channels those that are shown as red, "
+        "green and blue; `None` takes the first three",
+        nargs=3,
+        type=int,
+        metavar="CHANNEL",
+    )
+
+
+@dataclass(frozen=True)
+class _Seen(_Shown):
     score_thr: float = option(
         0.3, number("use 0 to 1; 1 draws no box"), "boxes with a higher score are drawn"
     )
@@ -170,15 +183,6 @@ class _Seen(Options):
         "the image; `'network'`, the same, drawn on the padded input; `None` takes "
         "`'resize'` where it can be had, else `'network'`",
         choices=ALIGNMENTS,
-    )
-    image_channels: Sequence[int] | None = option(
-        None,
-        optional(indices("name three channels, counted from 0, as R, G and B", 3)),
-        "of an image with more than three channels those that are shown as red, "
-        "green and blue; `None` takes the first three",
-        nargs=3,
-        type=int,
-        metavar="CHANNEL",
     )
 
 
@@ -360,6 +364,18 @@ class BoxAMOptions(_Seen):
         """The smoothing that is meant: the method's own where none is named."""
         own = METHODS[self.method].default_smooth
         return own if self.smooth is None else self.smooth
+
+
+@dataclass(frozen=True)
+class DiagnosisOptions(_Shown):
+    """Which detections count, and what hits an object."""
+
+    score_thr: float = option(
+        0.3, number("use 0 to 1"), "detections with a higher score count"
+    )
+    iou_thr: float = option(
+        0.5, number("use 0 to 1"), "from which IoU on an object of its class is hit"
+    )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ LEVELS = {
     "metrics": 1,
     "publish": 1,
     "detector": 2,
+    "diagnosis": 2,
     "samples": 2,
     "options": 2,
     "results": 3,

@@ -1,0 +1,225 @@
+"""A detector whose candidates are known: what becomes of them when settings change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmdet.datasets import CocoDataset
+from mmdet.models.layers import multiclass_nms
+from mmdet.structures import DetDataSample
+from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData
+from torch import nn
+
+from mmyolo_vis_hooks import diagnose, load
+from mmyolo_vis_hooks.diagnosis.diagnose import Diagnosis, diagnose_image
+from mmyolo_vis_hooks.diagnosis.opening import opened
+from mmyolo_vis_hooks.errors import VisConfigError
+from tests.families import FAMILIES, build_family
+
+from .test_matching import SQUARE, truth
+
+NAMES = ("dog", "cat")
+CLOSE = (10, 14, 50, 54)  # IoU 36/44 with SQUARE
+OFF = (10, 30, 50, 70)  # a third
+
+
+class Scripted(nn.Module):
+    """Puts out given boxes with given scores of two classes, by its test settings."""
+
+    def __init__(self, *rows: tuple, **settings: Any) -> None:
+        super().__init__()
+        self.rows = rows
+        self.bbox_head = nn.Module()
+        nms = dict(type="nms", iou_threshold=settings.pop("nms", 0.6))
+        self.bbox_head.test_cfg = ConfigDict(
+            {"score_thr": 0.05, "nms": nms, "max_per_img": 100, **settings}
+        )
+
+    def test_step(self, batch: Any) -> list[DetDataSample]:
+        settings = self.bbox_head.test_cfg
+        boxes = torch.tensor([row[0] for row in self.rows]).float()
+        scores = torch.tensor([[*row[1:], 0.0] for row in self.rows])
+        found, labels = multiclass_nms(
+            boxes, scores, settings.score_thr, settings.nms, settings.max_per_img
+        )
+        instances = InstanceData(bboxes=found[:, :4], scores=found[:, 4], labels=labels)
+        return [DetDataSample(pred_instances=instances)]
+
+
+def look(detector: nn.Module, *objects: tuple, score_thr: float = 0.3) -> Diagnosis:
+    return diagnose_image(
+        detector,
+        {},
+        "image",
+        np.zeros((100, 100, 3), np.uint8),
+        truth(*objects),
+        NAMES,
+        score_thr=score_thr,
+        iou_thr=0.5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "mechanism", "why"),
+    [
+        (
+            [(CLOSE, 0.21, 0.0)],
+            "below threshold",
+            "0.21 for 'dog', threshold 0.3",
+        ),
+        (
+            [(CLOSE, 0.08, 0.7)],
+            "confused",
+            "found as 'cat' 0.70, IoU 0.82; 0.08 for 'dog'",
+        ),
+        (
+            [(OFF, 0.8, 0.0)],
+            "badly placed",
+            "'dog' 0.80 lies on it with IoU 0.33 only; no candidate for 'dog' in its "
+            "place",
+        ),
+        ([(CLOSE, 0.04, 0.0)], "not seen", "no candidate for 'dog'"),
+        ([], "not seen", "no candidate for 'dog'"),
+    ],
+)
+def test_why_an_object_was_missed(rows, mechanism, why):
+    rows = [*rows, ((70, 70, 90, 90), 0.0, 0.06)]  # of no importance
+    (missed,) = look(Scripted(*rows), (SQUARE, 0)).missed
+    assert missed.mechanism == mechanism
+    assert missed.why == why
+    assert missed.class_name == "dog"
+    assert tuple(missed.box_xyxy) == SQUARE
+
+
+def test_an_object_whose_box_was_suppressed():
+    """Two dogs of which one hides the other; a weaker NMS finds both."""
+    behind = (10, 22, 50, 62)  # IoU 28/52 with the one in front
+    rows = (SQUARE, 0.9, 0.0), (behind, 0.7, 0.0)
+    found = look(Scripted(*rows, nms=0.5), (SQUARE, 0), (behind, 0))
+    (missed,) = found.missed
+    assert (missed.mechanism, missed.record.truth, missed.record.other) == (
+        "suppressed",
+        1,
+        0,
+    )
+    assert missed.record.other_iou == pytest.approx(28 / 52)
+    assert missed.why == "0.70 for 'dog', suppressed by 'dog' 0.90, IoU 0.54"
+    assert look(Scripted(*rows, nms=0.6), (SQUARE, 0), (behind, 0)).missed == ()
+
+
+def test_an_object_beyond_the_limit():
+    far = (60, 60, 90, 90)
+    rows = (SQUARE, 0.9, 0.0), (far, 0.7, 0.0)
+    (missed,) = look(Scripted(*rows, max_per_img=1), (SQUARE, 0), (far, 0)).missed
+    assert missed.mechanism == "suppressed"
+    assert missed.why == "0.70 for 'dog', beyond the limit"
+
+
+def test_a_candidate_that_found_another_object_is_no_candidate():
+    """Two dogs at one place, one box: the other dog was not seen by itself."""
+    found = look(Scripted((SQUARE, 0.9, 0.0)), (SQUARE, 0), (CLOSE, 0))
+    (missed,) = found.missed
+    assert missed.record.candidate is None
+
+
+def test_the_mechanism_follows_the_threshold():
+    detector = Scripted((CLOSE, 0.21, 0.0))
+    found = look(detector, (SQUARE, 0), score_thr=0.2)
+    assert (len(found.matches.hits), found.missed) == (1, ())
+    assert repr(found) == "Diagnosis(image: 1 found, 0 missed, 0 false)"
+
+
+def test_false_positives_say_what_they_should_have_found():
+    rows = (
+        (SQUARE, 0.9, 0.0),
+        (CLOSE, 0.0, 0.8),
+        (OFF, 0.5, 0.0),
+        ((70, 70, 90, 90), 0.4, 0.0),
+        ((10, 12, 50, 52), 0.35, 0.0),
+    )
+    found = look(Scripted(*rows, nms=0.99), (SQUARE, 0))
+    assert [(false.kind, false.why) for false in found.false_positives] == [
+        ("confused", "IoU 0.82 with 'dog'"),
+        ("badly placed", "IoU 0.33 with 'dog'"),
+        ("background", "greatest IoU with any object 0.00"),
+        ("duplicate", "this 'dog' was found with 0.90, IoU 0.90"),
+    ]
+    assert repr(found.false_positives[0]) == (
+        "FalsePositive(cat 0.80, confused: IoU 0.82 with 'dog')"
+    )
+
+
+def settings_of(detector: nn.Module) -> list[Any]:
+    return [vars(m).get("test_cfg") for m in detector.modules()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_opened_detector_tells_more_and_closes_again(name):
+    """Final detections are among the candidates, of every family."""
+    family = build_family(name)
+    detector, before = family.detector, settings_of(family.detector)
+    copies = [repr(settings) for settings in before]
+
+    def found() -> InstanceData:
+        sample = DetDataSample(metainfo=dict(family.data_samples[0].metainfo))
+        with torch.no_grad():
+            (output,) = detector(family.inputs, [sample], mode="predict")
+        return output.pred_instances
+
+    final = found()
+    with opened(detector, floor=0.01) as was_closed:
+        candidates = found()
+    assert was_closed == ("detr" not in name and name != "dino")
+    if was_closed:
+        assert len(candidates.scores) > len(final.scores)
+    kept = final.scores > 0.01
+    apart = (final.bboxes[kept][:, None] - candidates.bboxes).abs().amax(dim=2)
+    other_class = final.labels[kept][:, None] != candidates.labels
+    assert (apart + 1e3 * other_class).amin(dim=1).max() < 1e-3
+    for old, text, new in zip(before, copies, settings_of(detector)):
+        assert new is old
+        assert repr(new) == text
+
+
+@pytest.mark.real_data
+def test_a_real_detector_on_real_images(shared_dir):
+    """Counted once by hand; as the threshold rises, hits become 'below threshold'."""
+    root = Path(__file__).resolve().parents[2]
+    detector = load(
+        root / "configs/examples/yolox_nano_coco.py",
+        root / "docs/weights/yolox_nano_coco.pth",
+        device="cpu",
+    )
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        images = CocoDataset(
+            data_root=str(shared_dir / "data" / "coco128"),
+            ann_file="annotations/instances_train2017.json",
+            data_prefix=dict(img="train2017/"),
+            pipeline=[],
+        )
+    infos = [images.get_data_info(i) for i in range(16)]
+    paths = [info["img_path"] for info in infos]
+    objects = [info["instances"] for info in infos]
+
+    def counts(**options: Any) -> Counter:
+        found = diagnose(detector, paths, objects, **options)
+        mechanisms = Counter(m.mechanism for own in found for m in own.missed)
+        mechanisms["found"] = sum(len(own.matches.hits) for own in found)
+        return mechanisms
+
+    usual, strict = counts(), counts(score_thr=0.6)
+    assert sum(usual.values()) == sum(strict.values())
+    assert strict["found"] < usual["found"]
+    assert strict["below threshold"] > usual["below threshold"]
+    assert strict["not seen"] >= usual["not seen"] > 0
+    detector.bbox_head.test_cfg.nms.iou_threshold = 0.1
+    assert counts()["suppressed"] > usual["suppressed"]
+    with pytest.raises(VisConfigError, match="15 entries for 16 images"):
+        diagnose(detector, paths, objects[1:])

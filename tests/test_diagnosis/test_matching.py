@@ -1,0 +1,184 @@
+"""Hits and false alarms of scenes that can be matched by hand, and TIDE's counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tidecv.data import Data
+from tidecv.quantify import TIDE, TIDERun
+
+from mmyolo_vis_hooks.diagnosis.cost import ErrorCost, average_precision
+from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS, GroundTruth, match
+from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.records import Detections
+
+# TIDE's names of the kinds.
+TIDES = dict(zip(FALSE_KINDS, ("Cls", "Loc", "Both", "Dupe", "Bkg")))
+
+
+def detections(*rows: tuple) -> Detections:
+    """Rows of box, score, label."""
+    boxes, scores, labels = zip(*rows) if rows else ((), (), ())
+    return Detections(
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(scores, np.float32),
+        np.array(labels, np.int64),
+    )
+
+
+def truth(*rows: tuple) -> GroundTruth:
+    """Rows of box, label and, if need be, whether it is ignored."""
+    return GroundTruth.of(
+        [
+            dict(bbox=box, bbox_label=label, ignore_flag=int(bool(rest)))
+            for box, label, *rest in rows
+        ]
+    )
+
+
+SQUARE = (10, 10, 50, 50)
+
+
+@pytest.mark.parametrize(
+    ("box", "label", "kind", "iou"),
+    [
+        ((10, 10, 50, 50), 1, "confused", 1.0),
+        ((10, 30, 50, 70), 0, "badly placed", 1 / 3),  # 800 of 2400
+        ((10, 30, 50, 70), 1, "both", 1 / 3),
+        ((60, 60, 90, 90), 0, "background", 0.0),
+        ((46, 10, 86, 50), 0, "background", 4 / 76),  # below a tenth
+    ],
+)
+def test_the_kind_of_a_false_alarm(box, label, kind, iou):
+    found = match(detections((box, 0.9, label)), truth((SQUARE, 0)))
+    (alarm,) = found.false_alarms
+    assert alarm.kind == kind
+    assert alarm.iou == pytest.approx(iou)
+    assert alarm.truth == (0 if kind in ("confused", "badly placed") else None)
+    assert found.hits == ()
+    assert found.missed == (0,)
+
+
+def test_the_better_score_hits_and_the_other_is_a_duplicate():
+    close, exact = (10, 12, 50, 52), SQUARE
+    found = match(detections((exact, 0.6, 0), (close, 0.8, 0)), truth((SQUARE, 0)))
+    (hit,) = found.hits
+    assert (hit.detection, hit.truth) == (1, 0)
+    assert hit.iou == pytest.approx(38 / 42)
+    (alarm,) = found.false_alarms
+    assert (alarm.detection, alarm.kind, alarm.truth) == (0, "duplicate", 0)
+
+
+def test_each_object_is_hit_by_the_detection_that_lies_best_on_it():
+    left, right = (0, 0, 40, 40), (10, 0, 50, 40)
+    found = match(
+        detections(((9, 0, 49, 40), 0.9, 0), ((2, 0, 42, 40), 0.8, 0)),
+        truth((left, 0), (right, 0)),
+    )
+    assert [(hit.detection, hit.truth) for hit in found.hits] == [(0, 1), (1, 0)]
+    assert found.missed == found.false_alarms == ()
+
+
+def test_on_a_crowd_of_its_class_a_detection_is_excused():
+    crowd = (0, 0, 100, 100)
+    inside = (10, 10, 20, 20)
+    found = match(
+        detections((inside, 0.9, 0), (inside, 0.8, 1)), truth((crowd, 0, "ignored"))
+    )
+    assert found.excused == (0,)
+    assert [alarm.kind for alarm in found.false_alarms] == ["background"]
+    assert found.missed == ()
+
+
+def test_without_objects_or_detections():
+    everything = detections((SQUARE, 0.9, 0))
+    assert match(everything, truth()).false_alarms[0].kind == "background"
+    assert match(detections(), truth((SQUARE, 0))).missed == (0,)
+    assert match(detections(), truth()).hits == ()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [dict(box=SQUARE)],
+        dict(boxes_xyxy=[SQUARE]),
+        dict(boxes_xyxy=[SQUARE], labels=[0, 1]),
+        3,
+        [dict(bbox=(1, 2, 3), bbox_label=0)],
+    ],
+)
+def test_ground_truth_that_is_none_is_refused(given):
+    with pytest.raises(VisConfigError, match="ground_truth"):
+        GroundTruth.of(given)
+
+
+def test_average_precision_by_hand():
+    # At half of the recall the precision is 1, then 2 of 3.
+    points = [(0.9, True), (0.8, False), (0.7, True)]
+    assert average_precision(points, 2) == pytest.approx((51 + 50 * 2 / 3) / 101)
+    assert average_precision([], 1) == 0
+    assert average_precision([], 0) == 1
+    assert average_precision([(0.5, False)], 0) == 0
+
+
+def random_scenes(seed: int, share: float) -> list[tuple[Detections, GroundTruth]]:
+    """Objects, and detections that are theirs, moved, renamed, doubled or invented."""
+    random = np.random.default_rng(seed)
+    scenes = []
+    for _ in range(30):
+        corners = random.uniform(0, 150, (random.integers(1, 6), 2))
+        boxes = np.concatenate([corners, corners + random.uniform(20, 60, 2)], axis=1)
+        labels = random.integers(0, 4, len(boxes))
+        rows = []
+        for box, label in zip(boxes, labels):
+            for _ in range(random.integers(0, 4)):
+                moved = box + random.choice([2, 8, 15, 40]) * random.normal(size=4)
+                moved[2:] = np.maximum(moved[2:], moved[:2] + 5)
+                named = label if random.random() < 0.7 else random.integers(0, 4)
+                rows.append((moved, random.random(), named))
+        ignored = random.random(len(boxes)) < share
+        objects = [
+            (b, int(c), *(["ignored"] if i else ()))
+            for b, c, i in zip(boxes, labels, ignored)
+        ]
+        scenes.append((detections(*rows), truth(*objects)))
+    return scenes
+
+
+@pytest.mark.parametrize(("seed", "share"), [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.1)])
+def test_counts_and_costs_are_those_of_tide(seed, share):
+    """Its own code, which counts and mends detections on ignored objects, too."""
+    cost = ErrorCost()
+    objects, found = Data("objects"), Data("found")
+
+    def xywh(box: np.ndarray) -> list[float]:
+        return [*map(float, box[:2]), *map(float, box[2:] - box[:2])]
+
+    for image, (own, things) in enumerate(random_scenes(seed, share)):
+        cost.update(match(own, things), own, things)
+        objects.add_image(image, str(image))
+        for label in range(4):
+            objects.add_class(label, str(label))
+        for box, label, ignored in zip(
+            things.boxes_xyxy, things.labels, things.ignored
+        ):
+            add = objects.add_ignore_region if ignored else objects.add_ground_truth
+            add(image, int(label), xywh(box))
+        for box, score, label in zip(own.boxes_xyxy, own.scores, own.labels):
+            found.add_detection(image, int(label), float(score), xywh(box))
+    run = TIDERun(objects, found, 0.5, 0.1, TIDE.BOX, 100)
+    ours = cost.compute()
+    gains = {kind.short_name: gain for kind, gain in run.fix_main_errors().items()}
+    for kind, errors in run.error_dict.items():
+        name = kind.short_name
+        if name == "Miss":
+            continue
+        (own_kind,) = (k for k, theirs in TIDES.items() if theirs == name)
+        counted = [error for error in errors if error.pred["used"] is not None]
+        assert ours["false"][own_kind] == len(counted) > 0
+        if not share:
+            assert 100 * ours["dap"][own_kind] == pytest.approx(gains[name], abs=1e-9)
+    assert 100 * ours["ap"]["ap"] == pytest.approx(run.ap)
+    if not share:
+        assert 100 * ours["dap"]["missed"] == pytest.approx(gains["Miss"], abs=1e-9)
+    assert ours["counts"]["missed"] == sum(map(len, run.false_negatives.values()))
