@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from logging import Logger
 from pathlib import PurePath
@@ -43,7 +43,7 @@ from .errors import VisConfigError
 from .network.layer_path import resolve_layers
 from .network.state import frozen
 from .options import BoxAMOptions, DiagnosisOptions, FeatMapOptions
-from .results import Explanations, FeatureMaps, Gallery, Look
+from .results import Explanations, FeatureMaps, Gallery
 from .samples import BoxSampleMaker, SampleMaker
 
 Image = Any
@@ -273,8 +273,9 @@ def _look(
     scene: _Scene,
     options: Any,
     maker: SampleMaker,
-    kind: Callable[[Any, Look], Any],
+    kind: type[Explanations] | type[FeatureMaps],
 ) -> Any:
+    panel: Any = kind.panel_kind(options, scene.class_names, scene.palette)
     results: list[Any] = []
     placement: Placement | None = None
     with _LOOKING, frozen(scene.detector, parameters=False):
@@ -295,8 +296,7 @@ def _look(
                         f"does: {placement.reason}"
                     )
             sample = maker.run(scene.name(number), loaded, placement)
-            look = Look(options, scene.class_names, scene.palette)
-            results.append(kind(sample, look))
+            results.append(kind(sample, panel))
     return Gallery(results) if scene.several else results[0]
 
 

@@ -71,10 +71,7 @@ class ReducedMaps:
         )
 
     def resampled_tiles(self, frame: FrameTransform) -> list[np.ndarray]:
-        """Upsample what is drawn.
-
-        Args:
-            frame (FrameTransform): The image at the resolution of the drawing.
+        """Upsample to the image's frame at the resolution of the drawing.
 
         Returns:
             list[np.ndarray]: Per tile ``(H, W)``, or ``(3, H, W)`` for a picture
@@ -94,7 +91,6 @@ class ReducedMaps:
 def reduce_feature_map(
     feature_map: torch.Tensor,
     frame: FrameTransform,
-    *,
     channel_reduction: str | None = "select_max",
     topk: int = 4,
 ) -> ReducedMaps:
@@ -111,17 +107,11 @@ def reduce_feature_map(
 
     Args:
         feature_map (Tensor): ``(C, h, w)``, any real dtype and device. It is not
-            modified.
+            modified, and nothing larger than what is left is copied from its device.
         frame (FrameTransform): The image at the resolution for which channels
             are chosen, within the network's input.
-        channel_reduction (str, optional): ``'squeeze_mean'`` averages the
-            channels, ``'select_max'`` takes the most active one, None takes
-            ``topk`` channels.
-        topk (int): Number of channels, at most C are taken; -1 takes a map of 1 or
-            3 channels as a picture. Only used without ``channel_reduction``.
-
-    Returns:
-        ReducedMaps: Maps on the CPU; nothing larger is copied from the device.
+        channel_reduction (str, optional): As the option of this name.
+        topk (int): As the option of this name; at most C channels are taken.
 
     Raises:
         VisConfigError: If ``topk`` is -1 and the map has neither 1 nor 3 channels.

@@ -150,12 +150,8 @@ class FrameTransform:
     def resample(self, maps: torch.Tensor) -> torch.Tensor:
         """Interpolate maps at the centres of the image's pixels.
 
-        Args:
-            maps (Tensor): ``(K, h, w)`` floating point, cells over the network
-                frame.
-
-        Returns:
-            Tensor: ``(K, H, W)``, same dtype and device, over the image frame.
+        ``(K, h, w)`` floating point, cells over the network frame, become
+        ``(K, H, W)``, same dtype and device, over the image frame.
         """
         map_hw = maps.shape[1:]
         cells_hw = cells_per_pixel(map_hw, self.network_hw)

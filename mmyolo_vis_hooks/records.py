@@ -17,8 +17,7 @@ class Activation:
     Attributes:
         layer: Path of the layer as the user wrote it.
         call_index: Which call of the layer during the forward made this map.
-        output_index: Where the map lies in the layer's nested output; empty for
-            a layer that returns a single tensor.
+        output_index: Where the map lies in the layer's nested output.
         feature_map: ``(C, h, w)``, on the device and in the dtype of the layer.
     """
 
@@ -149,8 +148,7 @@ class OverlayMap:
     Attributes:
         title: Layer, or class and score of a box.
         note: Shape, range or method.
-        levels: ``(h, w)`` uint8 over the whole image, 0 the weakest and 255 the
-            strongest value.
+        levels: ``(h, w)`` uint8 over the whole image, 255 the strongest value.
         detection: Which detection of the sample the map is of; None if of none.
     """
 

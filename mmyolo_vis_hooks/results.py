@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from abc import abstractmethod
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any
 
 import numpy as np
 
@@ -35,21 +36,6 @@ from .render.featmap_panel import FeatMapPanel
 
 # A notebook keeps what it shows.
 _SHOWN_QUALITY = 90
-
-
-@dataclass(frozen=True)
-class Look:
-    """With what an image was looked at, and how its classes are called.
-
-    Attributes:
-        options: Everything that was asked for.
-        class_names: Names of the classes; may be empty.
-        palette: RGB of the classes; None for colours that are easy to tell apart.
-    """
-
-    options: Any
-    class_names: tuple[str, ...] = ()
-    palette: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,22 +108,27 @@ class FeatureMap:
         return f"FeatureMap({self.layer}, {channels} x {height} x {width})"
 
 
-Item = TypeVar("Item")
+class _Result(Sequence):
+    """What explanations and feature maps of an image share.
 
+    Args:
+        sample (Sample): The image and its maps.
+        panel: What draws it, with everything that was asked for.
+    """
 
-class _Result(Sequence[Item], Generic[Item]):
-    """What explanations and feature maps of an image share."""
+    panel_kind: type
 
-    _items: tuple[Item, ...]
-    _panel_kind: type
+    _items: tuple[Any, ...]
     _page_title: str
     _fades: bool
+    # Where the sample has what the items are made of.
+    _parts: str
     # Options that a finished result can still be drawn with.
     _drawing: tuple[str, ...]
 
-    def __init__(self, sample: Any, look: Look) -> None:
+    def __init__(self, sample: Any, panel: Any) -> None:
         self._sample = sample
-        self._look = look
+        self._panel = panel
 
     @property
     def image_id(self) -> str:
@@ -162,21 +153,12 @@ class _Result(Sequence[Item], Generic[Item]):
     @property
     def options(self) -> Any:
         """Everything that was asked for."""
-        return self._look.options
+        return self._panel.options
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __iter__(self) -> Iterator[Item]:
-        return iter(self._items)
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Any: ...
-
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self._subset(range(len(self))[index])
         return self._items[index]
@@ -201,7 +183,8 @@ class _Result(Sequence[Item], Generic[Item]):
                 f"{other[0]}={options[other[0]]!r} cannot work in draw(): the image "
                 "must be looked at again; give it to explain() or feature_maps()"
             )
-        return self._panel(**options)(self._sample)
+        changed = dataclasses.replace(self.options, **options)
+        return dataclasses.replace(self._panel, options=changed)(self._sample)
 
     def save(self, path: str | os.PathLike) -> list[Path]:
         """Write the picture, the numbers and a page to look through.
@@ -250,21 +233,23 @@ class _Result(Sequence[Item], Generic[Item]):
         return {
             "image_id": self.image_id,
             "category_id": label,
-            "category_name": class_name(label, self._look.class_names),
+            "category_name": class_name(label, self._panel.class_names),
             "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
             "score": round(float(self.detections.scores[index]), 5),
         }
 
+    @abstractmethod
     def arrays(self) -> dict[str, np.ndarray]:
         """What goes into the NPZ file."""
-        raise NotImplementedError
 
-    def _panel(self, **options: Any) -> Any:
-        changed = dataclasses.replace(self.options, **options)
-        return self._panel_kind(changed, self._look.class_names, self._look.palette)
+    @abstractmethod
+    def _words(self) -> list[str]:
+        """What a result is made of, for its ``repr``."""
 
     def _subset(self, indices: Sequence[int]) -> Any:
-        raise NotImplementedError
+        parts = getattr(self._sample, self._parts)
+        kept = {self._parts: tuple(parts[n] for n in indices)}
+        return type(self)(dataclasses.replace(self._sample, **kept), self._panel)
 
     def _repr_jpeg_(self) -> bytes:
         return encode(".jpg", self.draw(), _SHOWN_QUALITY)
@@ -274,24 +259,22 @@ class _Result(Sequence[Item], Generic[Item]):
         shown = ", ".join(self._words())
         return f"{type(self).__name__}({self.image_id}, {width} x {height} px: {shown})"
 
-    def _words(self) -> list[str]:
-        raise NotImplementedError
 
-
-class Explanations(_Result[Explanation]):
+class Explanations(_Result):
     """What made the detections of an image, the highest score first.
 
     It has a length, is indexed by number, and shows itself in a notebook.
     """
 
-    _panel_kind, _page_title, _fades = BoxAMPanel, "Box activation maps", True
+    panel_kind = BoxAMPanel
+    _page_title, _fades, _parts = "Box activation maps", True, "explanations"
     _drawing = (
         "scope", "fusion", "normalize_layers", "smooth", "norm_in_bbox", "alpha",
         "colormap", "score_thr",
     )  # fmt: skip
 
-    def __init__(self, sample: BoxSample, look: Look) -> None:
-        super().__init__(sample, look)
+    def __init__(self, sample: BoxSample, panel: BoxAMPanel) -> None:
+        super().__init__(sample, panel)
         self._items = tuple(self._explanation(e) for e in sample.explanations)
 
     def of_class(self, *names: str | int) -> Explanations:
@@ -301,7 +284,7 @@ class Explanations(_Result[Explanation]):
             VisConfigError: If the data set has no such class.
         """
         wanted = class_list("of_class", names)
-        labels = labels_of(wanted, self._look.class_names)
+        labels = labels_of(wanted, self._panel.class_names)
         return self._subset([n for n, e in enumerate(self) if e.label in labels])
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -334,7 +317,7 @@ class Explanations(_Result[Explanation]):
         found = self.detections
         label = int(found.labels[record.index])
         return Explanation(
-            class_name=class_name(label, self._look.class_names),
+            class_name=class_name(label, self._panel.class_names),
             label=label,
             score=float(found.scores[record.index]),
             box_xyxy=found.boxes_xyxy[record.index],
@@ -346,35 +329,26 @@ class Explanations(_Result[Explanation]):
             _options=self.options,
         )
 
-    def _subset(self, indices: Sequence[int]) -> Explanations:
-        kept = tuple(self._sample.explanations[n] for n in indices)
-        sample = dataclasses.replace(self._sample, explanations=kept)
-        return Explanations(sample, self._look)
-
     def _words(self) -> list[str]:
         return [f"{e.class_name} {e.score:.2f}" for e in self] or ["no box"]
 
 
-class FeatureMaps(_Result[FeatureMap]):
+class FeatureMaps(_Result):
     """Feature maps of an image, in the order of the layers and their calls."""
 
-    _panel_kind, _page_title, _fades = FeatMapPanel, "Feature maps", False
+    panel_kind = FeatMapPanel
+    _page_title, _fades, _parts = "Feature maps", False, "activations"
     _drawing = (
         "channel_reduction", "topk", "arrangement", "alpha", "colormap", "score_thr",
     )  # fmt: skip
 
-    def __init__(self, sample: VisSample, look: Look) -> None:
-        super().__init__(sample, look)
+    def __init__(self, sample: VisSample, panel: FeatMapPanel) -> None:
+        super().__init__(sample, panel)
         self._items = tuple(FeatureMap(a.title, _numpy(a)) for a in sample.activations)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What goes into the NPZ file: ``(C, h, w)`` by the name of the layer."""
         return {feature_map.layer: feature_map.values for feature_map in self}
-
-    def _subset(self, indices: Sequence[int]) -> FeatureMaps:
-        kept = tuple(self._sample.activations[n] for n in indices)
-        sample = dataclasses.replace(self._sample, activations=kept)
-        return FeatureMaps(sample, self._look)
 
     def _words(self) -> list[str]:
         return [f"{m.layer} {' x '.join(map(str, m.values.shape))}" for m in self]
@@ -411,7 +385,7 @@ class Gallery(list):
                 page.files.adopt(f"{name}{suffix}")
             page.add(
                 result._sample,
-                result._panel(),
+                result._panel,
                 name=name,
                 title=result.image_id,
                 picture=f"{name}.jpg",

@@ -1,13 +1,11 @@
 """How each kind of visualizer backend takes a picture.
 
-A backend that needs a way of its own gets an adapter here: a class with the name of
-MMEngine's backend in :func:`adapter_for`. All others take the default one.
+A backend that needs a way of its own gets an adapter here, and a line in ``_ADAPTERS``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,6 @@ import numpy as np
 from ..errors import PublishError
 
 _PNG_END = b"IEND\xaeB`\x82"
-_ADAPTERS: dict[str, type[BackendAdapter]] = {}
 
 
 class BackendAdapter:
@@ -30,13 +27,11 @@ class BackendAdapter:
         self.backend = backend
 
     def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
-        """Hand over a picture.
+        """Hand over a picture, ``(H, W, 3)`` uint8, RGB.
 
         Args:
             tag (str): ``mode/hook/image``; only letters, digits, ``_`` and ``-``
                 between the slashes.
-            image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB.
-            step (int): Epoch or iteration.
 
         Returns:
             bool: Whether the backend has it; False where it waits for :meth:`finish`.
@@ -50,8 +45,7 @@ class BackendAdapter:
     def finish(self, commit: bool) -> list[str]:
         """End a validation or test run; give the tags that the backend took now.
 
-        Args:
-            commit (bool): Whether nobody else ends the run's row of history.
+        ``commit``: nobody else ends the run's row of history.
         """
         return []
 
@@ -62,29 +56,6 @@ class BackendAdapter:
             self.backend._env_initialized = False
 
 
-def register(backend_name: str) -> Callable[[type], type]:
-    """Make a class the adapter of a backend and of those derived from it.
-
-    Args:
-        backend_name (str): Name of the backend's class, which need not be importable.
-    """
-
-    def decorate(adapter: type) -> type:
-        _ADAPTERS[backend_name] = adapter
-        return adapter
-
-    return decorate
-
-
-def adapter_for(backend: Any) -> BackendAdapter:
-    """The adapter of a backend, by the nearest of its classes that has one."""
-    for base in type(backend).__mro__:
-        if base.__name__ in _ADAPTERS:
-            return _ADAPTERS[base.__name__](backend)
-    return BackendAdapter(backend)
-
-
-@register("LocalVisBackend")
 class LocalAdapter(BackendAdapter):
     """Writes PNG files and makes sure that they are whole.
 
@@ -100,8 +71,10 @@ class LocalAdapter(BackendAdapter):
         try:
             self.backend.add_image(name, image_rgb, step)
             # Not earlier: at its first use the backend completes the folder.
-            if _is_whole(self._path(name, step)):
-                return True
+            with open(self._path(name, step), "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - len(_PNG_END)))
+                if file.read() == _PNG_END:
+                    return True
             os.remove(self._path(name, step))
         except OSError as error:
             if error.filename is None:  # not of a file, but of a subclass's server
@@ -119,16 +92,6 @@ class LocalAdapter(BackendAdapter):
         return os.path.join(self.backend._img_save_dir, f"{name}_{step}.png")
 
 
-def _is_whole(path: str) -> bool:
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell() < len(_PNG_END):
-            return False
-        file.seek(-len(_PNG_END), os.SEEK_END)
-        return file.read() == _PNG_END
-
-
-@register("WandbVisBackend")
 class WandbAdapter(BackendAdapter):
     """Gives a run's pictures one row of history, beside its metrics.
 
@@ -163,7 +126,6 @@ class WandbAdapter(BackendAdapter):
             self.backend._init_kwargs.update(id=self._run_id, resume="allow")
 
 
-@register("MLflowVisBackend")
 class MLflowAdapter(BackendAdapter):
     """MLflow takes the name for a file's and knows no steps."""
 
@@ -171,3 +133,19 @@ class MLflowAdapter(BackendAdapter):
         """Put the step into the name."""
         self.backend.add_image(f"{tag}_{step}.png", image_rgb, step)
         return True
+
+
+# By the names of the backends' classes, which need not be importable.
+_ADAPTERS: dict[str, type[BackendAdapter]] = {
+    "LocalVisBackend": LocalAdapter,
+    "WandbVisBackend": WandbAdapter,
+    "MLflowVisBackend": MLflowAdapter,
+}
+
+
+def adapter_for(backend: Any) -> BackendAdapter:
+    """The adapter of a backend, by the nearest of its classes that has one."""
+    for base in type(backend).__mro__:
+        if base.__name__ in _ADAPTERS:
+            return _ADAPTERS[base.__name__](backend)
+    return BackendAdapter(backend)

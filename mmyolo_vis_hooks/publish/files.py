@@ -72,13 +72,9 @@ class OwnFiles:
     def free_name(self, name: str) -> str:
         """Give a name for which no file of the user's stands in the way.
 
-        Args:
-            name (str): Without dots; files of the name are ``NAME.jpg``, ``NAME.npz``
-                and ``NAME.json`` in the folder, and ``NAME.*.jpg`` among the assets.
-
-        Returns:
-            str: The name, or else NAME-2, NAME-3, …: each once in a run, and the same
-            in every run.
+        Files of a name, which holds no dots, are ``NAME.jpg``, ``NAME.npz`` and
+        ``NAME.json`` in the folder, and ``NAME.*.jpg`` among the assets. Else it is
+        NAME-2, NAME-3, …: each once in a run, and the same in every run.
         """
         with self._lock:
             number, free = 1, name
@@ -89,11 +85,7 @@ class OwnFiles:
         return free
 
     def write(self, name: str, data: bytes) -> Path:
-        """Write a file whole or not at all.
-
-        Args:
-            name (str): Path in the folder, with ``/``.
-            data (bytes): Its content.
+        """Write a file, by its path in the folder, whole or not at all.
 
         Raises:
             PublishError: If it cannot be written, or would replace somebody's file.
@@ -173,26 +165,17 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_image(file: str, image_rgb: np.ndarray) -> None:
-    """Write a picture whole or not at all.
-
-    Args:
-        file (str): Its suffix says the format.
-        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB.
+    """Write a picture, ``(H, W, 3)`` uint8, RGB, in the format that the suffix says.
 
     Raises:
-        PublishError: If it cannot be written.
+        PublishError: If it cannot be written whole.
     """
     path = Path(file)
     write_whole(path, encode(path.suffix.lower(), image_rgb, _JPEG_QUALITY))
 
 
 def encode(suffix: str, picture: np.ndarray, quality: int = 95) -> bytes:
-    """Encode a picture.
-
-    Args:
-        suffix (str): Of the format: ``'.jpg'``, ``'.png'``, …
-        picture (np.ndarray): ``(H, W)`` levels or ``(H, W, 3)`` RGB, uint8.
-        quality (int): Of JPEG, 0 to 100.
+    """Encode ``(H, W)`` levels or ``(H, W, 3)`` RGB, uint8, in the format of a suffix.
 
     Raises:
         PublishError: If OpenCV or the format cannot do it.

@@ -18,20 +18,15 @@ from mmengine.dist import (
 
 from ..errors import VisError
 from ..records import VisImage
-
-# An image's id and its PNG file; no bytes for one that could not be read.
-_Packet = tuple[str, bytes]
+from .files import encode
 
 
 class RankSpool:
     """Keeps a rank's pictures on the disk until they are published.
 
     In one file without a name, not in memory: a whole validation set of panels would
-    not fit there. Whatever ends the process, the system removes such a file.
-
-    Args:
-        folder (str): Where the file lies: the work dir, which has the space that the
-            pictures need in the end.
+    not fit there. Whatever ends the process, the system removes such a file. It lies
+    in the work dir, which has the space that the pictures need in the end.
     """
 
     def __init__(self, folder: str) -> None:
@@ -50,11 +45,7 @@ class RankSpool:
         Raises:
             VisError: If it cannot be written.
         """
-        bgr = cv2.cvtColor(image.image_rgb, cv2.COLOR_RGB2BGR)
-        encoded, png = cv2.imencode(".png", bgr)
-        if not encoded:
-            raise VisError(f"the picture {image.image_id} cannot be encoded as PNG")
-        self._keep(image.image_id, png.tobytes())
+        self._keep(image.image_id, encode(".png", image.image_rgb))
 
     def gather(self) -> None:
         """Bring the pictures of all ranks to rank 0; every rank must call this.
@@ -71,8 +62,17 @@ class RankSpool:
             for i in range(count):
                 packet = [self._read(i) if get_rank() == source else None]
                 broadcast_object_list(packet, src=source)
-                if is_main_process():
-                    lost += self._try_to_keep(packet[0])
+                if not is_main_process():
+                    continue
+                image_id, png = packet[0] or ("?", b"")
+                try:
+                    if not png:
+                        raise VisError(
+                            f"the picture {image_id} could not be read again"
+                        )
+                    self._keep(image_id, png)
+                except VisError as error:
+                    lost.append(str(error))
         if not is_main_process():
             self.clear()
         elif lost:
@@ -108,34 +108,24 @@ class RankSpool:
     def _keep(self, image_id: str, png: bytes) -> None:
         try:
             if self._file is None:
-                self._file = _nameless_file(self._folder)
+                os.makedirs(self._folder, exist_ok=True)
+                self._file = tempfile.TemporaryFile(  # noqa: SIM115
+                    dir=self._folder, buffering=0
+                )
             # Behind the last whole picture.
             offset = sum(self._places[-1][1:]) if self._places else 0
             self._file.seek(offset)
             written = self._file.write(png)
+            if written != len(png):
+                raise OSError(f"{written} of {len(png)} bytes were written")
         except OSError as error:
             raise VisError(
                 f"the picture {image_id} cannot be kept in {self._folder} ({error})"
             ) from error
-        if written != len(png):
-            raise VisError(
-                f"the picture {image_id} cannot be kept in {self._folder} "
-                f"({written} of {len(png)} bytes were written)"
-            )
         self._places.append((image_id, offset, len(png)))
 
-    def _try_to_keep(self, packet: _Packet | None) -> list[str]:
-        """Keep a picture of another rank; give what was wrong, if anything."""
-        image_id, png = packet or ("?", b"")
-        if not png:
-            return [f"the picture {image_id} could not be read again"]
-        try:
-            self._keep(image_id, png)
-        except VisError as error:
-            return [str(error)]
-        return []
-
-    def _read(self, index: int) -> _Packet:
+    def _read(self, index: int) -> tuple[str, bytes]:
+        """An image's id and its PNG file; no bytes where it could not be read."""
         image_id, offset, size = self._places[index]
         assert self._file is not None
         try:
@@ -144,8 +134,3 @@ class RankSpool:
         except OSError:
             png = b""
         return image_id, png if len(png) == size else b""
-
-
-def _nameless_file(folder: str) -> IO[bytes]:
-    os.makedirs(folder, exist_ok=True)
-    return tempfile.TemporaryFile(dir=folder, buffering=0)

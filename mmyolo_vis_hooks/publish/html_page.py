@@ -65,12 +65,10 @@ class HtmlPage:
             earlier pages are replaced by new ones of the same name, and nothing else
             is touched.
         title (str): Heading of the page; any text.
-        colormap (str | int): See
-            :func:`~mmyolo_vis_hooks.render.heatmap.colormap_lut`.
-        fade (bool): True, for activation maps: the image is drawn grey, and level
-            ``v`` has the share ``min(v / 255 / 0.5, 1) * strength``. False, for
-            feature maps: the image keeps its colours, and every level has the
-            share ``strength``.
+        colormap (str | int): See :func:`colormap_lut`.
+        fade (bool): True, for activation maps: level ``v`` has the share
+            ``min(v / 255 / 0.5, 1) * strength``. False, for feature maps: every level
+            has the share ``strength``.
         alpha (float): Strength at first, 0 to 1.
 
     Attributes:
@@ -175,23 +173,16 @@ class HtmlPage:
     def write(self) -> Path:
         """Write the page with all images that were added so far.
 
-        Returns:
-            Path: Of ``index.html``. Whoever opens it while it is written gets the
-            one before.
+        Whoever opens it while it is written gets the one before.
 
         Raises:
-            PublishError: If it was not written whole; the one before is then still
-                there.
+            PublishError: If it was not written whole; the one before is still there.
         """
         template = resources.files("mmyolo_vis_hooks.publish") / _TEMPLATE
-        red, green, blue = (
-            " ".join(f"{v / 255:.4g}" for v in channel) for channel in self._lut.T
-        )
+        colors = [" ".join(f"{v / 255:.4g}" for v in c) for c in self._lut.T]
         slots = {
             "title": html.escape(self.title),
-            "red": red,
-            "green": green,
-            "blue": blue,
+            **dict(zip(("red", "green", "blue"), colors)),
             "share": _FADING_SHARE if self.fade else _UNIFORM_SHARE,
             "data": self._json(sorted(self._records, key=_sort_key)),
         }

@@ -53,13 +53,7 @@ class Publisher:
         return self._show or bool(self._adapters())
 
     def publish(self, mode: str, image: VisImage, step: int) -> None:
-        """Hand one picture to every backend.
-
-        Args:
-            mode (str): ``'val'`` or ``'test'``.
-            image (VisImage): The picture.
-            step (int): Epoch or iteration that the picture belongs to.
-        """
+        """Hand one picture of a ``'val'`` or ``'test'`` run to every backend."""
         tag = f"{mode}/{self._name}/{image.image_id}"
         if self._show:
             with self._policy.guard(f"show {tag}"):
@@ -80,10 +74,8 @@ class Publisher:
     def finish(self, commit: bool) -> None:
         """Complete a validation or test run.
 
-        Args:
-            commit (bool): Whether the run's row of history ends here. False where
-                somebody who comes later, MMEngine's ``LoggerHook``, ends it with the
-                metrics.
+        ``commit`` ends the run's row of history here; without it somebody who comes
+        later, MMEngine's ``LoggerHook``, ends it with the metrics.
         """
         taken: set[str] = set()
         for name, adapter in self._adapters().items():

@@ -10,11 +10,7 @@ _WITHOUT_WINDOWS = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
 
 
 def why_no_window() -> str | None:
-    """Say why :meth:`mmengine.visualization.Visualizer.show` cannot show a picture.
-
-    Returns:
-        str: The reason, or None where a window, or a notebook's cell, can show it.
-    """
+    """Say why ``Visualizer.show`` cannot show a picture here, or None where it can."""
     on_linux = sys.platform.startswith("linux")
     if on_linux and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
         return "this machine has no display"

@@ -22,16 +22,10 @@ _CAPTION_HEIGHT = 50
 def panel_layout(
     count: int, picture_hw: tuple[int, int], gutter: int, max_cell_size: int
 ) -> tuple[int, tuple[int, int]]:
-    """Columns of panels that fill the width of two large pictures and suit a screen.
+    """How many panels stand in a row below two large pictures, and their size.
 
-    Args:
-        count (int): Number of panels; a single one is as large as a picture.
-        picture_hw (tuple): Size of a large picture.
-        gutter (int): White pixels between pictures.
-        max_cell_size (int): Longest side of a panel, pixels.
-
-    Returns:
-        tuple: Panels in a row, and the height and width that each has.
+    They fill the width of both pictures and suit a screen; a single one is as large as
+    a picture.
     """
     picture_h, picture_w = picture_hw
     if count < 2:

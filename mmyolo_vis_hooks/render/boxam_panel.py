@@ -18,13 +18,13 @@ from .boxes import class_name, outline_boxes
 from .colorbar import ColorScale
 from .heatmap import fade_heatmap
 from .montage import Cell, cell_size_hw, gutter_of, montage, resize_image
-from .overview import (
+from .panel import (
     MAX_OVERLAY_SIZE,
     NO_BREAK,
+    Panel,
     cells_text,
     count_boxes,
     joined,
-    overview_cell,
     resized_boxes,
 )
 
@@ -39,7 +39,7 @@ _MIN_PICTURE_SIZE_OF_MANY = 1024
 
 
 @dataclass(frozen=True)
-class BoxAMPanel:
+class BoxAMPanel(Panel):
     """Draws where the network looked for each of its boxes.
 
     First comes the image with its boxes, then the maps of all explained boxes in
@@ -51,21 +51,9 @@ class BoxAMPanel:
     number on its label and in the title of its panel: its place among the panels.
     Boxes that are not explained have thin lines and pale labels. Sizes are width by
     height, of images in pixels and of maps in cells.
-
-    Args:
-        options (BoxAMOptions): What is drawn and how.
-        class_names (Sequence[str]): Names of the classes; may be empty.
-        palette (Sequence, optional): RGB of the classes, as in a data set's
-            ``dataset_meta``. Defaults to None, colours that are easy to tell
-            apart.
-        max_cell_size (int): Longest side of a picture in the panel, pixels; a
-            small image is enlarged.
     """
 
     options: BoxAMOptions
-    class_names: Sequence[str] = ()
-    palette: Sequence[Sequence[int]] | None = None
-    max_cell_size: int = 1024
 
     def __call__(self, sample: BoxSample) -> np.ndarray:
         """Draw one image; nothing of the sample is modified.
@@ -82,7 +70,7 @@ class BoxAMPanel:
         picture_rgb = resize_image(sample.image_rgb, size_hw)
         explained = [e.index for e in sample.explanations]
         numbers = self._numbers(sample)
-        first = overview_cell(sample, picture_rgb, self, explained, numbers)
+        first = self.overview(sample, picture_rgb, explained, numbers)
         if not groups:
             return montage([first])
         gutter = gutter_of(size_hw)

@@ -15,20 +15,10 @@ from .text import draw_text, is_drawable, line_height, shorten_text, text_width
 Color = tuple[int, int, int]
 
 # Hues that people tell apart; more classes continue by the golden angle.
-_FIRST_COLORS: tuple[Color, ...] = (
-    (230, 57, 70),
-    (42, 157, 244),
-    (76, 175, 80),
-    (255, 183, 3),
-    (155, 93, 229),
-    (0, 187, 182),
-    (251, 111, 28),
-    (241, 91, 181),
-    (148, 203, 28),
-    (99, 102, 241),
-    (176, 112, 60),
-    (120, 144, 156),
-)
+_FIRST_COLORS = tuple(map(bytes.fromhex, (
+    "e63946", "2a9df4", "4caf50", "ffb703", "9b5de5", "00bbb6",
+    "fb6f1c", "f15bb5", "94cb1c", "6366f1", "b0703c", "78909c",
+)))  # fmt: skip
 _GOLDEN_RATIO = 0.6180339887
 # What all labels together may cover of the picture, and of a box.
 _LABELS_SHARE = 0.2
@@ -43,19 +33,18 @@ def class_color(label: int, palette: Sequence[Sequence[int]] | None = None) -> C
     A palette, as in a data set's ``dataset_meta``, starts over where it is too short;
     without one, colours are easy to tell apart.
     """
-    if palette is not None and len(palette) > 0:
-        red, green, blue = (int(v) for v in palette[label % len(palette)])
-        return red, green, blue
-    if 0 <= label < len(_FIRST_COLORS):
-        return _FIRST_COLORS[label]
-    lightness = (0.45, 0.6, 0.52)[label % 3]
-    rgb = colorsys.hls_to_rgb((label * _GOLDEN_RATIO) % 1.0, lightness, 0.75)
-    red, green, blue = (round(v * 255) for v in rgb)
-    return red, green, blue
+    if palette is None or len(palette) == 0:
+        palette = _FIRST_COLORS
+        if label >= len(palette):
+            hue, lightness = (label * _GOLDEN_RATIO) % 1.0, (0.45, 0.6, 0.52)[label % 3]
+            rgb = colorsys.hls_to_rgb(hue, lightness, 0.75)
+            palette = [[round(v * 255) for v in rgb]]
+    red, green, blue = palette[label % len(palette)]
+    return int(red), int(green), int(blue)
 
 
 def contrast_color(color: Color) -> Color:
-    """Black or white, whichever is easier to read on the colour."""
+    """Black or white, whichever is easier to read on a colour."""
     red, green, blue = (v / 255 for v in color)
     luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
     return (0, 0, 0) if luminance > 0.18 else (255, 255, 255)
@@ -104,11 +93,8 @@ def draw_detections(
     Args:
         image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
         detections (Detections): In pixels of the image.
-        shown (Iterable[int], optional): Indices of those that are drawn. Defaults to
-            None, all.
-        class_names (Sequence[str], optional): A label without a name is drawn as
-            its number.
-        palette (Sequence, optional): See :func:`class_color`.
+        shown (Iterable[int], optional): Indices of those that are drawn; None for all.
+        class_names, palette: See :func:`class_name` and :func:`class_color`.
         numbers (Mapping[int, int], optional): Number that the label of a detection
             ends with, by its index.
         faint (Collection[int]): Indices of detections that are drawn with thin lines
@@ -139,7 +125,13 @@ def draw_detections(
         boxes.append(_Box(corners, name, tail, color, *look))
     labels = _place_labels(boxes, image_hw)
     for box in reversed(boxes):
-        _draw_box(image, box)
+        x1, y1, x2, y2 = box.corners
+        width = box.line_width
+        # A thin line of the opposite brightness keeps a box visible on its own colour.
+        if box.paper == box.color and min(x2 - x1, y2 - y1) > 4 * (width + 1):
+            inner = range(width, width + max(1, width // 3))
+            _draw_lines(image, box.corners, contrast_color(box.color), inner)
+        _draw_lines(image, box.corners, box.color, range(width))
     for box, place, text in reversed(labels):
         x1, y1, x2, y2 = place
         image[y1:y2, x1:x2] = box.paper
@@ -152,26 +144,13 @@ def _pixels(
     box_xyxy: np.ndarray, image_hw: tuple[int, ...]
 ) -> tuple[int, int, int, int] | None:
     """First and last column and row of a box, None if none is on the image."""
-    height, width = image_hw
-    if not np.isfinite(box_xyxy).all():
+    corners = np.asarray(box_xyxy, float).reshape(2, 2)
+    low, high, size = corners.min(axis=0), corners.max(axis=0), image_hw[::-1]
+    if not (np.isfinite(corners).all() and (high > 0).all() and (low < size).all()):
         return None
-    x1, x2 = sorted((float(box_xyxy[0]), float(box_xyxy[2])))
-    y1, y2 = sorted((float(box_xyxy[1]), float(box_xyxy[3])))
-    if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-        return None
-    left, top = min(max(0, round(x1)), width - 1), min(max(0, round(y1)), height - 1)
-    right, bottom = min(width, round(x2)) - 1, min(height, round(y2)) - 1
-    return left, top, max(left, right), max(top, bottom)
-
-
-def _draw_box(image: np.ndarray, box: _Box) -> None:
-    x1, y1, x2, y2 = box.corners
-    width = box.line_width
-    # A thin line of the opposite brightness keeps the box visible on its own colour.
-    if box.paper == box.color and min(x2 - x1, y2 - y1) > 4 * (width + 1):
-        inner = range(width, width + max(1, width // 3))
-        _draw_lines(image, box.corners, contrast_color(box.color), inner)
-    _draw_lines(image, box.corners, box.color, range(width))
+    first = np.clip(np.rint(low), 0, np.array(size) - 1).astype(int)
+    last = np.maximum(first, np.minimum(np.rint(high), size) - 1).astype(int)
+    return (*first.tolist(), *last.tolist())
 
 
 def _draw_lines(
@@ -252,17 +231,10 @@ def _candidates(
     left, right = min(x1, image_w - width), max(0, x2 + 1 - width)
     above, top, bottom, below = y1 - height, y1, y2 + 1 - height, y2 + 1
     return [
-        (left, above),
-        (left, top),
-        (right, above),
-        (right, top),
-        (left, below),
-        (right, below),
-        (left, bottom),
-        (right, bottom),
-        (x2 + 1, top),
-        (x1 - width, top),
-    ]
+        (left, above), (left, top), (right, above), (right, top),
+        (left, below), (right, below), (left, bottom), (right, bottom),
+        (x2 + 1, top), (x1 - width, top),
+    ]  # fmt: skip
 
 
 def _covered_shares(place: tuple[int, ...], rectangles: np.ndarray) -> np.ndarray:

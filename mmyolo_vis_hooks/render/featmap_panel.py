@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from .montage import (
     resize_image,
     tile_block,
 )
-from .overview import MAX_OVERLAY_SIZE, cells_text, overview_cell
+from .panel import MAX_OVERLAY_SIZE, Panel, cells_text
 
 if TYPE_CHECKING:
     from ..options import FeatMapOptions
@@ -31,28 +30,16 @@ _TILE_GAP = 4
 
 
 @dataclass(frozen=True)
-class FeatMapPanel:
+class FeatMapPanel(Panel):
     """Draws the image with its boxes and each layer's feature map in one panel.
 
     Each map is drawn at the resolution of its cell; the channels are those that
     MMEngine's ``draw_featmap`` chooses at the resolution of the image. Sizes are
     width by height, of images in pixels and of maps in cells. The colour bar of a row
     has the range of its map, or none where several maps have one each.
-
-    Args:
-        options (FeatMapOptions): What is drawn and how.
-        class_names (Sequence[str]): Names of the classes; may be empty.
-        palette (Sequence, optional): RGB of the classes, as in a data set's
-            ``dataset_meta``. Defaults to None, colours that are easy to tell
-            apart.
-        max_cell_size (int): Longest side of a picture in the panel, pixels; a
-            small image is enlarged.
     """
 
     options: FeatMapOptions
-    class_names: Sequence[str] = ()
-    palette: Sequence[Sequence[int]] | None = None
-    max_cell_size: int = 1024
 
     def __call__(self, sample: VisSample) -> np.ndarray:
         """Draw one image; nothing of the sample is modified.
@@ -70,14 +57,10 @@ class FeatMapPanel:
         picture_rgb = resize_image(sample.image_rgb, picture_hw)
         background = resize_image(sample.image_rgb, map_hw)
         frame = sample.frame.resized(map_hw)
-        cells = [overview_cell(sample, picture_rgb, self)]
-        alpha, colormap = self.options.alpha, self.options.colormap
-        arrangement = self.options.arrangement if self._has_tiles else None
+        cells = [self.overview(sample, picture_rgb)]
         for activation in sample.activations:
             reduced = self._reduced(activation, sample)
-            picture = _overlay(
-                reduced, background, frame, alpha, colormap, arrangement, _TILE_GAP
-            )
+            picture = _overlay(reduced, background, frame, self.options)
             note = self._note(activation, reduced)
             cells.append(Cell(picture, activation.title, note, self._scale(reduced)))
         return montage(cells)
@@ -98,20 +81,16 @@ class FeatMapPanel:
             note = self._note(activation, reduced)
             for number, tile in enumerate(reduced.resampled_tiles(frame)):
                 title = activation.title
-                if self._has_tiles:
+                if _has_tiles(self.options):
                     title += f" · channel {reduced.channels[number]}"
                 maps.append(OverlayMap(title, note, heat_levels(tile)))
         return tuple(maps)
-
-    @property
-    def _has_tiles(self) -> bool:
-        return self.options.channel_reduction is None and self.options.topk > 0
 
     def _sizes(
         self, image_hw: tuple[int, int]
     ) -> tuple[tuple[int, int], tuple[int, int]]:
         """Sizes of the first picture and of a heat map."""
-        if not self._has_tiles:
+        if not _has_tiles(self.options):
             cell_hw = cell_size_hw(image_hw, self.max_cell_size)
             return cell_hw, cell_hw
         rows, columns = self.options.arrangement
@@ -126,20 +105,16 @@ class FeatMapPanel:
         return cell_size_hw(image_hw, self.max_cell_size, longest), tile_hw
 
     def _reduced(self, activation: Activation, sample: VisSample) -> ReducedMaps:
+        wanted = self.options.channel_reduction, self.options.topk
         try:
-            return reduce_feature_map(
-                activation.feature_map,
-                sample.frame,
-                channel_reduction=self.options.channel_reduction,
-                topk=self.options.topk,
-            )
+            return reduce_feature_map(activation.feature_map, sample.frame, *wanted)
         except ValueError as error:
             # Both errors of the reduction derive from ValueError; only the layer's
             # name is missing in them.
             raise type(error)(f"layer {activation.title!r}: {error}") from error
 
     def _note(self, activation: Activation, reduced: ReducedMaps) -> str:
-        if self._has_tiles:
+        if _has_tiles(self.options):
             shown = f"top {len(reduced.channels)} channels"
         elif self.options.channel_reduction == "select_max":
             shown = f"channel {reduced.channels[0]}"
@@ -163,12 +138,7 @@ class FeatMapPanel:
 def overlay_feature_map(
     feature_map: torch.Tensor,
     image_rgb: np.ndarray,
-    *,
-    channel_reduction: str | None = "select_max",
-    topk: int = 4,
-    arrangement: Sequence[int] = (2, 2),
-    alpha: float = 0.5,
-    colormap: str | int = "jet",
+    options: FeatMapOptions,
     frame: FrameTransform | None = None,
 ) -> np.ndarray:
     """Lay a feature map over an image at the image's full resolution.
@@ -184,45 +154,42 @@ def overlay_feature_map(
     Args:
         feature_map (Tensor): ``(C, h, w)``, any real dtype and device.
         image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
-        channel_reduction, topk, arrangement, alpha, colormap: As the options of
-            these names.
+        options (FeatMapOptions): What is drawn and how.
         frame (FrameTransform, optional): How the image lies in the network's
-            input. Defaults to None: the map covers the image exactly.
+            input. None: the map covers the image exactly.
 
     Returns:
-        np.ndarray: ``(H, W, 3)`` uint8, RGB; with ``topk`` tiles
-        ``(rows * H, columns * W, 3)``.
+        np.ndarray: As the image; with tiles ``(rows * H, columns * W, 3)``.
     """
     if frame is None:
         height, width = feature_map.shape[1:]
         frame = FrameTransform.stretch(image_rgb.shape[:2], (height, width))
-    reduced = reduce_feature_map(
-        feature_map, frame, channel_reduction=channel_reduction, topk=topk
-    )
-    grid = arrangement if channel_reduction is None and topk > 0 else None
-    return _overlay(reduced, image_rgb, frame, alpha, colormap, grid, gap=0)
+    wanted = options.channel_reduction, options.topk
+    reduced = reduce_feature_map(feature_map, frame, *wanted)
+    return _overlay(reduced, image_rgb, frame, options, gap=0)
+
+
+def _has_tiles(options: FeatMapOptions) -> bool:
+    return options.channel_reduction is None and options.topk > 0
 
 
 def _overlay(
     reduced: ReducedMaps,
     image_rgb: np.ndarray,
     frame: FrameTransform,
-    alpha: float,
-    colormap: str | int,
-    arrangement: Sequence[int] | None,
-    gap: int,
+    options: FeatMapOptions,
+    gap: int = _TILE_GAP,
 ) -> np.ndarray:
     """The only map on the image, or a block of tiles."""
+    look: dict[str, Any] = dict(alpha=options.alpha, colormap=options.colormap)
     # The order of mean and upsampling changes the last bits of a mean; a channel
     # comes out the same.
-    is_mean = not reduced.channels
+    look["soft_steps"] = not reduced.channels
     tiles = [
-        overlay_heatmap(
-            tile, image_rgb, alpha=alpha, colormap=colormap, soft_steps=is_mean
-        )
+        overlay_heatmap(tile, image_rgb, **look)
         for tile in reduced.resampled_tiles(frame)
     ]
-    if arrangement is None:
+    if not _has_tiles(options):
         return tiles[0]
     labels = [f"channel: {channel}" for channel in reduced.channels]
-    return tile_block(tiles, labels, arrangement, gap)
+    return tile_block(tiles, labels, options.arrangement, gap)

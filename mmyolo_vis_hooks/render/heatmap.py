@@ -1,4 +1,7 @@
-"""Colours maps and lays them over an image."""
+"""Colours maps and lays them over an image.
+
+Images are ``(H, W, 3)`` uint8, RGB, and stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def _colormap_lut(colormap: str | int) -> np.ndarray:
 
 
 def heat_levels(values: np.ndarray) -> np.ndarray:
-    """The levels that :func:`color_heatmap` gives colours.
+    """The levels that :func:`overlay_heatmap` gives colours.
 
     Args:
         values (np.ndarray): ``(H, W)`` or ``(3, H, W)``, floating point, finite.
@@ -100,20 +103,24 @@ def _stretched(values: np.ndarray) -> np.ndarray:
     return stretched
 
 
-def color_heatmap(
-    values: np.ndarray, colormap: str | int = "jet", *, soft_steps: bool = False
+def overlay_heatmap(
+    values: np.ndarray,
+    image_rgb: np.ndarray,
+    *,
+    alpha: float = 0.5,
+    colormap: str | int = "jet",
+    soft_steps: bool = False,
 ) -> np.ndarray:
-    """Turn a map into colours, its minimum to the first and maximum to the last.
+    """Colour a map, its minimum first and maximum last, and blend it with an image.
 
     Args:
         values (np.ndarray): See :func:`heat_levels`.
+        image_rgb (np.ndarray): Of the same size.
+        alpha (float): Share of the heat map, 0 to 1.
         colormap (str | int): See :func:`colormap_lut`.
         soft_steps (bool): Where rounding errors decide between two levels whose
             colours lie far apart, take the colour between them. OpenCV's JET has
             one such step. Only for ``(H, W)``.
-
-    Returns:
-        np.ndarray: ``(H, W, 3)`` uint8, RGB.
     """
     lut = colormap_lut(colormap)
     heat_rgb = cv2.applyColorMap(heat_levels(values), lut)
@@ -126,30 +133,6 @@ def color_heatmap(
             undecided = cv2.inRange(stretched, level - _UNDECIDED, level + _UNDECIDED)
             between = lut[level - 1 : level + 1, 0].mean(axis=0)
             heat_rgb[undecided > 0] = between.astype(np.uint8)
-    return heat_rgb
-
-
-def overlay_heatmap(
-    values: np.ndarray,
-    image_rgb: np.ndarray,
-    *,
-    alpha: float = 0.5,
-    colormap: str | int = "jet",
-    soft_steps: bool = False,
-) -> np.ndarray:
-    """Blend a map in colours with an image of the same size.
-
-    Args:
-        values (np.ndarray): See :func:`heat_levels`.
-        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
-        alpha (float): Share of the heat map, 0 to 1.
-        colormap (str | int): See :func:`colormap_lut`.
-        soft_steps (bool): See :func:`color_heatmap`.
-
-    Returns:
-        np.ndarray: ``(H, W, 3)`` uint8, RGB.
-    """
-    heat_rgb = color_heatmap(values, colormap, soft_steps=soft_steps)
     return cv2.addWeighted(image_rgb, 1 - alpha, heat_rgb, alpha, 0)
 
 
@@ -162,17 +145,9 @@ def fade_heatmap(
 ) -> np.ndarray:
     """Lay a map on the grey image: none of its own colours is taken for heat.
 
-    The colours have the share ``alpha`` of the blend from half of the maximum on,
-    and below it fade out in proportion: what has no influence is left as it is.
-
-    Args:
-        saliency (np.ndarray): ``(H, W)`` float32, 0 to 1.
-        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
-        alpha (float): Greatest share of the colours, 0 to 1.
-        colormap (str | int): See :func:`colormap_lut`.
-
-    Returns:
-        np.ndarray: ``(H, W, 3)`` uint8, RGB.
+    The colours of ``(H, W)`` float32, 0 to 1, have the share ``alpha`` of the blend
+    from half of the maximum on, and below it fade out in proportion: what has no
+    influence is left as it is.
     """
     grey = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2GRAY)
     levels = np.rint(saliency * 255).astype(np.uint8)

@@ -17,10 +17,8 @@ def layer_tree(
 ) -> Group:
     """Make a table of layers that rich can print, as wide as it is.
 
-    Args:
-        rows (Sequence[LayerRow]): What ``survey_layers`` gave.
-        depth (int): How many levels are shown; what lies deeper is counted.
-        all_layers (bool): Also show layers that cannot be targeted, with the reason.
+    What lies deeper than ``depth`` levels is counted; ``all_layers`` also shows those
+    that cannot be targeted, with the reason.
 
     Raises:
         VisConfigError: If ``depth`` is no number of levels.

@@ -1,4 +1,7 @@
-"""Lays pictures with captions out in a grid; no cell is ever dropped."""
+"""Lays pictures with captions out in a grid; no cell is ever dropped.
+
+All pictures are ``(H, W, 3)`` uint8, RGB, and stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class Cell:
     """One picture of a grid.
 
     Attributes:
-        image_rgb: ``(H, W, 3)`` uint8, RGB.
+        image_rgb: The picture.
         title: First line of the caption, bold.
         note: Second line of the caption.
         scale: What the colours of its map mean, if it has one.
@@ -62,7 +65,7 @@ def cell_size_hw(
 
 
 def resize_image(image_rgb: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resize ``(H, W, 3)`` uint8 without aliasing."""
+    """Resize an image without aliasing."""
     height, width = image_rgb.shape[:2]
     if (height, width) == tuple(size_hw):
         return image_rgb
@@ -80,14 +83,10 @@ def tile_block(
     """Put tiles of one size into rows, each with a label in its corner.
 
     Args:
-        tiles (Sequence[np.ndarray]): ``(H, W, 3)`` uint8, RGB, equal sizes. They
-            are not modified.
+        tiles (Sequence[np.ndarray]): The pictures.
         labels (Sequence[str]): One for each tile.
         arrangement (Sequence[int]): Rows and columns; places without a tile stay grey.
         gap (int): White pixels between tiles.
-
-    Returns:
-        np.ndarray: ``(rows * H + gaps, columns * W + gaps, 3)`` uint8, RGB.
 
     Raises:
         VisConfigError: If nobody could open a block of this size.
@@ -169,15 +168,11 @@ def montage(
     different ranges, its ends are called so.
 
     Args:
-        cells (Sequence[Cell]): One or more; sizes may differ. Their pictures are
-            not modified.
+        cells (Sequence[Cell]): One or more; sizes may differ.
         columns (int, optional): Cells in a row. Defaults to None, what suits a
             screen.
         gutter (int, optional): White pixels around cells. Defaults to None, by the
             size of the cells.
-
-    Returns:
-        np.ndarray: ``(H, W, 3)`` uint8, RGB.
 
     Raises:
         VisConfigError: If nobody could open a picture of this size.
@@ -238,29 +233,25 @@ def _captions(
     # Tall, narrow pictures leave little room for a line.
     size = int(np.clip(round(min(max(largest_hw), 2 * max(widths)) / 44), 14, 24))
     in_column = [(cell, widths[i % len(widths)]) for i, cell in enumerate(cells)]
-    title_size = _common_size([(c.title, w) for c, w in in_column], size, True)
-    note_size = _common_size(
-        [(c.note, w) for c, w in in_column], round(size * 0.85), False
-    )
-    return [_caption(cell, width, title_size, note_size) for cell, width in in_column]
-
-
-def _caption(cell: Cell, width: int, title_size: int, note_size: int) -> np.ndarray:
-    lines = [
-        (line, title_size, True, _TITLE_COLOR)
-        for line in wrap_text(cell.title, width, title_size, True)
-    ] + [
-        (line, note_size, False, _NOTE_COLOR)
-        for line in wrap_text(cell.note, width, note_size)
-    ]
-    height = sum(line_height(size) for _, size, _, _ in lines)
-    below = max(3, title_size // 3) if lines else 0
-    caption = np.full((height + below, width, 3), _BACKGROUND, dtype=np.uint8)
-    y = 0
-    for line, size, bold, color in lines:
-        draw_text(caption, line, (0, y), size=size, color=color, bold=bold)
-        y += line_height(size)
-    return caption
+    titles = _common_size([(c.title, w) for c, w in in_column], size, True)
+    notes = _common_size([(c.note, w) for c, w in in_column], round(size * 0.85), False)
+    captions = []
+    for cell, width in in_column:
+        lines = [
+            (line, titles, True, _TITLE_COLOR)
+            for line in wrap_text(cell.title, width, titles, True)
+        ]
+        for line in wrap_text(cell.note, width, notes):
+            lines.append((line, notes, False, _NOTE_COLOR))
+        height = sum(line_height(size) for _, size, _, _ in lines)
+        below = max(3, titles // 3) if lines else 0
+        caption = np.full((height + below, width, 3), _BACKGROUND, dtype=np.uint8)
+        y = 0
+        for line, size, bold, color in lines:
+            draw_text(caption, line, (0, y), size=size, color=color, bold=bold)
+            y += line_height(size)
+        captions.append(caption)
+    return captions
 
 
 def _common_size(texts: Sequence[tuple[str, int]], size: int, bold: bool) -> int:

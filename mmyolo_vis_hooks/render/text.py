@@ -1,4 +1,7 @@
-"""Writes Unicode text into images with Pillow: OpenCV's own fonts only know ASCII."""
+"""Writes Unicode text into images with Pillow: OpenCV's own fonts only know ASCII.
+
+Sizes and widths are in pixels.
+"""
 
 from __future__ import annotations
 
@@ -67,16 +70,19 @@ def _wide_fonts() -> tuple[str, ...]:
     return tuple(p for p in paths if _WIDE_FONTS.search(Path(p).name))
 
 
-@lru_cache(maxsize=4096)
-def _font_path(text: str, bold: bool) -> str | None:
-    """The first font that has every character of the text."""
+def _shipped_font(bold: bool) -> str:
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    shipped = str(Path(matplotlib.get_data_path(), "fonts", "ttf", name))
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", name))
+
+
+@lru_cache(maxsize=4096)
+def _font_path(text: str, bold: bool) -> str | None:
+    """The first font that has every character of the text."""
     needed = {ord(char) for char in text}
-    if needed <= _glyphs(shipped):
-        return shipped
+    if needed <= _glyphs(_shipped_font(bold)):
+        return _shipped_font(bold)
     return next((path for path in _wide_fonts() if needed <= _glyphs(path)), None)
 
 
@@ -89,23 +95,22 @@ def _load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
 def _font_for(text: str, size: int, bold: bool) -> tuple[str, ImageFont.FreeTypeFont]:
     """The text as it can be written, and the font for it."""
     text = clean_text(text)
-    if not is_drawable(text):
-        text = "".join(c if _font_path(c, False) else "?" for c in text)
-        if not is_drawable(text):  # every character has a font, but none has all
-            text = "".join(c if ord(c) < 128 else "?" for c in text)
     path = _font_path(text, bold) or _font_path(text, False)
-    assert path is not None
+    if path is None:
+        is_drawable(text)  # says so
+        path = _shipped_font(False)
+        text = "".join(c if ord(c) in _glyphs(path) else "?" for c in text)
     return text, _load_font(path, size)
 
 
 def line_height(size: int) -> int:
-    """Height of a line of text, pixels."""
+    """Height of a line of text."""
     return sum(_font_for("", size, False)[1].getmetrics())
 
 
 @lru_cache(maxsize=4096)
 def text_width(text: str, size: int, bold: bool = False) -> int:
-    """Width of a line of text, pixels."""
+    """Width of a line of text."""
     text, font = _font_for(text, size, bold)
     return math.ceil(max(font.getlength(text), font.getbbox(text)[2])) if text else 0
 
@@ -133,9 +138,8 @@ def draw_text(
     # All fonts on one baseline.
     baseline = y + _font_for("", size, False)[1].getmetrics()[0]
     canvas = Image.fromarray(np.ascontiguousarray(region))
-    ImageDraw.Draw(canvas).text(
-        (x - left, baseline - top), text, font=font, fill=color, anchor="ls"
-    )
+    place = x - left, baseline - top
+    ImageDraw.Draw(canvas).text(place, text, font=font, fill=color, anchor="ls")
     region[:] = np.asarray(canvas)
 
 

@@ -9,40 +9,32 @@ from mmengine.visualization.utils import convert_overlay_heatmap
 
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.render.heatmap import (
-    color_heatmap,
     colormap_lut,
     fade_heatmap,
     heat_levels,
     overlay_heatmap,
 )
+from tests.test_render.pictures import photo, plain
 
 
 def values(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def image(height: int, width: int, seed: int = 1) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
 class TestColormap:
     @pytest.mark.parametrize("name", ["JET", "COLORMAP_JET", cv2.COLORMAP_JET])
     def test_opencv_names(self, name):
         lut = colormap_lut(name)
-        assert lut.shape == (256, 1, 3)
         # OpenCV's JET runs from dark blue to dark red; RGB, not BGR.
-        assert lut[0, 0].tolist() == [0, 0, 128]
-        assert lut[255, 0].tolist() == [128, 0, 0]
+        assert lut[[0, 255], 0].tolist() == [[0, 0, 128], [128, 0, 0]]
         with pytest.raises(ValueError, match="read-only"):
             lut[0] = 0
 
-    @pytest.mark.parametrize(
-        ("name", "exact"), [("magma_r", "magma_r"), ("blues", "Blues")]
-    )
-    def test_matplotlib_names(self, name, exact):
-        expected = matplotlib.colormaps[exact](np.arange(256), bytes=True)[:, :3]
+    @pytest.mark.parametrize("name", ["magma_r", "Blues"])
+    def test_matplotlib_names(self, name):
+        expected = matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3]
         assert np.array_equal(colormap_lut(name)[:, 0], expected)
+        assert np.array_equal(colormap_lut(name.lower())[:, 0], expected)
 
     def test_every_name_of_both_libraries(self):
         names = [n for n in dir(cv2) if n.startswith("COLORMAP_")]
@@ -68,55 +60,57 @@ class TestOverlay:
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
     def test_equals_mmengine(self, shape, dtype, alpha):
-        heat, photo = values(*shape, dtype=dtype), image(*shape[-2:])
-        for given in (heat, np.full_like(heat, 0.7)):
-            before = given.copy(), photo.copy()
-            result = overlay_heatmap(given, photo, alpha=alpha)
-            expected = convert_overlay_heatmap(torch.from_numpy(given), photo, alpha)
-            assert np.array_equal(result, expected)
-            assert np.array_equal(given, before[0])
-            assert np.array_equal(photo, before[1])
+        image_rgb = photo(*shape[-2:])
+        for heat in (values(*shape, dtype=dtype), np.full(shape, 0.7, dtype)):
+            before = heat.copy(), image_rgb.copy()
+            drawn = overlay_heatmap(heat, image_rgb, alpha=alpha)
+            given = torch.from_numpy(heat.copy())
+            expected = convert_overlay_heatmap(given, image_rgb, alpha)
+            assert np.array_equal(drawn, expected)
+            assert np.array_equal(heat, before[0])
+            assert np.array_equal(image_rgb, before[1])
 
     def test_by_hand(self):
         # (v - 1) / 4 * 255 is 0, 63.75, 127.5 and 255; fractions are cut off.
         levels = heat_levels(np.array([[1, 2, 3, 5]], dtype=np.float32))
         assert levels.tolist() == [[0, 63, 127, 255]]
-        photo = np.full((1, 2, 3), 100, dtype=np.uint8)
-        result = overlay_heatmap(np.array([[0.0, 1.0]], np.float32), photo, alpha=0.25)
-        assert result.tolist() == [[[75, 75, 107], [107, 75, 75]]]
+        heat = np.array([[0.0, 1.0]], np.float32)
+        drawn = overlay_heatmap(heat, plain(1, 2, 100), alpha=0.25)
+        assert drawn.tolist() == [[[75, 75, 107], [107, 75, 75]]]
 
-    def test_colormap_is_used(self):
-        heat = values(5, 6)
-        expected = cv2.applyColorMap(heat_levels(heat), cv2.COLORMAP_VIRIDIS)
-        assert np.array_equal(color_heatmap(heat, "viridis"), expected[..., ::-1])
-        for given in (heat, values(3, 5, 6)):
-            expected = colormap_lut("viridis")[heat_levels(given), 0]
-            assert np.array_equal(color_heatmap(given, "viridis"), expected)
+    @pytest.mark.parametrize("shape", [(5, 6), (3, 5, 6)])
+    def test_colormap_is_used(self, shape):
+        heat = values(*shape)
+        expected = colormap_lut("viridis")[heat_levels(heat), 0]
+        drawn = overlay_heatmap(heat, photo(5, 6), alpha=1, colormap="viridis")
+        assert np.array_equal(drawn, expected)
 
     def test_soft_steps_only_touch_what_rounding_decides(self):
         heat = np.array([[0, 158.5, 158.995, 159.005, 159.5, 254, 255]], np.float32)
         lut = colormap_lut("jet")[:, 0]
         assert lut[158:160].tolist() == [[250, 255, 6], [254, 255, 1]]
-        hard, soft = color_heatmap(heat), color_heatmap(heat, soft_steps=True)
-        assert hard[0, 2].tolist() == [250, 255, 6]
-        assert soft[0, 2].tolist() == soft[0, 3].tolist() == [252, 255, 3]
+        hard, soft = (
+            overlay_heatmap(heat, photo(1, 7), alpha=1, soft_steps=soft)[0]
+            for soft in (False, True)
+        )
+        assert hard[2].tolist() == [250, 255, 6]
+        assert soft[2].tolist() == soft[3].tolist() == [252, 255, 3]
         others = [0, 1, 4, 5, 6]
-        assert np.array_equal(hard[0, others], soft[0, others])
+        assert np.array_equal(hard[others], soft[others])
 
 
-class TestFade:
-    def test_by_hand(self):
-        saliency = np.array([[0.0, 0.25, 0.6, 1.0]], np.float32)
-        drawn = fade_heatmap(saliency, np.full((1, 4, 3), 100, np.uint8), alpha=0.5)[0]
-        lut = colormap_lut("plasma")[:, 0].astype(float)
-        assert drawn[0].tolist() == [100, 100, 100]
-        for pixel, level, share in ((1, 64, 0.25), (2, 153, 0.5), (3, 255, 0.5)):
-            expected = 100 + (lut[level] - 100) * share
-            assert np.abs(drawn[pixel] - expected).max() <= 0.5
+def test_fading_by_hand():
+    saliency = np.array([[0.0, 0.25, 0.6, 1.0]], np.float32)
+    drawn = fade_heatmap(saliency, plain(1, 4, 100), alpha=0.5)[0]
+    lut = colormap_lut("plasma")[:, 0].astype(float)
+    assert drawn[0].tolist() == [100, 100, 100]
+    for pixel, level, share in ((1, 64, 0.25), (2, 153, 0.5), (3, 255, 0.5)):
+        expected = 100 + (lut[level] - 100) * share
+        assert np.abs(drawn[pixel] - expected).max() <= 0.5
 
-    def test_without_heat_it_is_the_grey_image(self):
-        photo = image(5, 6)
-        grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)
-        for saliency, alpha in ((np.zeros((5, 6)), 1.0), (np.ones((5, 6)), 0.0)):
-            drawn = fade_heatmap(saliency.astype(np.float32), photo, alpha=alpha)
-            assert np.array_equal(drawn, np.dstack([grey] * 3))
+
+def test_without_heat_it_is_the_grey_image():
+    grey = cv2.cvtColor(photo(5, 6), cv2.COLOR_RGB2GRAY)
+    for saliency, alpha in ((np.zeros((5, 6)), 1.0), (np.ones((5, 6)), 0.0)):
+        drawn = fade_heatmap(saliency.astype(np.float32), photo(5, 6), alpha=alpha)
+        assert np.array_equal(drawn, np.dstack([grey] * 3))

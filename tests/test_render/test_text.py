@@ -58,7 +58,6 @@ class TestDraw:
     @pytest.mark.parametrize("text", ["Ω", "→", "naïve café"])
     def test_unicode_is_drawn(self, text):
         assert is_drawable(text)
-        assert ink(text).any()
         assert not np.array_equal(ink(text), ink("?" * len(text)))
 
     def test_bold_and_colour(self):
@@ -117,27 +116,24 @@ class TestFonts:
         assert not np.array_equal(ink(only), ink("?"))
 
 
-class TestWrap:
-    @pytest.mark.parametrize("text", [TITLE, "a" * 70, "64 x 20 cells · -0.5 to 3.25"])
-    def test_nothing_is_lost_and_every_line_fits(self, text):
-        for width in (30, 100, 400):
-            lines = wrap_text(text, width, 14)
-            assert all(text_width(line, 14) <= width for line in lines)
-            kept = "".join(lines).replace(" ", "").replace("·", "")
-            assert kept == text.replace(" ", "").replace("·", "")
-            assert not any(line.endswith("·") for line in lines)
+@pytest.mark.parametrize("text", [TITLE, "a" * 70, "64 x 20 cells · -0.5 to 3.25"])
+def test_wrapping_loses_nothing_and_every_line_fits(text):
+    for width in (30, 100, 400):
+        lines = wrap_text(text, width, 14)
+        assert all(text_width(line, 14) <= width for line in lines)
+        kept = "".join(lines).replace(" ", "").replace("·", "")
+        assert kept == text.replace(" ", "").replace("·", "")
+        assert not any(line.endswith("·") for line in lines)
 
-    def test_breaks_after_punctuation_but_not_in_numbers(self):
-        lines = wrap_text("neck.blocks[0].conv", text_width("neck.blocks[0].c", 14), 14)
-        assert lines == ["neck.blocks[0].", "conv"]
-        for width in range(60, 200, 7):
-            lines = wrap_text("values -0.278 to -3.125e-05", width, 12)
-            assert not any(line.endswith(("-", "0.", "3.")) for line in lines)
 
-    def test_short_empty_and_too_narrow(self):
-        assert wrap_text("neck", 100, 14) == ["neck"]
-        assert wrap_text("", 100, 14) == []
-        assert wrap_text("abc", 1, 14) == ["a", "b", "c"]
+def test_lines_end_after_punctuation_but_not_in_numbers():
+    lines = wrap_text("neck.blocks[0].conv", text_width("neck.blocks[0].c", 14), 14)
+    assert lines == ["neck.blocks[0].", "conv"]
+    for width in range(60, 200, 7):
+        lines = wrap_text("values -0.278 to -3.125e-05", width, 12)
+        assert not any(line.endswith(("-", "0.", "3.")) for line in lines)
+    assert wrap_text("", 100, 14) == []
+    assert wrap_text("abc", 1, 14) == ["a", "b", "c"]
 
 
 def test_shorten():

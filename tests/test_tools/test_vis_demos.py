@@ -34,6 +34,7 @@ from mmengine.visualization import Visualizer
 from mmyolo_vis_hooks.attribution.methods import METHODS
 from mmyolo_vis_hooks.attribution.targets import TARGETS
 from mmyolo_vis_hooks.detector import build_detector, load_weights
+from mmyolo_vis_hooks.options import FeatMapOptions
 from mmyolo_vis_hooks.render.featmap_panel import overlay_feature_map
 from tests.test_tools.loading import TOOLS, load_tool
 
@@ -212,8 +213,9 @@ def test_all_outputs_of_layers_are_drawn(drawn, real):
     assert sorted({name for name, _ in run.boxes}) == sorted(FOUND)
     # The image has boxes drawn on it, but is the image.
     assert 0 < differs(image, real.image_rgb) < 12
+    options = FeatMapOptions(channel_reduction="select_max")
     for cell, level in zip(maps, network_maps(real)):
-        assert differs(cell, overlay_feature_map(level, real.image_rgb)) < 0.1
+        assert differs(cell, overlay_feature_map(level, real.image_rgb, options)) < 0.1
         assert differs(cell, real.image_rgb) > 20
     assert differs(maps[0], maps[1]) > 5
 

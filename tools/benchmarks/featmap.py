@@ -18,6 +18,7 @@ import statistics
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,17 @@ def measure(
     import torch
     from mmengine.visualization import Visualizer
 
+    from mmyolo_vis_hooks.options import FeatMapOptions
     from mmyolo_vis_hooks.render.featmap_panel import overlay_feature_map
 
     warnings.simplefilter("ignore")  # MMEngine's, of map and image in two sizes
-    draw: Any = overlay_feature_map if side == OURS else Visualizer.draw_featmap
+    draw: Any = partial(Visualizer.draw_featmap, channel_reduction=reduction)
+    if side == OURS:
+        options = FeatMapOptions(channel_reduction=reduction)
+        draw = partial(overlay_feature_map, options=options)
     # Whatever is set up at the first call is not part of the drawing.
     small = np.zeros((64, 64, 3), np.uint8)
-    draw(torch.rand(4, 2, 2), small, channel_reduction=reduction)
+    draw(torch.rand(4, 2, 2), small)
     width, height = size_wh
     cells_hw = math.ceil(height / STRIDE), math.ceil(width / STRIDE)
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +60,7 @@ def measure(
     for _ in range(repeats):
         picture = np.empty(0)  # so that two are never held at once
         start = time.perf_counter()
-        picture = draw(feature_map, image_rgb, channel_reduction=reduction)
+        picture = draw(feature_map, image_rgb)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), peak() - before, picture
 
