@@ -15,7 +15,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -32,329 +32,13 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
+
+from tests.family_recipes import GEOMETRIES, NUM_CLASSES, RECIPES, Recipe, Tuning
 
 NETWORK_HW = (128, 160)
-NUM_CLASSES = 6
 SIDES = ("x1", "y1", "x2", "y2")
 
-# How the pipelines of the families place an image in the network's input: what is
-# packed, and the rows and columns that the image fills.
-_GEOMETRIES: dict[str, tuple[dict, tuple[slice, slice]]] = {
-    # MMYOLO's LetterResize pads on both sides.
-    "letterbox": (
-        dict(
-            img_shape=(128, 160),
-            ori_shape=(140, 200),
-            scale_factor=(0.8, 0.8),
-            pad_param=(8, 8, 0, 0),
-        ),
-        (slice(8, 120), slice(0, 160)),
-    ),
-    # mmdet.Pad in the pipeline: the padding counts as image.
-    "pad": (
-        dict(img_shape=(128, 160), ori_shape=(150, 190), scale_factor=(0.8, 0.8)),
-        (slice(0, 120), slice(0, 152)),
-    ),
-    # The data preprocessor pads: it does not.
-    "divisor": (
-        dict(img_shape=(120, 152), ori_shape=(150, 190), scale_factor=(0.8, 0.8)),
-        (slice(0, 120), slice(0, 152)),
-    ),
-    "stretch": (
-        dict(img_shape=(128, 160), ori_shape=(200, 200), scale_factor=(0.8, 0.64)),
-        (slice(0, 128), slice(0, 160)),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class _Tuning:
-    """The mean and spread that each output channel of a layer shall have.
-
-    Attributes:
-        layers: Pattern of the full names.
-        means: Repeated until there is one for each channel.
-        std: Of the values of one channel, over cells or queries, and calls.
-    """
-
-    layers: str
-    means: tuple[float, ...]
-    std: float = 1.0
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How to make a family.
-
-    Attributes:
-        config: As ``mmengine.hub.get_config`` takes it.
-        geometry: Key of ``_GEOMETRIES``.
-        tunings: In the order in which the layers run.
-        options: Merged into the model's config.
-        seed: Of the weights and the image.
-        query_scale: Widens the query embedding. Untrained queries look everywhere,
-            and all see the same.
-    """
-
-    config: str
-    geometry: str
-    tunings: tuple[_Tuning, ...]
-    options: dict = field(default_factory=dict)
-    seed: int = 0
-    query_scale: float = 1.0
-
-
-# Rarer on fine levels, which have more cells, so that each level finds something.
-_LEVEL_MEANS = (-2.5, -2.0, -1.5)
-
-
-def _per_level(layer: str, means: Sequence[float] = _LEVEL_MEANS) -> list[_Tuning]:
-    """Class logits of heads with a layer for each level, its number in ``layer``."""
-    return [_Tuning(layer.format(i), (mean,)) for i, mean in enumerate(means)]
-
-
-def _yolo(layer: str) -> list[_Tuning]:
-    """One convolution gives the box, the objectness and the classes."""
-    return [
-        _Tuning(layer.format(i), (0.0, 0.0, 0.0, 0.0, 0.5, *[mean + 0.5] * NUM_CLASSES))
-        for i, mean in enumerate(_LEVEL_MEANS)
-    ]
-
-
-# Distances that are sums over bins: without a slope a box is 15 strides wide.
-_BINS_16, _BINS_17 = (tuple(-0.6 * bin_ for bin_ in range(n)) for n in (16, 17))
-_DETR_BOX = (0.0, 0.0, -1.0, -1.0)
-_SOFTMAX = (*[0.0] * NUM_CLASSES, 0.5)
-
-_R18 = dict(depth=18)
-_YOLO_ANCHORS = [
-    [(10, 13), (16, 30), (33, 23)],
-    [(24, 32), (36, 28), (30, 50)],
-    [(48, 40), (64, 80), (96, 64)],
-]
-_TEST_CFG = dict(score_thr=0.2, max_per_img=20)
-_YOLO = dict(test_cfg=_TEST_CFG)
-_YOLO_WITH_ANCHORS = dict(
-    test_cfg=_TEST_CFG,
-    bbox_head=dict(prior_generator=dict(base_sizes=_YOLO_ANCHORS)),
-)
-_DENSE = dict(backbone=_R18, neck=dict(in_channels=[64, 128, 256, 512]), **_YOLO)
-# Else the maps fade from level to level, and with them the logits of a shared head.
-_FPN_TUNING = _Tuning(r"neck.fpn_convs.\d.conv", (0.0,))
-_RPN_TUNINGS = (
-    _FPN_TUNING,
-    _Tuning("rpn_head.rpn_cls", (0.0,)),
-    _Tuning("rpn_head.rpn_reg", (0.0,), 0.3),
-)
-_TWO_STAGE = dict(
-    backbone=_R18,
-    neck=dict(in_channels=[64, 128, 256, 512]),
-    rpn_head=dict(anchor_generator=dict(scales=[4])),
-    # Boxes of 32 pixels take the second level, not only those of 112.
-    roi_head=dict(bbox_roi_extractor=dict(finest_scale=16)),
-    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50), rcnn=_TEST_CFG),
-)
-_TRANSFORMER = dict(
-    backbone=_R18,
-    num_queries=30,
-    encoder=dict(num_layers=2),
-    decoder=dict(num_layers=2),
-    test_cfg=dict(max_per_img=10),
-)
-
-_RECIPES: dict[str, _Recipe] = {
-    "yolov5": _Recipe(
-        "mmyolo::yolov5/yolov5_n-v61_syncbn_fast_8xb16-300e_coco.py",
-        "letterbox",
-        (*_yolo("bbox_head.head_module.convs_pred.{}"),),
-        _YOLO_WITH_ANCHORS,
-        seed=26,
-    ),
-    "yolov6": _Recipe(
-        "mmyolo::yolov6/yolov6_n_syncbn_fast_8xb32-400e_coco.py",
-        "letterbox",
-        (
-            *_per_level("bbox_head.head_module.cls_preds.{}", (-3.5, -2.2, -1.5)),
-            _Tuning(r"bbox_head.head_module.reg_preds.\d", (1.1,), 0.3),
-        ),
-        _YOLO,
-        seed=50,
-    ),
-    "yolov7": _Recipe(
-        "mmyolo::yolov7/yolov7_tiny_syncbn_fast_8x16b-300e_coco.py",
-        "letterbox",
-        (*_yolo("bbox_head.head_module.convs_pred.{}.1"),),
-        _YOLO_WITH_ANCHORS,
-        seed=13,
-    ),
-    "yolov8": _Recipe(
-        "mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py",
-        "letterbox",
-        (
-            *_per_level("bbox_head.head_module.cls_preds.{}.2"),
-            _Tuning(r"bbox_head.head_module.reg_preds.\d.2", _BINS_16),
-        ),
-        _YOLO,
-        seed=19,
-    ),
-    "yolox": _Recipe(
-        "mmyolo::yolox/yolox_nano_fast_8xb8-300e_coco.py",
-        "pad",
-        (
-            *_per_level(
-                "bbox_head.head_module.multi_level_conv_cls.{}", (-2.0, -1.5, -1.0)
-            ),
-            _Tuning(
-                r"bbox_head.head_module.multi_level_conv_reg.\d",
-                (0.0, 0.0, 0.8, 0.8),
-                0.4,
-            ),
-            _Tuning(r"bbox_head.head_module.multi_level_conv_obj.\d", (0.5,)),
-        ),
-        # It has no upper limit for the number of boxes.
-        dict(test_cfg=dict(score_thr=0.4)),
-        seed=28,
-    ),
-    "rtmdet": _Recipe(
-        "mmyolo::rtmdet/rtmdet_tiny_syncbn_fast_8xb32-300e_coco.py",
-        "letterbox",
-        (
-            *_per_level("bbox_head.head_module.rtm_cls.{}"),
-            _Tuning(r"bbox_head.head_module.rtm_reg.\d", (1.5,), 0.3),
-        ),
-        _YOLO,
-        seed=16,
-    ),
-    "ppyoloe": _Recipe(
-        "mmyolo::ppyoloe/ppyoloe_plus_s_fast_8xb8-80e_coco.py",
-        "stretch",
-        (
-            *_per_level("bbox_head.head_module.cls_preds.{}"),
-            _Tuning(r"bbox_head.head_module.reg_preds.\d", _BINS_17),
-        ),
-        _YOLO,
-        seed=20,
-    ),
-    "retinanet": _Recipe(
-        "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py",
-        "divisor",
-        (
-            _FPN_TUNING,
-            _Tuning("bbox_head.retina_cls", (-2.5,)),
-            _Tuning("bbox_head.retina_reg", (0.0,), 0.3),
-        ),
-        {**_DENSE, "bbox_head": dict(anchor_generator=dict(octave_base_scale=2))},
-        seed=1,
-    ),
-    "fcos": _Recipe(
-        "mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
-        "divisor",
-        (
-            _FPN_TUNING,
-            _Tuning("bbox_head.conv_cls", (-2.0,)),
-            _Tuning("bbox_head.conv_reg", (2.8,), 0.3),
-            _Tuning("bbox_head.conv_centerness", (1.0,)),
-        ),
-        _DENSE,
-    ),
-    "atss": _Recipe(
-        "mmdet::atss/atss_r50_fpn_1x_coco.py",
-        "divisor",
-        (
-            _FPN_TUNING,
-            _Tuning("bbox_head.atss_cls", (-2.0,)),
-            _Tuning("bbox_head.atss_reg", (0.0,)),
-            _Tuning("bbox_head.atss_centerness", (1.0,)),
-        ),
-        {**_DENSE, "bbox_head": dict(anchor_generator=dict(octave_base_scale=3))},
-        seed=9,
-    ),
-    "rtmdet_ins": _Recipe(
-        "mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py",
-        "pad",
-        (
-            *_per_level("bbox_head.rtm_cls.{}"),
-            _Tuning(r"bbox_head.rtm_reg.\d", (1.5,), 0.3),
-        ),
-        _YOLO,
-        seed=23,
-    ),
-    "faster_rcnn": _Recipe(
-        "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
-        "divisor",
-        (
-            *_RPN_TUNINGS,
-            _Tuning("roi_head.bbox_head.fc_cls", _SOFTMAX, 1.5),
-            _Tuning("roi_head.bbox_head.fc_reg", (0.0,)),
-        ),
-        _TWO_STAGE,
-    ),
-    "cascade_rcnn": _Recipe(
-        "mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py",
-        "divisor",
-        (
-            *_RPN_TUNINGS,
-            _Tuning("roi_head.bbox_head.0.fc_cls", _SOFTMAX, 2.5),
-            _Tuning("roi_head.bbox_head.0.fc_reg", (0.0,)),
-            _Tuning("roi_head.bbox_head.1.fc_cls", _SOFTMAX, 2.5),
-            _Tuning("roi_head.bbox_head.1.fc_reg", (0.0,)),
-            _Tuning("roi_head.bbox_head.2.fc_cls", _SOFTMAX, 2.5),
-            _Tuning("roi_head.bbox_head.2.fc_reg", (0.0,)),
-        ),
-        _TWO_STAGE,
-        seed=7,
-    ),
-    "mask_rcnn": _Recipe(
-        "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
-        "divisor",
-        (
-            *_RPN_TUNINGS,
-            _Tuning("roi_head.bbox_head.fc_cls", _SOFTMAX, 1.5),
-            _Tuning("roi_head.bbox_head.fc_reg", (0.0,)),
-        ),
-        _TWO_STAGE,
-        seed=5,
-    ),
-    "detr": _Recipe(
-        "mmdet::detr/detr_r50_8xb2-150e_coco.py",
-        "divisor",
-        (
-            _Tuning("bbox_head.fc_cls", _SOFTMAX, 1.5),
-            _Tuning("bbox_head.fc_reg", _DETR_BOX),
-        ),
-        {**_TRANSFORMER, "neck": dict(in_channels=[512])},
-        query_scale=8.0,
-        seed=21,
-    ),
-    "deformable_detr": _Recipe(
-        "mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py",
-        "divisor",
-        (
-            _Tuning(r"bbox_head.cls_branches.\d", (-1.5,)),
-            _Tuning(r"bbox_head.reg_branches.\d.4", _DETR_BOX, 0.5),
-        ),
-        {**_TRANSFORMER, "neck": dict(in_channels=[128, 256, 512])},
-        seed=9,
-    ),
-    "dino": _Recipe(
-        "mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py",
-        "divisor",
-        (
-            # The last branch looks at the encoder and chooses the queries.
-            _Tuning("bbox_head.cls_branches.2", (-1.5,)),
-            _Tuning("bbox_head.reg_branches.2.4", (0.0,), 0.5),
-            _Tuning("bbox_head.cls_branches.0", (-1.5,)),
-            _Tuning("bbox_head.reg_branches.0.4", (0.0, 0.0, 0.3, 0.3), 0.3),
-            _Tuning("bbox_head.cls_branches.1", (-1.5,)),
-            _Tuning("bbox_head.reg_branches.1.4", (0.0,), 0.3),
-        ),
-        {**_TRANSFORMER, "neck": dict(in_channels=[128, 256, 512])},
-        seed=7,
-    ),
-}
-
-FAMILIES: tuple[str, ...] = tuple(_RECIPES)
+FAMILIES: tuple[str, ...] = tuple(RECIPES)
 
 
 @dataclass(frozen=True)
@@ -380,11 +64,11 @@ def build_family(name: str) -> Family:
 
     The instance is shared by all tests: copy it before you change anything.
     """
-    recipe = _RECIPES[name]
+    recipe = RECIPES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         detector = _build_detector(recipe)
-        geometry, filled = _GEOMETRIES[recipe.geometry]
+        geometry, filled = GEOMETRIES[recipe.geometry]
         inputs = _make_inputs(detector, filled)
         sample = DetDataSample(
             metainfo=dict(
@@ -426,19 +110,10 @@ def reference_gradients(
     layer to the next. Only where ``predict`` cuts off the scores themselves, the
     cut is repaired (see :func:`_repaired_graph`).
 
-    Args:
-        family (Family): Detector and image.
-        module (nn.Module): Part of ``family.detector`` (or of the copy in
-            ``family``) whose outputs are asked about.
-        target (str): ``'score'``, or a side of the final box in pixels of the
-            original image: ``'x1'``, ``'y1'``, ``'x2'``, ``'y2'``.
-        indices (Sequence): Which final detections.
-
-    Returns:
-        list[list[tuple[Tensor, Tensor]]]: For each detection, all tensors that the
-        module returned, in the order of the calls and within a call in the order
-        of the output; each with its gradient of the same shape, zero where the
-        tensor has no influence.
+    The target is ``'score'``, or a side of the final box in the original image. Each
+    detection has all tensors that the module returned, in the order of the calls and
+    within a call in the order of the output; each with its gradient of the same shape,
+    zero where the tensor has no influence.
     """
     outputs: list[Tensor] = []
 
@@ -454,7 +129,7 @@ def reference_gradients(
 
     inputs = family.inputs.clone().requires_grad_(True)
     handle = module.register_forward_hook(keep)
-    with _removed(handle), _repaired_graph(family), torch.enable_grad():
+    with handle, _repaired_graph(family), torch.enable_grad():
         detections = _predict(family.detector, inputs, family.data_samples)
     if not torch.equal(detections.scores.detach(), plain_predict(family).scores):
         raise RuntimeError(f"the repaired graph of {family.name} changes the scores")
@@ -528,15 +203,6 @@ def _predict(
     return detector.predict(inputs, samples, rescale=True)[0].pred_instances
 
 
-@contextmanager
-def _removed(*handles: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def map_tensors(node: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A copy of nested containers with the function's results for the tensors."""
     if isinstance(node, Tensor):
@@ -548,7 +214,7 @@ def map_tensors(node: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return node
 
 
-def _build_detector(recipe: _Recipe) -> Any:
+def _build_detector(recipe: Recipe) -> Any:
     mmdet.utils.register_all_modules(init_default_scope=False)
     mmyolo.utils.register_all_modules(init_default_scope=False)
     package = recipe.config.split("::")[0]
@@ -635,7 +301,7 @@ def _learn_statistics(family: Family) -> None:
         norm.eval()
 
 
-def _tune(family: Family, tuning: _Tuning) -> None:
+def _tune(family: Family, tuning: Tuning) -> None:
     layers: list[Any] = [
         module
         for name, module in family.detector.named_modules()
@@ -653,7 +319,9 @@ def _tune(family: Family, tuning: _Tuning) -> None:
         fan_in = layer.weight[0].numel()
         layer.weight.normal_(0, fan_in**-0.5)
         layer.bias.zero_()
-    with _removed(*(layer.register_forward_hook(keep) for layer in layers)):
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_hook(keep))
         plain_predict(family)
     for layer in layers:
         channels = torch.cat(values[layer], dim=1)

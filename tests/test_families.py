@@ -22,8 +22,7 @@ from tests.families import (
     reference_gradients,
 )
 
-DETACHED = ("retinanet", "fcos", "atss", "rtmdet_ins")
-ONE_STAGE = (*FAMILIES[:7], *DETACHED)
+ONE_STAGE = FAMILIES[:11]
 TRANSFORMERS = ("detr", "deformable_detr", "dino")
 # Where nothing that follows is cut off on purpose, so that differences see the same
 # as gradients: proposals and DINO's reference points are behind us there.
@@ -33,13 +32,6 @@ UNCUT_LAYERS = {
     "cascade_rcnn": "roi_head.bbox_roi_extractor.2",
     "dino": "decoder.layers.1",
 }
-
-
-def predict_with_graph(family: Family) -> Any:
-    with torch.enable_grad():
-        inputs = family.inputs.clone().requires_grad_(True)
-        samples = copy.deepcopy(family.data_samples)
-        return family.detector.predict(inputs, samples)[0].pred_instances
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -58,20 +50,14 @@ def test_three_moderate_detections_at_different_places(name):
     assert not any(p.requires_grad for p in family.detector.parameters())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_two_builds_are_equal(name):
-    family = build_family(name)
+def test_two_builds_are_equal():
+    family = build_family("dino")
     random_state = torch.get_rng_state()
-    again = build_family.__wrapped__(name)
+    again = build_family.__wrapped__("dino")
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(again.inputs, family.inputs)
-    states = again.detector.state_dict(), family.detector.state_dict()
-    assert states[0].keys() == states[1].keys()
-    for key, value in states[0].items():
-        assert torch.equal(value, states[1][key]), key
-    first, second = plain_predict(family), plain_predict(again)
-    assert torch.equal(first.bboxes, second.bboxes)
-    assert torch.equal(first.scores, second.scores)
+    for key, value in family.detector.state_dict().items():
+        assert torch.equal(value, again.detector.state_dict()[key]), key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -91,16 +77,6 @@ def test_the_reference_sees_the_input_of_the_head(name):
         assert len(set(levels)) > 1
     plain_predict(family)  # no hook is left that needs a graph
     assert not family.detector.neck._forward_hooks
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_which_heads_cut_the_graph(name):
-    family = build_family(name)
-    if name == "yolox":
-        with pytest.raises(RuntimeError, match=r"modified in-?place"):
-            predict_with_graph(family)
-    else:
-        assert predict_with_graph(family).scores.requires_grad == (name not in DETACHED)
 
 
 @pytest.fixture
@@ -133,13 +109,8 @@ def shifted_targets(
         seen += 1
         return output
 
-    handle = module.register_forward_hook(
-        lambda _module, _args, output: map_tensors(output, shift_cell)
-    )
-    try:
+    with module.register_forward_hook(lambda m, a, out: map_tensors(out, shift_cell)):
         detections = plain_predict(family)
-    finally:
-        handle.remove()
     return {
         "score": detections.scores,
         **dict(zip(SIDES, detections.bboxes.unbind(1))),

@@ -22,7 +22,8 @@ from ..errors import VisConfigError, VisError
 from ..network.graph import GraphForward, PredictionGraph, TapPoint, prediction_of
 from ..network.layer_path import layer_of_map, named_maps, resolve_layers
 from ..network.levels import Pyramid, last_maps, survey
-from ..network.replay import Replay, ReplayEngine, ReplayTarget
+from ..network.partial import Job, ReplayTarget
+from ..network.replay import Replay, ReplayEngine
 from ..network.state import frozen
 from ..network.trace import CallKey, CallTrace
 from ..records import BoxExplanation, LayerMap
@@ -337,8 +338,9 @@ class BoxAttributor:
                 "box cannot be scored at its own anchor; use target='logit' or a "
                 "gradient method"
             )
-        wanted = wanted_outputs(anchors)
-        replay = Replay(self._engine, case.forward, case.trace(), target, wanted)
+        engine, wanted = self._engine, tuple(wanted_outputs(anchors))
+        job = Job(engine.modules, case.forward, case.trace(), target, wanted)
+        replay = Replay(engine, job)
         size, bar = self.options.batch_size, self._show_progress
         return Scorer(anchors, known, replay, batch_size=size, show_progress=bar)
 

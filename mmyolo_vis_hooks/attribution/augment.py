@@ -39,12 +39,8 @@ def smoothed(
         metainfo (Mapping): Of the image's data sample.
         explain (Callable): Explains other inputs, those detections that are chosen.
     """
-    frame = FrameTransform.from_metainfo(
-        {
-            "batch_input_shape": tuple(inputs.shape[-2:]),
-            **metainfo,
-        }
-    )
+    network_hw = tuple(inputs.shape[-2:])
+    frame = FrameTransform.from_metainfo({"batch_input_shape": network_hw, **metainfo})
     columns = image_columns(frame)
     boxes = _network_boxes(predictions, frame)
     labels = predictions.labels.tolist()

@@ -1,9 +1,7 @@
 """pytorch-grad-cam as a source of weightings.
 
-Its classes are made for a model of their own without target layers, so that they place
-no hook and never see the detector, and are asked for ``get_cam_image`` with activations
-and gradients that were taken elsewhere. It is imported when a method of it is first
-asked for: that takes seconds.
+Its classes never see the detector, but activations and gradients taken elsewhere. It is
+imported when a method of it is first asked for: that takes seconds.
 """
 
 from __future__ import annotations
@@ -17,11 +15,7 @@ from ..errors import VisConfigError
 
 
 def class_of(library_class: str, method: str, since: str) -> Any:
-    """A class of pytorch-grad-cam.
-
-    Raises:
-        VisConfigError: If the library is missing or too old.
-    """
+    """A class of pytorch-grad-cam; a ``VisConfigError`` if it is missing or too old."""
     try:
         library = importlib.import_module("pytorch_grad_cam")
     except ImportError as error:

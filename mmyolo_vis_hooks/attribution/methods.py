@@ -34,7 +34,6 @@ class CamMethod:
     """What a method needs and what its map means.
 
     Attributes:
-        name: As users write it.
         kind: ``'gradient'``: the function is given activations ``(K, C, h, w)`` and
             the target's gradients, alike, and gives maps ``(K, h, w)``.
             ``'activation'``: the same without gradients, once for all boxes.
@@ -89,9 +88,6 @@ def register_method(
             is taken over.
         kind, summary, formula, properties: See :class:`CamMethod`.
 
-    Returns:
-        Callable: The decorator; it gives the function back as it is.
-
     Raises:
         VisConfigError: If there is no such kind.
     """
@@ -110,19 +106,20 @@ def register_method(
 
 def caption_of(method: str, target: str) -> str:
     """What pictures say of a method and a target: ``'boxam · score'``."""
-    shared = "" if method_of(method).box_specific else " · not of the box alone"
+    shared = "" if validate(method).box_specific else " · not of the box alone"
     return f"{method} · {target}{shared}"
 
 
-def method_of(name: Any) -> CamMethod:
-    """Look up a method by name.
+def validate(name: Any, *, eigen_smooth: bool = False) -> CamMethod:
+    """Look up a method, and check the option of its weighting.
 
     Args:
         name (str): One of ``METHODS``.
+        eigen_smooth (bool): See :func:`weigh`.
 
     Raises:
-        VisConfigError: If the name is unknown, or the installed grad-cam is missing
-            or too old for it.
+        VisConfigError: If the name is unknown, the installed grad-cam is missing or
+            too old for it, or ``eigen_smooth`` has no meaning for the method.
     """
     if not isinstance(name, str) or name not in METHODS:
         near = difflib.get_close_matches(str(name).lower(), METHODS, n=3, cutoff=0.5)
@@ -133,21 +130,6 @@ def method_of(name: Any) -> CamMethod:
     method = METHODS[name]
     if method.library_class:
         library.class_of(method.library_class, name, method.since)
-    return method
-
-
-def validate(name: Any, *, eigen_smooth: bool = False) -> CamMethod:
-    """Check a method and the option of its weighting.
-
-    Args:
-        name (str): One of ``METHODS``.
-        eigen_smooth (bool): See :func:`weigh`.
-
-    Raises:
-        VisConfigError: As :func:`method_of`, or if ``eigen_smooth`` has no meaning
-            for the method.
-    """
-    method = method_of(name)
     if eigen_smooth and not method.takes_eigen_smooth:
         takers = ", ".join(m.name for m in METHODS.values() if m.takes_eigen_smooth)
         raise VisConfigError(
@@ -178,8 +160,7 @@ def weigh(
         Tensor: ``(K, h, w)`` float32, finite and not negative, on the same device.
 
     Raises:
-        VisConfigError: If the method is unknown, not available, or does not take
-            ``eigen_smooth``.
+        VisConfigError: As :func:`validate`.
         FeatureShapeError: If the shapes are wrong.
         VisError: If an input has NaN or infinities, or the result would have.
     """
@@ -216,11 +197,7 @@ def _called(method: CamMethod, given: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def shaped(values: Any, shape: Sequence[int], giver: str) -> torch.Tensor:
-    """Give back what a registered function gave, if it is a tensor of a shape.
-
-    Raises:
-        VisError: If it is none; the message names who gave it.
-    """
+    """What a registered function gave; a ``VisError`` if it is no tensor of a shape."""
     given = type(values).__name__
     if isinstance(values, torch.Tensor):
         given = f"a tensor of shape {tuple(values.shape)}"
@@ -234,19 +211,7 @@ def shaped(values: Any, shape: Sequence[int], giver: str) -> torch.Tensor:
 def weigh_channels(
     activations: torch.Tensor, weights: torch.Tensor, *, eigen_smooth: bool = False
 ) -> torch.Tensor:
-    """Maps of the methods that have one weight per channel: relu(sum_c w_c * A).
-
-    Args:
-        activations (Tensor): ``(C, h, w)``.
-        weights (Tensor): ``(K, C)``, per box.
-        eigen_smooth (bool): As in :func:`weigh`. Defaults to False.
-
-    Returns:
-        Tensor: ``(K, h, w)`` float32, finite and not negative.
-
-    Raises:
-        VisError: If the result has NaN or infinities.
-    """
+    """Maps ``(K, h, w)`` of weights ``(K, C)`` of the channels of ``(C, h, w)``."""
     activations = activations.detach().float()
     weights = weights.to(activations)
     if not eigen_smooth:
@@ -266,14 +231,8 @@ def limited(maps: torch.Tensor, limits: Sequence[int]) -> torch.Tensor:
 def principal_component(channels: torch.Tensor) -> torch.Tensor:
     """First principal component over the channels; its sign is arbitrary.
 
-    Computed from the smaller of both covariances: grad-cam's decomposition fills a
-    matrix of cells x cells, 7.6 s for an 80 x 80 map of 256 channels.
-
-    Args:
-        channels (Tensor): ``(K, C, h, w)``.
-
-    Returns:
-        Tensor: ``(K, h, w)`` float64.
+    ``(K, C, h, w)`` -> ``(K, h, w)`` float64, from the smaller of both covariances:
+    grad-cam's decomposition takes 7.6 s for an 80 x 80 map of 256 channels.
     """
     rows = channels.double().flatten(2)
     rows = rows - rows.mean(dim=2, keepdim=True)
@@ -304,11 +263,7 @@ def rectified(maps: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:
-    """Refuse NaN and infinities.
-
-    Raises:
-        VisError: If there are any.
-    """
+    """Refuse NaN and infinities by a ``VisError``."""
     finite = values.isfinite()
     if not bool(finite.all()):
         raise VisError(

@@ -26,24 +26,18 @@ def render_saliency(
 ) -> np.ndarray:
     """Interpolate a map at the centres of the image's pixels and smooth it there.
 
-    The result is that of ``cv2.GaussianBlur`` after :meth:`FrameTransform.resample`.
-    Both are linear and work on each axis for itself, so only the two interpolation
-    matrices are blurred, and the picture is made by two matrix products.
+    As ``cv2.GaussianBlur`` after :meth:`FrameTransform.resample`. Both are linear and
+    work on each axis for itself, so only the two interpolation matrices are blurred.
 
     Args:
         saliency (np.ndarray): ``(h, w)``, any real dtype, cells over the network
-            frame. It is not modified.
+            frame.
         frame (FrameTransform): The image at the resolution of the drawing.
         sigma_px (float): Standard deviation of the Gaussian, pixels of the image;
             0 smooths nothing. The image is continued by reflection. Defaults to 0.
 
     Returns:
         np.ndarray: ``(H, W)`` float32, over the image frame.
-
-    Examples:
-        >>> frame = FrameTransform.stretch((48, 64), (6, 8))
-        >>> render_saliency(np.ones((6, 8), np.float32), frame, sigma_px=5).shape
-        (48, 64)
     """
     height, width = saliency.shape
     rows, columns = frame.axis_samplings((height, width))
@@ -74,14 +68,9 @@ def _blurred_interpolation(
 
 
 def box_sigma(box_xyxy: np.ndarray, smooth: float) -> float:
-    """Standard deviation of the smoothing at the scale of a box.
+    """Sigma in pixels of a smoothing in units of the box, the square root of its area.
 
-    Args:
-        box_xyxy (np.ndarray): ``(4,)``, pixels of the frame that is smoothed.
-        smooth (float): In units of the box, the square root of its area.
-
-    Returns:
-        float: Pixels; 0 for a box without area or with NaN.
+    It is 0 for a box without area or with NaN.
     """
     x1, y1, x2, y2 = (float(v) for v in box_xyxy)
     area = (x2 - x1) * (y2 - y1)
@@ -94,8 +83,7 @@ def fuse_saliency(
     """Make one map of several, element by element.
 
     Args:
-        maps (Sequence[np.ndarray]): One or more of one shape, not negative. They
-            are not modified.
+        maps (Sequence[np.ndarray]): One or more of one shape, not negative.
         fusion (str): ``'max'``, ``'mean'``, ``'sum'`` or ``'product'``.
         normalize (bool): Divide each map by its maximum first; one that is zero
             everywhere stays as it is.
@@ -103,25 +91,15 @@ def fuse_saliency(
     Returns:
         np.ndarray: Same shape, float64: the product of gradients is easily below
         the smallest float32.
-
-    Raises:
-        VisConfigError: If nobody knows the fusion.
-        ValueError: If there are no maps.
     """
     if fusion not in FUSIONS:
         raise VisConfigError(
             f"fusion={fusion!r} is unknown; set one of {', '.join(map(repr, FUSIONS))}"
         )
-    if not maps:
-        raise ValueError("there are no maps to fuse; give one or more")
     stack = np.stack([np.asarray(values, dtype=np.float64) for values in maps])
     if normalize:
         stack = np.stack([normalize_saliency(values) for values in stack])
-    if fusion == "max":
-        return stack.max(axis=0)
-    if fusion == "mean":
-        return stack.mean(axis=0)
-    return stack.sum(axis=0) if fusion == "sum" else stack.prod(axis=0)
+    return getattr(stack, "prod" if fusion == "product" else fusion)(axis=0)
 
 
 def normalize_saliency(
@@ -133,12 +111,10 @@ def normalize_saliency(
     map that is the same everywhere becomes 1, not noise.
 
     Args:
-        saliency (np.ndarray): ``(H, W)`` floating point, not negative. It is not
-            modified.
+        saliency (np.ndarray): ``(H, W)`` floating point, not negative.
         box_xyxy (np.ndarray, optional): ``(4,)``, pixels of the map. With it only
             the inside counts: it is divided by its own maximum, and everything
-            outside becomes 0. A pixel is inside if its centre is. Defaults to
-            None, the whole map.
+            outside becomes 0. A pixel is inside if its centre is.
 
     Returns:
         np.ndarray: Same shape and dtype, 0 to 1; zero where there is nothing to
@@ -159,21 +135,14 @@ def _inside(box_xyxy: np.ndarray, map_hw: tuple[int, ...]) -> tuple[slice, slice
     """The rows and columns whose pixel centres lie in a box."""
     if not np.isfinite(box_xyxy).all():
         return slice(0, 0), slice(0, 0)
-    x1, y1, x2, y2 = (float(v) for v in box_xyxy)
-    first_row, last_row = (
-        int(np.clip(np.ceil(v - 0.5), 0, map_hw[0])) for v in (y1, y2)
-    )
-    first, last = (int(np.clip(np.ceil(v - 0.5), 0, map_hw[1])) for v in (x1, x2))
-    return slice(first_row, last_row), slice(first, last)
+    height, width = map_hw
+    begins = np.ceil(np.asarray(box_xyxy) - 0.5).clip(0, [width, height] * 2)
+    left, top, right, bottom = begins.astype(int).tolist()
+    return slice(top, bottom), slice(left, right)
 
 
 def saliency_range(saliency: np.ndarray, frame: FrameTransform) -> tuple[float, float]:
-    """Smallest and largest value of a map in the cells that lie on the image.
-
-    Args:
-        saliency (np.ndarray): ``(h, w)``, cells over the network frame.
-        frame (FrameTransform): The image within the network frame.
-    """
+    """Smallest and largest value of a map ``(h, w)`` in the cells on the image."""
     rows, columns = (
         axis.cell_weights(size) > 0
         for axis, size in zip(frame.axis_samplings(saliency.shape), saliency.shape)
@@ -198,7 +167,7 @@ def box_saliency(
     result is divided by its maximum.
 
     Args:
-        explanation (BoxExplanation): Its maps are not modified.
+        explanation (BoxExplanation): Of the box.
         frame (FrameTransform): The image at the resolution of the drawing.
         box_xyxy (np.ndarray): ``(4,)``, pixels of that image.
         smooth (float, optional): Sigma of the Gaussian, in units of the box. None
@@ -210,8 +179,7 @@ def box_saliency(
             Defaults to False.
 
     Returns:
-        np.ndarray: ``(H, W)`` float32, 0 to 1; all zero where nothing has any
-        influence.
+        np.ndarray: ``(H, W)`` float32, 0 to 1; all zero without any influence.
     """
     if not explanation.maps:
         return np.zeros(frame.image_hw, dtype=np.float32)

@@ -106,7 +106,7 @@ class Scorer:
     @torch.no_grad()
     def scores(self, values: torch.Tensor) -> torch.Tensor:
         """Scores ``(n, K)`` float64 for values ``(n, ...)`` of the target."""
-        outputs = dict(zip(self._replay.wanted, self._replay.run(values)))
+        outputs = dict(zip(self._replay.job.wanted, self._replay.run(values)))
         columns = [
             link([_read(entries, outputs[entries.key]) for entries in anchor.entries])
             for anchor, link in self._anchors

@@ -27,17 +27,11 @@ BOX_SIDES = ("x1", "y1", "x2", "y2")
 
 @dataclass(frozen=True)
 class ChosenBoxes:
-    """The K detections of an image that are explained; everything has a graph.
-
-    Attributes:
-        graph: What the forward left behind.
-        indices: Which of its detections.
-        detector: Name of the detector's class, for messages.
-    """
+    """The K detections of an image that are explained; everything has a graph."""
 
     graph: PredictionGraph
     indices: list[int]
-    detector: str
+    detector: str  # name of its class, for messages
 
     @property
     def scores(self) -> torch.Tensor:
@@ -62,11 +56,7 @@ class ChosenBoxes:
 
     @cached_property
     def anchors(self) -> list[Anchor]:
-        """Where the head decided their scores.
-
-        Raises:
-            VisConfigError: If the detector has no head that can be asked.
-        """
+        """Where the head decided their scores."""
         if not self.graph.head_outputs:
             raise VisConfigError(
                 "the place of a box in the raw outputs is known for detectors with a "
@@ -94,7 +84,6 @@ class Target:
     """One number of a detection.
 
     Attributes:
-        name: As users write it.
         function: Gives ``(K,)`` with a graph for ``ChosenBoxes``.
         summary: What it is, a few words.
         compares: Whether changes of it mean something to the methods that change what
@@ -117,9 +106,6 @@ def register_target(name: str, *, summary: str, compares: bool = False) -> Calla
         name (str): As users will write it. The name of a target that is there already
             is taken over.
         summary, compares: See :class:`Target`.
-
-    Returns:
-        Callable: The decorator; it gives the function back as it is.
     """
 
     def register(function: Callable) -> Callable:
@@ -130,11 +116,7 @@ def register_target(name: str, *, summary: str, compares: bool = False) -> Calla
 
 
 def validate_target(target: Any) -> None:
-    """Check the name of a target.
-
-    Raises:
-        VisConfigError: If there is none of this name.
-    """
+    """Check the name of a target; a ``VisConfigError`` if there is none."""
     if not isinstance(target, str) or target not in TARGETS:
         near = difflib.get_close_matches(str(target), TARGETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -176,12 +158,6 @@ def class_logits(anchor: Anchor) -> list[RawPlace]:
 
     Heads give their class scores before everything else, and their class axis has
     the number of the label, or the only element that the score depends on.
-
-    Args:
-        anchor (Anchor): Of a *score*.
-
-    Raises:
-        VisError: If the score does not depend on a class logit that can be told.
     """
     logits = []
     for entries in _class_entries(anchor):
@@ -199,14 +175,7 @@ def class_logits(anchor: Anchor) -> list[RawPlace]:
 
 
 def objectness_logits(anchor: Anchor) -> list[RawPlace]:
-    """Places of the raw objectness or centerness of a detection.
-
-    Args:
-        anchor (Anchor): Of a *score*.
-
-    Raises:
-        VisConfigError: If the head has none.
-    """
+    """Places of the raw objectness or centerness of a detection."""
     own = {entries.key for entries in _class_entries(anchor)}
     places = [
         (entries.key, tuple(entries.places[0].tolist()))

@@ -100,10 +100,8 @@ class PredictionGraph:
 class GraphForward:
     """Runs ``predict`` with a graph that begins at the earliest tap.
 
-    No parameter takes part in the graph, so what lies before the taps costs what it
-    costs without gradients. No loss, no ground truth and nothing that depends on the
-    kind of head is needed; two habits of heads would cut the graph, and are undone
-    after the head's own forward only:
+    What lies before the taps costs what it costs without gradients. Two habits of heads
+    would cut the graph, and are undone after the head's own forward only:
 
     - Heads with objectness multiply scores in place in a view that autograd
       protects. The product is then made out of place, with the same values.
@@ -121,17 +119,12 @@ class GraphForward:
         self.heads = head_modules(detector)
         self._keep_graph = False
 
-    def run(
-        self,
-        inputs: torch.Tensor,
-        metainfo: Mapping[str, Any],
-    ) -> PredictionGraph:
+    def run(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> PredictionGraph:
         """Predict the detections of one image.
 
-        The detector must be :func:`frozen`, also while gradients are taken.
-
         Args:
-            inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
+            inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it. The
+                detector must be :func:`frozen`, also while gradients are taken.
             metainfo (Mapping): Of the image's data sample.
 
         Raises:
@@ -149,28 +142,22 @@ class GraphForward:
         return graph
 
     def _run_once(
-        self,
-        inputs: torch.Tensor,
-        metainfo: Mapping[str, Any],
-        keep_graph: bool,
+        self, inputs: torch.Tensor, metainfo: Mapping[str, Any], keep_graph: bool
     ) -> PredictionGraph:
         # Tensors of inference mode take part in no graph; their copies do.
         inputs = inputs.clone() if inputs.is_inference() else inputs.detach()
         graph = PredictionGraph(inputs)
         calls: Counter[str] = Counter()
-        handles: list[Any] = []
-        data_sample = DetDataSample(metainfo=dict(metainfo))
         with contextlib.ExitStack() as stack:
-            stack.callback(lambda: [handle.remove() for handle in handles])
             stack.enter_context(torch.enable_grad())
             mode = _KeepGraph(keep_graph)
             for tap in self.taps:
-                handles.append(_attach_tap(tap, graph, calls))
+                stack.callback(_attach_tap(tap, graph, calls).remove)
             for path, head in self.heads.items():
                 hook = _head_hook(path, graph, mode, calls)
-                handles.append(head.register_forward_hook(hook))
+                stack.callback(head.register_forward_hook(hook).remove)
             stack.callback(mode.leave)
-            (output,) = self._detector(graph.inputs, [data_sample], mode="predict")
+            (output,) = prediction_of(self._detector, graph.inputs, metainfo)()
         graph.predictions = output.pred_instances
         silent = [tap for tap in self.taps if not calls["tap " + tap.layer]]
         if silent:
@@ -195,9 +182,6 @@ def head_modules(detector: nn.Module) -> dict[str, nn.Module]:
 
     OpenMMLab's detectors call them ``bbox_head``, in a list for cascades; a head of
     region proposals is none of them.
-
-    Args:
-        detector (nn.Module): The detector, without wrappers.
     """
     heads: dict[str, nn.Module] = {}
     for path, module in detector.named_modules():
@@ -221,13 +205,11 @@ def gradients(
 
     Args:
         scalar (Tensor | Sequence[Tensor]): What is differentiated.
-        tensors (Sequence[Tensor]): Where the gradients are wanted.
+        tensors (Sequence[Tensor]): Where the gradients are wanted. None is given where
+            one has no influence.
         slopes (Sequence[Tensor], optional): Derivatives of something by each tensor
             in ``scalar``, where these are no scalars. Defaults to None.
         create_graph (bool): Make a graph of the gradients too. Defaults to False.
-
-    Returns:
-        list: None where a tensor has no influence.
 
     Raises:
         NoGradientError: If something on the way cannot be differentiated.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,10 +30,12 @@ def image_tensors(
     Raises:
         FeatureShapeError: If there is none, or one has another batch size.
     """
-    tensors = []
-    for index, tensor in flatten_tensors(output):
-        if tensor.ndim < 3 or not tensor.is_floating_point():
-            continue
+    tensors = [
+        (index, tensor)
+        for index, tensor in flatten_tensors(output)
+        if tensor.ndim >= 3 and tensor.is_floating_point()
+    ]
+    for _, tensor in tensors:
         if tensor.shape[0] != batch_size:
             raise FeatureShapeError(
                 f"target_layers: {layer} gives a tensor of shape "
@@ -42,7 +43,6 @@ def image_tensors(
                 "image(s), so it cannot be laid over an image (outputs of RoI "
                 "heads and of windows are of this kind); choose another layer"
             )
-        tensors.append((index, tensor))
     if not tensors:
         raise FeatureShapeError(
             f"target_layers: {layer} gives no feature map ((B, C, H, W) or "
@@ -54,7 +54,7 @@ def image_tensors(
 def spatial_maps(
     tensor: torch.Tensor, network_hw: tuple[int, int], layer: str
 ) -> list[torch.Tensor]:
-    """Give one image's output as feature maps.
+    """Give one image's output as feature maps ``(C, h, w)``.
 
     Args:
         tensor (Tensor): ``(C, h, w)``, or tokens ``(N, C)`` where ``N`` cells of
@@ -62,9 +62,6 @@ def spatial_maps(
             after a class token.
         network_hw (tuple): Height and width of the network's input, pixels.
         layer (str): Path of the layer, for the message.
-
-    Returns:
-        list[Tensor]: ``(C, h, w)`` each.
 
     Raises:
         FeatureShapeError: If the tokens fit no grid over the input.
@@ -80,51 +77,28 @@ def spatial_maps(
 def token_slices(
     tokens: torch.Tensor, network_hw: tuple[int, int], layer: str
 ) -> list[tuple[int, int, int]]:
-    """Where the maps lie in a sequence of tokens.
+    """First token, rows and columns of each map in tokens ``(N, C)``.
 
-    Args:
-        tokens (Tensor): ``(N, C)`` of one image.
-        network_hw (tuple): Height and width of the network's input, pixels.
-        layer (str): Path of the layer, for the message.
-
-    Returns:
-        list: First token, rows and columns of each map.
-
-    Raises:
-        FeatureShapeError: If the tokens fit no grid over the input.
+    The arguments and errors are those of :func:`spatial_maps`.
     """
     if tokens.ndim != 2:
         raise FeatureShapeError(
             f"target_layers: {layer} gives {tuple(tokens.shape)} for an image; only "
             "(C, H, W) and tokens (H*W, C) can be drawn"
         )
-    num_tokens = tokens.shape[0]
     grids = [
         (math.ceil(network_hw[0] / s), math.ceil(network_hw[1] / s))
         for s in _TOKEN_STRIDES
     ]
-    for extra in (0, 1):  # with a class token in front
-        levels = _matching_levels(num_tokens - extra, grids)
-        if levels:
-            slices, start = [], extra
-            for h, w in levels:
-                slices.append((start, h, w))
-                start += h * w
-            return slices
+    for start in (0, 1):  # with a class token in front
+        for first in range(len(grids)):
+            slices, end = [], start
+            for h, w in grids[first:]:
+                slices.append((end, h, w))
+                end += h * w
+                if end == len(tokens):
+                    return slices
     raise FeatureShapeError(
-        f"target_layers: {layer} gives {num_tokens} tokens, which fit no grid over "
+        f"target_layers: {layer} gives {len(tokens)} tokens, which fit no grid over "
         f"the network's input of {network_hw[0]}x{network_hw[1]} pixels"
     )
-
-
-def _matching_levels(
-    num_tokens: int, grids: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """Consecutive pyramid levels whose cells add up to the number of tokens."""
-    for first in range(len(grids)):
-        total = 0
-        for last in range(first, len(grids)):
-            total += grids[last][0] * grids[last][1]
-            if total == num_tokens:
-                return list(grids[first : last + 1])
-    return []

@@ -1,13 +1,10 @@
 """Re-runs only that part of a network which depends on one layer, in batches.
 
-The detector's own ``forward`` runs again, and each module in it decides what to do: one
-that had finished before the layer ran, or whose inputs are the very tensors that were
-recorded, gives the output that was recorded; everything else computes.
-
-Calls that follow the layer, but from which no gradient leads to what is wanted, give
-their recorded outputs too: other pyramid levels of a head, and what feeds a choice. So
-the proposals of a two-stage detector and the queries that an encoder selects stay those
-of the image, as a score at the box's own anchor needs it.
+What runs is told in :mod:`.partial`. Calls that follow the layer, but from which no
+gradient leads to what is wanted, give their recorded outputs too: other pyramid levels
+of a head, and what feeds a choice. So the proposals of a two-stage detector and the
+queries that an encoder selects stay those of the image, as a score at the box's own
+anchor needs it.
 
 Whether that is right is tried once per layer and wanted outputs against whole
 forwards; where it is not, as in a network that hides a state, these are run.
@@ -15,20 +12,18 @@ forwards; where it is not, as in a network that hides a state, these are run.
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from logging import Logger
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .graph import HeadKey
-from .nested import OutputIndex, flatten_tensors, map_tensors
-from .trace import CallKey, CallTrace, ReplayError, patched_forwards, trace_forward
+from .nested import flatten_tensors
+from .partial import Job, OtherCallsError, PartialRun
+from .trace import CallKey, CallTrace, ReplayError, trace_forward
 
 _TOLERANCE = 1e-4
 # Half precision rounds more than that.
@@ -41,32 +36,9 @@ _BATCH_TOLERANCE = 0.02
 _VALUES_AT_ONCE = {"cpu": 90_000_000}
 _VALUES_AT_ONCE_ELSEWHERE = 2_000_000_000
 _BATCH_SIZES = (4, 32)
-_INTEGERS = (torch.int64, torch.int32)
 _READING = frozenset(
     ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy")
 )
-
-
-class ReplayTarget(NamedTuple):
-    """The tensor that a replay replaces.
-
-    Attributes:
-        call: The call that gives or takes it.
-        place: Where it lies in the nested output, or among the arguments.
-        side: ``'output'`` or ``'input'``.
-    """
-
-    call: CallKey
-    place: OutputIndex
-    side: str = "output"
-
-
-class OtherCallsError(ReplayError):
-    """The network called other modules than had been recorded."""
-
-
-class _Stop(Exception):
-    """Ends a forward as soon as everything that is wanted has been computed."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +62,7 @@ class _Decision:
 
 
 class ReplayEngine:
-    """Makes replays of a detector, and remembers how each target is replayed.
+    """What the replays of a detector share: how each target is replayed.
 
     Args:
         detector (nn.Module): The detector, without wrappers. It must be ``frozen``
@@ -113,30 +85,16 @@ class Replay:
 
     Args:
         engine (ReplayEngine): Of the detector.
-        forward (Callable): Runs ``predict`` of the detector on the image.
-        trace (CallTrace): What it computed.
-        target (ReplayTarget): What is replaced. Its first axis is that of the images.
-        wanted (Sequence[HeadKey]): What is computed.
+        job (Job): What is replaced and wanted.
 
     Raises:
         ReplayError: If the target does not run, or has no influence on what is wanted.
     """
 
-    def __init__(
-        self,
-        engine: ReplayEngine,
-        forward: Callable[[], Any],
-        trace: CallTrace,
-        target: ReplayTarget,
-        wanted: Sequence[HeadKey],
-    ) -> None:
-        self.modules = engine.modules
-        self.forward = forward
-        self.trace = trace
-        self.target = target
-        self.wanted = tuple(wanted)
+    def __init__(self, engine: ReplayEngine, job: Job) -> None:
+        self.job = job
         self._engine = engine
-        self._key = target, self.wanted
+        self._key = job.target, job.wanted
         if self._key not in engine.decisions:
             engine.decisions[self._key] = self._decide()
 
@@ -153,7 +111,7 @@ class Replay:
             return 1
         if asked is not None:
             return asked
-        device = self.trace.raw(self.wanted[0]).device.type
+        device = self.job.trace.raw(self.job.wanted[0]).device.type
         most = _VALUES_AT_ONCE.get(device, _VALUES_AT_ONCE_ELSEWHERE)
         least, greatest = _BATCH_SIZES
         return min(max(most // max(1, self._decision.size), least), greatest)
@@ -176,123 +134,70 @@ class Replay:
             rows = [self.run(value[None]) for value in batch]
             return [_joined(parts) for parts in zip(*rows)]
         if decision.way == "whole":
-            return self._whole(lambda _: batch)
+            return self.job.whole(batch)
         try:
             if len(batch) > 1:
                 batch = batch.contiguous(memory_format=decision.layout)
-            return _PartialRun(self, batch, decision.held).run()
+            return PartialRun(self.job, batch, decision.held).run()
         except OtherCallsError as error:
             self._engine.decisions[self._key] = self._give_up(error)
             return self.run(batch)
 
-    def _whole(
-        self,
-        change: Callable[[torch.Tensor], torch.Tensor],
-        held: Collection[CallKey] = (),
-    ) -> list[torch.Tensor]:
-        """The wanted outputs of a whole forward with another value of the target."""
-        counts: Counter[str] = Counter()
-        outputs: dict[HeadKey, torch.Tensor] = {}
-        target = self.target
-
-        def replaced(place: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
-            return change(tensor).clone() if place == target.place else tensor
-
-        def call(path: str, original: Callable, args: tuple, kwargs: dict) -> Any:
-            key = CallKey(path, counts[path])
-            counts[path] += 1
-            if key in held:
-                return map_tensors(self.trace.outputs[key], lambda _, t: t.clone())
-            if key == target.call and target.side == "input":
-                args = map_tensors(args, replaced)
-            output = original(*args, **kwargs)
-            if key == target.call and target.side == "output":
-                output = map_tensors(output, replaced)
-            self.collect(key, output, outputs)
-            return output
-
-        with patched_forwards(self.modules, call), contextlib.suppress(_Stop):
-            self.forward()
-        missing = sorted({key.path for key in self.wanted if key not in outputs})
-        if missing:
-            raise ReplayError(f"{', '.join(missing)} did not give what is wanted")
-        return [outputs[key] for key in self.wanted]
-
-    def collect(
-        self, key: CallKey, output: Any, outputs: dict[HeadKey, torch.Tensor]
-    ) -> None:
-        """Keep what a call gave if it is wanted; end the forward if that is all."""
-        if not any(wanted[:2] == key for wanted in self.wanted):
-            return
-        for index, tensor in flatten_tensors(output):
-            outputs[HeadKey(*key, index)] = tensor
-        if all(wanted in outputs for wanted in self.wanted):
-            raise _Stop
-
     # The trial.
 
     def _decide(self) -> _Decision:
-        """Try the recorded value and another one against whole forwards."""
-        path, seen = self.target.call.path, []
-
-        def other(value: torch.Tensor) -> torch.Tensor:
-            seen.append(value.detach().clone())
-            return _rippled(seen[0])
-
-        self.trace.position(self.target.call)
-        recorded = [self.trace.raw(key) for key in self.wanted]
-        with torch.no_grad():
-            expected = self._whole(other)
-        if not seen:
+        """Try two values against whole forwards."""
+        call, place, side = self.job.target
+        self.job.trace.position(call)
+        there = dict(flatten_tensors(self.job.trace.outputs[call]))
+        if side == "input":
+            there = {at[1:]: tensor for at, tensor in self.job.trace.given[call]}
+        if place not in there:
+            raise ReplayError(f"{call.path} has no tensor at {place}")
+        value = there[place].clone()
+        if value.shape[0] != 1:
             raise ReplayError(
-                f"{path} has no tensor at {self.target.place}, or runs too late"
+                f"{call.path} gives {tuple(value.shape)}, whose first axis is not that "
+                "of the images"
             )
-        if seen[0].shape[0] != 1:
-            raise ReplayError(
-                f"{path} gives {tuple(seen[0].shape)}, whose first axis is not that of "
-                "the images"
-            )
-        if all(map(torch.equal, recorded, expected)):
-            heads = ", ".join(sorted({key.path for key in self.wanted}))
-            raise ReplayError(f"{path} has no influence on {heads}")
-        try:
-            return self._tried(seen[0], recorded, expected)
-        except Exception as error:  # whatever a network raises that is run otherwise
-            return self._give_up(error)
-
-    def _tried(
-        self,
-        value: torch.Tensor,
-        recorded: list[torch.Tensor],
-        expected: list[torch.Tensor],
-    ) -> _Decision:
-        other = _rippled(value)
-        held, reads_values = self._leading_elsewhere(value)
+        # No random number is drawn for others that are like those.
+        waves = torch.arange(value.numel(), device=value.device).cos().to(value.dtype)
+        other = value * (0.8 + 0.1 * waves.reshape(value.shape))
         with torch.no_grad():
-            single = _PartialRun(self, other, held)
-            found = single.run()
-            if held and not all(map(_agree, found, expected)):
+            recorded = [self.job.trace.raw(key) for key in self.job.wanted]
+            if all(map(torch.equal, recorded, self.job.whole(other))):
+                heads = ", ".join(sorted({key.path for key in self.job.wanted}))
+                raise ReplayError(f"{call.path} has no influence on {heads}")
+            try:
+                return self._tried(value, other)
+            except (
+                Exception
+            ) as error:  # whatever a network raises that is run otherwise
+                return self._give_up(error)
+
+    def _tried(self, *values: torch.Tensor) -> _Decision:
+        held, reads_values = self._leading_elsewhere(values[0])
+        expected = []
+        for value in values:
+            run = PartialRun(self.job, value, held)
+            found, whole = run.run(), self.job.whole(value)
+            if held and not all(map(_agree, found, whole)):
                 # Another value makes a network choose other regions or queries.
-                expected = self._whole(lambda _: other, held)
-            again = _PartialRun(self, value, held).run()
-            pairs = zip(found + again, expected + recorded)
-            for key, pair in zip(self.wanted * 2, pairs):
-                if not _agree(*pair):
-                    raise ReplayError(
-                        f"{key.path} gave other values than in a whole forward"
-                    )
-            layouts = [] if reads_values else [torch.contiguous_format]
-            if layouts and value.is_cpu and value.ndim == 4:
-                layouts.insert(0, torch.channels_last)
-            batch = torch.cat([value, other])
-            for layout in layouts:
-                try:
-                    laid = batch.contiguous(memory_format=layout)
-                    rows = _PartialRun(self, laid, held).run()
-                except Exception:  # whatever a network raises that was given one image
-                    continue
-                if all(map(_is_batch_of, rows, recorded, expected)):
-                    return _Decision("batch", held, single.size, layout)
+                whole = self.job.whole(value, held)
+            if not all(map(_agree, found, whole)):
+                raise ReplayError("it gave other values than in a whole forward")
+            expected.append(whole)
+        layouts = [] if reads_values else [torch.contiguous_format]
+        if layouts and value.is_cpu and value.ndim == 4:
+            layouts.insert(0, torch.channels_last)
+        for layout in layouts:
+            try:
+                batch = torch.cat(values).contiguous(memory_format=layout)
+                rows = PartialRun(self.job, batch, held).run()
+            except Exception:  # whatever a network raises that was given one image
+                continue
+            if all(map(_is_batch_of, rows, *expected)):
+                return _Decision("batch", held, run.size, layout)
         return _Decision("single", held)
 
     def _leading_elsewhere(
@@ -304,7 +209,7 @@ class Replay:
         together.
         """
         computed: list[tuple[int, torch.Tensor]] = []
-        run = _PartialRun(self, value.detach().requires_grad_(), (), computed)
+        run = PartialRun(self.job, value.detach().requires_grad_(), (), computed)
         mode = _Attached(run)
         with torch.enable_grad(), mode:
             ends = [output for output in run.run() if output.requires_grad]
@@ -319,139 +224,23 @@ class Replay:
         held, inside_until = set(), 0
         for position in sorted({n for n, _ in found} - live):
             if position >= inside_until:
-                held.add(self.trace.keys[position])
-                inside_until = self.trace.ends[position]
+                held.add(self.job.trace.keys[position])
+                inside_until = self.job.trace.ends[position]
         return frozenset(held), mode.reads_values
 
     def _give_up(self, error: Exception) -> _Decision:
         self._engine.logger.warning(
             "Whole forwards are run for what depends on "
-            f"{self.target.call.path}, since it cannot be re-run by itself: "
+            f"{self.job.target.call.path}, since it cannot be re-run by itself: "
             f"{error or type(error).__name__}"
         )
         return _Decision("whole")
 
 
-class _PartialRun:
-    """One run of what depends on the target. See the module's text for the rule."""
-
-    def __init__(
-        self,
-        replay: Replay,
-        batch: torch.Tensor,
-        held: Collection[CallKey],
-        computed: list[tuple[int, torch.Tensor]] | None = None,
-    ) -> None:
-        self._replay = replay
-        self._batch = batch
-        self._held = held
-        self._computed = computed
-        self._target = replay.trace.position(replay.target.call)
-        self._next = self._depth = 0
-        self._outputs: dict[HeadKey, torch.Tensor] = {}
-        # Of recorded tensors what the network got: by id, which no other has meanwhile.
-        self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.size = 0
-
-    @property
-    def is_past_target(self) -> bool:
-        """Whether the target has been replaced."""
-        return self._next > self._target
-
-    def run(self) -> list[torch.Tensor]:
-        """Compute the wanted outputs."""
-        with patched_forwards(self._replay.modules, self._call):
-            try:
-                self._replay.forward()
-            except _Stop:
-                return [self._outputs[key] for key in self._replay.wanted]
-        raise OtherCallsError("the forward ended before the wanted outputs")
-
-    def _call(self, path: str, original: Callable, args: tuple, kwargs: dict) -> Any:
-        position, trace, target = self._next, self._replay.trace, self._replay.target
-        if position >= len(trace.keys) or trace.keys[position].path != path:
-            raise OtherCallsError(f"{path} runs where another call had been recorded")
-        key, end = trace.keys[position], trace.ends[position]
-        follows = position > self._target
-        if key == target.call and target.side == "output":
-            output = map_tensors(trace.outputs[key], self._replaced)
-        elif end <= self._target or (follows and self._is_recorded(key, args, kwargs)):
-            output = map_tensors(trace.outputs[key], self._recorded)
-        else:
-            self._next += 1
-            if key == target.call:
-                args = map_tensors(args, self._replaced)
-            if follows:
-                args, kwargs = self._widened(args, kwargs)
-            self._depth += 1
-            output = original(*args, **kwargs)
-            self._depth -= 1
-            if self._next != end:
-                raise OtherCallsError(f"{path} made other calls than recorded")
-            if follows:
-                tensors = [tensor for _, tensor in flatten_tensors(output)]
-                self.size += sum(tensor.numel() for tensor in tensors)
-                if self._computed is not None:
-                    self._computed += [(position, tensor) for tensor in tensors]
-        self._next = end
-        self._replay.collect(key, output, self._outputs)
-        return output
-
-    def _is_recorded(self, key: CallKey, args: tuple, kwargs: dict) -> bool:
-        """Whether a call that follows the target gives its recorded output."""
-        if key in self._held:
-            return True
-        given = [tensor for _, tensor in flatten_tensors((args, kwargs))]
-        recorded = self._replay.trace.given[key]
-        return (
-            bool(given)
-            and len(given) == len(recorded)
-            and all(
-                self._given.get(id(one), (one, one))[1] is other
-                for one, (_, other) in zip(given, recorded)
-            )
-        )
-
-    def _recorded(self, _: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
-        """What the network gets of a recorded tensor, which nothing must change."""
-        # The detector itself has a list of samples, which knows of one image.
-        own = self._expanded(tensor) if self._depth else tensor
-        own = tensor.clone() if own is tensor else own
-        self._given[id(own)] = own, tensor
-        return own
-
-    def _replaced(self, place: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
-        if place == self._replay.target.place:
-            return self._batch.clone()
-        return tensor if self.is_past_target else self._recorded(place, tensor)
-
-    def _widened(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Expand single images among arguments to the size of the batch beside them."""
-        tensors = [tensor for _, tensor in flatten_tensors((args, kwargs))]
-        rows = {tensor.shape[0] for tensor in tensors if tensor.ndim > 1}
-        if len(self._batch) == 1 or not {1, len(self._batch)} <= rows:
-            return args, kwargs
-
-        def widened(_: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
-            own = self._expanded(tensor)
-            if id(tensor) in self._given:
-                self._given[id(own)] = own, self._given[id(tensor)][1]
-            return own
-
-        return map_tensors((args, kwargs), widened)
-
-    def _expanded(self, tensor: torch.Tensor) -> torch.Tensor:
-        # Integers are sizes and indices, which are no images' values.
-        is_image = tensor.ndim > 1 and tensor.shape[0] == 1
-        if len(self._batch) == 1 or not is_image or tensor.dtype in _INTEGERS:
-            return tensor
-        return tensor.expand(len(self._batch), *tensor.shape[1:])
-
-
 class _Attached(TorchFunctionMode):
     """Lets gradients through ``detach``, and sees what Python is told."""
 
-    def __init__(self, run: _PartialRun) -> None:
+    def __init__(self, run: PartialRun) -> None:
         super().__init__()
         self._run = run
         self.reads_values = False
@@ -465,25 +254,19 @@ class _Attached(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _rippled(value: torch.Tensor) -> torch.Tensor:
-    """Other values that are like those: no random number is drawn for them."""
-    waves = torch.arange(value.numel(), device=value.device).cos().to(value.dtype)
-    return value * (0.8 + 0.1 * waves.reshape(value.shape))
-
-
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.float() - other.float()).abs().max()) if one.numel() else 0.0
+def _largest(values: torch.Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor, slack: float = 0.0) -> bool:
     if found.shape != expected.shape:
         return False
-    largest = float(expected.float().abs().max()) if expected.numel() else 0.0
-    precision = 0.0
-    if expected.is_floating_point():
-        precision = _TOLERANCE_IN_EPS * torch.finfo(expected.dtype).eps
-    allowed = max(_TOLERANCE, precision) * max(1e-6, largest)
-    return _difference(found, expected) <= max(allowed, slack)
+    exact = not expected.is_floating_point()
+    eps = 0.0 if exact else torch.finfo(expected.dtype).eps
+    found, expected = found.float(), expected.float()
+    share = max(_TOLERANCE, _TOLERANCE_IN_EPS * eps)
+    allowed = max(share * max(1e-6, _largest(expected)), slack)
+    return _largest(found - expected) <= allowed
 
 
 def _is_batch_of(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -491,7 +274,7 @@ def _is_batch_of(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) 
     axis = batch_axis(first.shape, rows.shape)
     if axis is None or rows.shape == first.shape:
         return False
-    slack = _BATCH_TOLERANCE * _difference(first, second)
+    slack = _BATCH_TOLERANCE * _largest(first.float() - second.float())
     return all(
         _agree(rows.narrow(axis, n, 1), alone, slack)
         for n, alone in enumerate((first, second))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmyolo_vis_hooks.attribution import methods
-from mmyolo_vis_hooks.attribution.methods import METHODS, method_of, validate
+from mmyolo_vis_hooks.attribution.methods import METHODS, validate
 from mmyolo_vis_hooks.attribution.perturb import most_active
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
 
@@ -272,9 +272,9 @@ class TestEveryMethod:
 class TestRefusals:
     def test_unknown_methods(self):
         with pytest.raises(VisConfigError, match="did you mean 'boxam'"):
-            method_of("boxcam")
+            validate("boxcam")
         with pytest.raises(VisConfigError, match=r"method=None.*boxam"):
-            method_of(None)
+            validate(None)
 
     def test_eigen_smooth_without_weighted_channels(self):
         for name in ("eigencam", "fem", "drise"):
@@ -301,8 +301,8 @@ class TestRefusals:
     def test_a_library_that_is_missing_or_old(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "pytorch_grad_cam", types.ModuleType("old"))
         with pytest.raises(VisConfigError, match=r"needs FEM.*grad-cam>=1.5.5"):
-            method_of("fem")
+            validate("fem")
         monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
         with pytest.raises(VisConfigError, match=r"does not import.*pip install"):
-            method_of("xgradcam")
-        assert method_of("boxam").default_smooth == 0.1
+            validate("xgradcam")
+        assert validate("boxam").default_smooth == 0.1

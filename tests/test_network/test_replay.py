@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mmyolo_vis_hooks.network.graph import HeadKey, head_modules
 from mmyolo_vis_hooks.network.nested import flatten_tensors, map_tensors
-from mmyolo_vis_hooks.network.replay import Replay, ReplayEngine, ReplayTarget
+from mmyolo_vis_hooks.network.partial import Job, ReplayTarget
+from mmyolo_vis_hooks.network.replay import Replay, ReplayEngine
 from mmyolo_vis_hooks.network.state import frozen
 from mmyolo_vis_hooks.network.trace import CallKey, ReplayError
 from tests.families import build_family
@@ -33,12 +34,13 @@ TWO_STAGE = ("faster_rcnn", "cascade_rcnn")
 CASES: list[tuple[str, str, int, tuple, bool]] = [
     ("yolov5", "neck.bottom_up_layers.0", 0, (), True),
     ("yolov5", "backbone.stage3.1.blocks.0.conv2.bn", 0, (), True),
+    ("yolox", "neck.out_layers.2", 0, (), True),
     ("yolov8", "neck", 0, (0,), True),
     ("yolov8", "bbox_head.head_module.reg_preds.1.0", 0, (), False),
     # Levels share the convolution, but not the norm.
     ("rtmdet", "bbox_head.head_module.cls_convs.0.0.conv", 1, (), True),
     ("retinanet", "backbone.layer3.1.bn2", 0, (), True),
-    ("retinanet", "backbone.layer3.0.relu", 1, (), False),
+    ("retinanet", "backbone.layer3.0.relu", 1, (), True),
     ("retinanet", "bbox_head.cls_convs.1.conv", 1, (), True),
     ("atss", "bbox_head.reg_convs.0.gn", 2, (), True),
     ("faster_rcnn", "neck", 0, (0,), False),
@@ -47,7 +49,7 @@ CASES: list[tuple[str, str, int, tuple, bool]] = [
     ("detr", "encoder.layers.1.ffn", 0, (), True),
     ("detr", "decoder.post_norm", 1, (), True),
     ("deformable_detr", "neck", 0, (1,), False),
-    ("deformable_detr", "bbox_head.cls_branches.0", 1, (), False),
+    ("deformable_detr", "bbox_head.cls_branches.0", 1, (), True),
     # Its queries choose where the second layer looks.
     ("dino", "decoder.layers.0", 0, (), False),
 ]
@@ -436,7 +438,9 @@ RAW = [HeadKey("bbox_head", 0, (0,))]
 def replay_of(
     engine: ReplayEngine, place: Scene, target: ReplayTarget, wanted: list[HeadKey]
 ) -> Replay:
-    return Replay(engine, place.forward, engine.trace(place.forward), target, wanted)
+    trace = engine.trace(place.forward)
+    job = Job(engine.modules, place.forward, trace, target, tuple(wanted))
+    return Replay(engine, job)
 
 
 def toy_replay(place: Scene, target: ReplayTarget = BODY) -> tuple[Replay, list[str]]:
@@ -477,9 +481,10 @@ def tokens(net: Any, x: Tensor) -> Tensor:
 
 
 def beside(net: Any, x: Tensor) -> Tensor:
-    """A map of one image meets what follows, in a module and in a sum."""
+    """A map of one image meets what follows: in a list, in a module, in a sum."""
     early = net.empty(torch.ones(1, 4, 8, 8))
-    return net.two(x, early) + net.extra(early)
+    both = torch.cat([x, early], dim=1)
+    return net.two(x, early) + both[:, 4:] + net.extra(early)
 
 
 FOLLOWED: dict[str, tuple[Callable, bool]] = {
