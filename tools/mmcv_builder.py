@@ -4,13 +4,11 @@
     python -m mmcv_builder        (in a checkout: python tools/mmcv_builder.py)
 
 It needs torch, MMEngine, a C++ compiler and the package registry. If mmcv's ops run
-already, it does nothing. Otherwise it takes mmcv's source, compiles it with the C++
-standard that this torch needs, without debug information and with a precompiled
-header, proves the result by running NMS and RoIAlign, and installs it. Finished wheels
-stay in the user's cache folder, so that a second environment with the same versions
-gets its mmcv within seconds. Where mmcv comes from OneDL's fork, it builds the fork in
-the version that is installed. It heeds these variables: MMVIS_CACHE_DIR, CXX, MAX_JOBS
-(compilers at a time), FORCE_CUDA (1 or 0), TORCH_CUDA_ARCH_LIST.
+already, it does nothing. Otherwise it compiles mmcv with the C++ standard that this
+torch needs and a precompiled header, proves the result by running NMS and RoIAlign, and
+installs it; where mmcv comes from OneDL's fork, the fork in the version that is
+installed. Finished wheels stay in the user's cache folder. It heeds MMVIS_CACHE_DIR,
+CXX, MAX_JOBS (compilers at a time), FORCE_CUDA (1 or 0), TORCH_CUDA_ARCH_LIST.
 """
 
 # The standard library only: this must import before mmcv and all around it is there.
@@ -43,11 +41,12 @@ SDIST_SHA256 = "2b9b2c23795b3f43cf2ebcaca46552d9b4ef7e903eacdcf7c08ee15195044071
 FORK = "onedl-mmcv"  # it imports as mmcv, too
 # setuptools 81 dropped pkg_resources, which mmcv's setup.py imports.
 BUILD_TOOLS = ("setuptools>=64,<81", "wheel", "ninja", "psutil")
-DISK_NEEDED, MEMORY_PER_JOB = 1_000_000_000, 1_500_000_000
+MEMORY_PER_JOB = 1_500_000_000
 PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 
 REMEDIES = {  # only for words that can mean one thing; otherwise the log has to do
-    r"No space left on device": "The disk is full: free some space.",
+    r"No space left on device": "The disk is full: free some space (1 GB), or "
+    "name another folder in MMVIS_CACHE_DIR.",
     r"Killed signal terminated program|: Cannot allocate memory"
     r"|virtual memory exhausted|LLVM ERROR: out of memory": "The machine ran out of "
     "memory: close other programs, or set MAX_JOBS=1 to compile one file at a time.",
@@ -89,8 +88,10 @@ def run_program(work: Callable[[], None]) -> int:
             signal.signal(signum, signal.default_int_handler)
     try:
         work()
-    except (BuildError, OSError) as error:  # OSError: a full disk, mostly
-        print(f"error: {error}", file=sys.stderr)
+    except (BuildError, OSError) as error:
+        others = "; MMVIS_CACHE_DIR and VENV= name other folders"
+        told = others if isinstance(error, OSError) else ""  # a full disk, mostly
+        print(f"error: {error}{told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted: run the same command again to go on.", file=sys.stderr)
@@ -107,11 +108,10 @@ def run(
 ) -> None:
     """Run a command in a process group of its own, which ends with this program.
 
-    Its output goes into the log and, line by line, to ``on_line``. If it fails, a
-    BuildError says so in the words of ``problem`` and its own.
+    Its output goes into the log and, by lines, to ``on_line``; a BuildError quotes it.
     """
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    options |= dict(**pipes, stderr=subprocess.STDOUT, errors="replace")
+    options |= dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    options |= dict(stderr=subprocess.STDOUT, errors="replace")
     output = []
     with log.open("a") as file:
         print(f"\n$ {shlex.join(command)}", file=file, flush=True)
@@ -149,11 +149,9 @@ def pip(*arguments: str, python: str | Path = sys.executable) -> list[str]:
 def ask(code: str, *words: str, python: str | Path = sys.executable) -> dict[str, Any]:
     """Run Python code in a child that prints one JSON object as its last line.
 
-    The current folder is not on the child's path: it may hold a folder `mmcv`.
-
-    Returns:
-        dict: That object; or ``{'error': ...}`` if the child failed or crashed.
+    Gives that object, or ``{'error': ...}`` if the child failed or crashed.
     """
+    # The current folder is not on the child's path: it may hold a folder `mmcv`.
     code = f"import json, sys\nsys.path = [path for path in sys.path if path]\n{code}"
     command = [str(python), "-c", code, *words]
     child = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -203,12 +201,12 @@ def wanted() -> tuple[str, str]:
 
 
 def check_imports() -> None:
-    pair, rest = "torch torchvision", "mmengine>=0.10"
-    for module, wanted in {"torch": pair, "mmengine": rest, "cv2": rest}.items():
+    for module in ("torch", "mmengine", "cv2"):
         try:
             importlib.import_module(module)
         except ImportError as error:
-            remedy = shlex.join(pip("install", *wanted.split()))
+            needed = "torch torchvision" if module == "torch" else "mmengine>=0.10"
+            remedy = shlex.join(pip("install", *needed.split()))
             problem = f"mmcv needs {module} ({remedy}), which does not import"
             raise BuildError.quote(problem, str(error)) from error
 
@@ -275,9 +273,8 @@ def precompile(real: Sequence[str], folder: Path) -> dict[str, str]:
 def compile_one(argv: Sequence[str]) -> NoReturn:
     """Stand in for the C++ compiler: add the precompiled header, then call it.
 
-    The first compilation makes the header with its very flags, since neither gcc
-    nor clang takes one that was made with others. A call with other flags, a
-    link or a file that is not C++ goes through as it came.
+    The first compilation makes it with its very flags, since gcc and clang take no
+    other; a call with other flags, or of something else, goes through as it came.
     """
     real, header, compiled = json.loads(os.environ["MMVIS_CXX"])
     flags, words, extra = [], iter(argv), []
@@ -314,9 +311,8 @@ if os.path.exists('setup.py'):
 def patch_setup(text: str) -> str:
     """Mend what torch and Python have outgrown in mmcv's setup.py.
 
-    Without the hard-coded C++ standard torch's extension builder adds the one that
-    this torch needs; nvcc does not know -g0. And since Python 3.13 `locals()` does
-    not see what `exec` defined.
+    Where no C++ standard is named, torch adds the one that it needs; nvcc does not know
+    -g0. Since Python 3.13 `locals()` does not see what `exec` defined.
     """
     nvcc = r"(extra_compile_args\['nvcc'\] \+= )\['-std=c\+\+\d+'\]"
     text = re.sub(nvcc, r"\1['-w']", text)
@@ -355,12 +351,6 @@ def build_wheel(device: str, entry: Path) -> Path:
     name, version = wanted()
     log, start = entry / "build.log", time.monotonic()
     log.unlink(missing_ok=True)
-    free = shutil.disk_usage(entry).free
-    if free < DISK_NEEDED:
-        raise BuildError(
-            f"Only {free / 1e9:.2f} GB are free in {entry}, {DISK_NEEDED / 1e9:.0f} GB "
-            "are needed: free some, or name another folder in MMVIS_CACHE_DIR."
-        )
     with tempfile.TemporaryDirectory(prefix="tmp-", dir=entry) as temporary:
         folder = Path(temporary)
         compiler = find_compiler(folder, log)
@@ -391,8 +381,7 @@ def cache_entry(device: str) -> Path:
     """A folder that is different whenever a wheel would not fit."""
     import torch
 
-    usual = "Library/Caches" if sys.platform == "darwin" else ".cache"
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / usual)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(os.environ.get("MMVIS_CACHE_DIR") or base / "mmyolo_vis_hooks")
     toolkit = torch.version.hip or torch.version.cuda if device == "cuda" else ""
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
@@ -434,8 +423,7 @@ def install(device: str, entry: Path, force: bool) -> None:
     run(f"pip could not install {wheel.name}", pip("install", *options), log)
     proof = ask(PROOF, device)
     if proof.get("version") != version:
-        problem = "The wheel works on its own, but not as it is installed"
-        raise BuildError(f"{problem}: does another mmcv come first? {proof}")
+        raise BuildError(f"The wheel works, but another mmcv comes first: {proof}")
     print(f"{name} {version} is installed; NMS and RoIAlign give the right numbers.")
 
 
@@ -452,13 +440,9 @@ def build(force: bool) -> None:
     problem = proof.get("error") or f"mmcv {version} is not {target}"
     print(f"mmcv's ops do not run here yet: {problem}")
     entry = cache_entry(device)
-    try:
-        entry.mkdir(parents=True, exist_ok=True)
-        with locked(entry / "lock", "Another process builds the same wheel"):
-            install(device, entry, force)
-    except PermissionError as error:
-        told = f"{error}. MMVIS_CACHE_DIR names another folder."
-        raise BuildError(told) from error
+    entry.mkdir(parents=True, exist_ok=True)
+    with locked(entry / "lock", "Another process builds the same wheel"):
+        install(device, entry, force)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

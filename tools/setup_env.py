@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 """Makes the virtual environment that the Makefile works in, and checks it.
 
-A finished environment is recognised at once by a stamp in its folder, which lists what
-was installed. An install that was interrupted leaves an empty stamp: the next call goes
-on where it stopped. A pair of torch and torchvision that works is kept.
+A stamp in its folder lists what was installed; an interrupted install leaves it empty,
+and the next call goes on. A pair of torch and torchvision that works is kept.
 """
 
 from __future__ import annotations
@@ -108,8 +107,7 @@ def provide_venv(env: Environment) -> None:
 def provide_torch(env: Environment, request: str) -> list[str]:
     """Install torch and torchvision as a pair, or keep the one that works.
 
-    Returns:
-        list: What to tell pip later on, so that the pair stays.
+    Gives what to tell pip later on, so that the pair stays.
     """
     found = ask(PAIR, python=env.python)
     if request or "error" in found:
