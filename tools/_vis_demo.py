@@ -146,13 +146,8 @@ def look(
 ) -> None:
     """Do what both tools do, from the command line to the status of the process.
 
-    Args:
-        args: The command line.
-        kind: Of the options that say what is drawn.
-        make_maker: Makes what turns images into samples, of a detector with weights.
-        panel_kind: Draws a sample.
-        title: Of the page.
-        fade: See :class:`HtmlPage`.
+    ``make_maker`` is given a detector with weights and makes what turns images into
+    samples, which a panel draws. The page has the title, and fades as HtmlPage says.
     """
     demo = Demo(args, kind)
     detector = demo.build()
@@ -165,28 +160,12 @@ def look(
 
 
 class Demo:
-    """One run of a tool; checks at first everything that needs no network.
-
-    Args:
-        args: The command line.
-        kind: Of the options that say what is drawn.
-
-    Attributes:
-        options: Those, checked.
-        source: The images.
-        pipeline: The config's test pipeline.
-        placement: How the images are drawn, and what they go through.
-        class_names: Of the weights, or else of the config.
-        palette: Colours of the classes.
-
-    Raises:
-        ToolError, VisError: With what is wrong and the remedy.
-    """
+    """One run of a tool; checks at first everything that needs no network."""
 
     options: Any
-    placement: Any = None
-    class_names: tuple[str, ...] = ()
-    palette: Any = None
+    placement: Any
+    class_names: tuple[str, ...]
+    palette: Any
 
     def __init__(self, args: argparse.Namespace, kind: type[Options]) -> None:
         if args.out_dir is None and args.out_file is None and not args.show:
@@ -222,12 +201,7 @@ class Demo:
             make_writable(Path(args.out_file).parent)
 
     def build(self) -> nn.Module:
-        """Build the detector, check the layers, and load the weights.
-
-        Raises:
-            VisError: If a layer is unknown, or the weights do not fit.
-            ToolError: If the weights cannot be read.
-        """
+        """Build the detector, check the layers, and load the weights."""
         with config_mistakes(self.args.config):
             detector = build_detector(self.config, self._device)
             self.placement = self._place(detector)
@@ -270,11 +244,7 @@ class Demo:
         )
 
     def try_on_first(self, maker: SampleMaker, detector: nn.Module) -> None:
-        """Let what can never work fail before the first picture.
-
-        Raises:
-            VisError: With the reason.
-        """
+        """Let what can never work fail before the first picture."""
         try:
             data = self.placement.pipeline.pack(next(self.first_images()))
             maker.prepare(*network_input(detector, data))
@@ -285,11 +255,7 @@ class Demo:
             logger.debug(f"the trial before the first image: {error}")
 
     def run(self, maker: SampleMaker, panel: Any, *, title: str, fade: bool) -> int:
-        """Make a picture of every image; gives the status of the process.
-
-        Raises:
-            KeyboardInterrupt: At Ctrl-C, once what was finished is on the page.
-        """
+        """Make a picture of every image; gives the status of the process."""
         page = None
         if self.args.out_dir is not None:
             page = HtmlPage(
@@ -416,11 +382,7 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def load_image(pipeline: ImagePipeline, number: int, image: SourceImage) -> Loaded:
-    """Load an image of a source through the steps that load.
-
-    Raises:
-        VisError: If it cannot be read.
-    """
+    """Load an image of a source through the steps that load."""
     if image.content is None:
         raise image.error or VisError(f"there is no image {image.title}")
     return pipeline.load(image.content, img_id=number, img_path=image.title)

@@ -102,11 +102,7 @@ def main() -> None:
 
 
 def read_model(path: str) -> InertObject:
-    """The pickled model of a checkpoint of Ultralytics; nothing in it runs.
-
-    Raises:
-        ToolError: If there is none.
-    """
+    """The pickled model of a checkpoint of Ultralytics; nothing in it runs."""
     checkpoint, _ = read_inertly(path, "cpu")
     found = checkpoint if isinstance(checkpoint, Mapping) else {}
     # In training both are there, and the averaged one is what is validated.
@@ -148,11 +144,7 @@ def class_names_of(model: InertObject) -> tuple[str, ...]:
 
 
 def rename(saved: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
-    """Give tensors the names that they have in MMYOLO.
-
-    Raises:
-        ToolError: If the model is neither YOLOv5 nor YOLOv8, or has more parts.
-    """
+    """Give tensors the names that they have in MMYOLO."""
     if "model.24.m.0.weight" in saved:
         neck, parts, head_layer, head = _V5_NECK, _V5_PARTS, 24, _V5_HEAD
     elif "model.22.cv2.0.0.conv.weight" in saved:
@@ -195,11 +187,7 @@ def check_weights(
     names: tuple[str, ...],
     what: str,
 ) -> None:
-    """Make sure that a detector gets all of its weights, and nothing is left over.
-
-    Raises:
-        ToolError: If not; names what does not fit.
-    """
+    """Make sure that a detector gets all of its weights, and nothing is left over."""
     own = detector.state_dict()
     missing = [key for key in own if key not in weights]
     unknown = [key for key in weights if key not in own]
@@ -222,11 +210,7 @@ def check_weights(
 
 
 def check_anchors(anchors: torch.Tensor, detector: Any) -> None:
-    """Make sure that YOLOv5's anchors, in cells of their level, are the config's.
-
-    Raises:
-        ToolError: If the weights were trained with others.
-    """
+    """Make sure that YOLOv5's anchors, in cells of their level, are the config's."""
     trained = anchors * torch.tensor(_V5_STRIDES).view(-1, 1, 1)
     own = torch.tensor(detector.bbox_head.prior_generator.base_sizes).float()
     # float16 has three digits.

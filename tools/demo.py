@@ -292,11 +292,7 @@ def test(
 def check_pictures(
     config: Any, trained: dict[str, Any], tested: dict[str, Any], progress: Progress
 ) -> list[Path]:
-    """Make sure that no picture is missing; lay them out by epoch.
-
-    Raises:
-        DemoError: If a picture is missing, on disk or in the events.
-    """
+    """Make sure that no picture is missing; lay them out by epoch."""
     from mmyolo_vis_hooks.publish.files import write_image
     from mmyolo_vis_hooks.render.montage import Cell, montage
 
@@ -337,11 +333,7 @@ def check_pictures(
 
 
 def read_pictures(vis_data: Path, mode: str, name: str) -> dict[tuple[str, int], Any]:
-    """Decoded RGB pictures of a hook, by image id and step.
-
-    Raises:
-        DemoError: If a picture does not decode, or is of one colour.
-    """
+    """Decoded RGB pictures of a hook, by image id and step."""
     import cv2
 
     pictures = {}

@@ -111,9 +111,6 @@ def make_dataset(
 
     Returns:
         Path: ``root``.
-
-    Raises:
-        FileExistsError: If the folder is somebody else's.
     """
     root = Path(root)
     options = options or DigitsOptions()

@@ -91,11 +91,7 @@ def prepare(args: argparse.Namespace) -> Config:
 
 
 def draw_detections(config: Config, args: argparse.Namespace) -> None:
-    """Make ``DetVisualizationHook`` show or save the detections.
-
-    Raises:
-        ToolError: If the config does not have the hook.
-    """
+    """Make ``DetVisualizationHook`` show or save the detections."""
     hook = (config.get("default_hooks") or {}).get("visualization")
     if not hook:
         raise ToolError(
@@ -123,9 +119,6 @@ def use_tta(config: Config) -> None:
 
     A config without ``tta_model`` or ``tta_pipeline`` gets MMDetection's: the
     image and its mirror image.
-
-    Raises:
-        ToolError: If the pipeline does not end by packing the inputs.
     """
     if "tta_model" not in config:
         nms = {"type": "nms", "iou_threshold": 0.5}

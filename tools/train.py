@@ -69,11 +69,7 @@ def prepare(args: argparse.Namespace) -> Config:
 
 
 def use_amp(config: Config) -> None:
-    """Switch the optimizer wrapper to mixed precision.
-
-    Raises:
-        ToolError: If the config's wrapper has no counterpart.
-    """
+    """Switch the optimizer wrapper to mixed precision."""
     wrapper = config.optim_wrapper
     kind = wrapper.get("type", "OptimWrapper")
     if kind == "AmpOptimWrapper":
@@ -92,11 +88,7 @@ def use_amp(config: Config) -> None:
 
 
 def use_auto_scale_lr(config: Config) -> None:
-    """Switch on what the config prepared.
-
-    Raises:
-        ToolError: If the config does not say how to scale.
-    """
+    """Switch on what the config prepared."""
     scaling = config.get("auto_scale_lr")
     if not scaling or "base_batch_size" not in scaling:
         raise ToolError(

@@ -16,11 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+import convert_ultralytics as tool
 from mmyolo_vis_hooks.checkpoint import CheckpointError
 from mmyolo_vis_hooks.detector import build_detector, load_weights, read_config
-from tests.test_tools.loading import load_tool
-
-tool = load_tool("convert_ultralytics")
 
 V5 = "mmyolo::yolov5/yolov5_n-v61_syncbn_fast_8xb16-300e_coco.py"
 V8 = "mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
@@ -185,21 +183,16 @@ def network(version: int, nc: int = 4) -> DetectionModel:
     return DetectionModel(version, nc).eval().half()
 
 
-def convert(monkeypatch: pytest.MonkeyPatch, *args: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["convert_ultralytics.py", *map(str, args)])
-    tool.run_tool(tool.main)
-
-
 @pytest.mark.parametrize(("version", "config"), [(5, V5), (8, V8)])
 def test_the_converted_network_computes_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, config: str
+    tmp_path: Path, run: Any, version: int, config: str
 ) -> None:
     model, out = network(version), tmp_path / "out.pth"
     if version == 5:  # a training that goes on: the averaged weights count
         source = save(tmp_path / "in.pt", version, model, DetectionModel(5, 4).half())
     else:
         source = save(tmp_path / "in.pt", version, None, model)
-    convert(monkeypatch, source, out, "--config", config, *OPTIONS)
+    assert run(tool, source, out, "--config", config, *OPTIONS) == 0
 
     settings = read_config(config)
     settings.model.bbox_head.head_module.num_classes = 4
@@ -241,7 +234,7 @@ def spoiled(version: int) -> DetectionModel:
     ],
 )
 def test_what_does_not_fit_is_said(
-    tmp_path: Path, monkeypatch, capsys, version, model, config, options, message
+    tmp_path: Path, mistake, version, model, config, options, message
 ) -> None:
     source, out = save(tmp_path / "in.pt", version, model), tmp_path / "out.pth"
     if isinstance(model, DetectionModel):  # whoever loads it is told what to do
@@ -249,20 +242,14 @@ def test_what_does_not_fit_is_said(
         with pytest.raises(CheckpointError) as caught:
             load_weights(nn.Conv2d(3, 4, 1), source)
         assert command in str(caught.value)
-    with pytest.raises(SystemExit, match="2"):
-        convert(monkeypatch, source, out, "--config", config, *options)
-    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("error: ")
+    line = mistake(tool, source, out, "--config", config, *options)
     assert re.search(message, line), line
     assert not out.exists()
 
 
-def test_places_that_cannot_be_written(tmp_path, monkeypatch, capsys) -> None:
+def test_places_that_cannot_be_written(tmp_path, mistake) -> None:
     source = save(tmp_path / "in.pt", 8, network(8))
-    for out, message in (
-        (source, "OUT is the same file as IN"),
-        (tmp_path / "no" / "out.pth", "there is no folder"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            convert(monkeypatch, source, out, "--config", V8)
-        assert message in capsys.readouterr().err
+    refused = mistake(tool, source, source, "--config", V8)
+    assert "OUT is the same file as IN" in refused
+    nowhere = tmp_path / "no" / "out.pth"
+    assert "there is no folder" in mistake(tool, source, nowhere, "--config", V8)

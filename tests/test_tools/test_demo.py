@@ -14,10 +14,8 @@ import pytest
 from mmengine.config import Config
 from rich.progress import Progress
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import demo  # noqa: E402
+import demo
+from tests.test_tools.helpers import TOOLS
 
 
 @pytest.fixture(scope="module")
@@ -107,28 +105,30 @@ def test_missing_and_empty_pictures_are_noticed(ran):
             hidden.rename(events)
 
 
-def test_a_failing_test_program_ends_the_demo(tmp_path):
+def test_a_failing_test_program_ends_the_demo(tmp_path, monkeypatch):
+    (tmp_path / "test.py").write_text("import sys; sys.exit('log\\nerror: no disk')")
+    monkeypatch.setattr(demo, "TOOLS", tmp_path)
     with (
         Progress(disable=True) as progress,
-        pytest.raises(demo.DemoError, match=r"no config file .*gone\.py"),
+        pytest.raises(demo.DemoError, match=r"test\.log: error: no disk$"),
     ):
-        demo.test(tmp_path / "gone.py", tmp_path / "gone.pth", tmp_path, progress)
+        demo.test(tmp_path / "a.py", tmp_path / "a.pth", tmp_path, progress)
 
 
 def test_a_bad_detector_ends_the_demo(monkeypatch, tmp_path, capsys):
     """The threshold holds for the full demo and not for a quick look."""
     score = {demo.METRIC: 0.5, "coco/bbox_mAP": 0.3}
-    fakes = {
-        "import_libraries": lambda: None,
-        "check_device": lambda device: None,
-        "make_data": lambda args, progress: tmp_path,
-        "make_config": lambda *_: Config({"custom_hooks": []}),
-        "train": lambda *_: {"checkpoint": None, "vis_data": tmp_path, "history": {}},
-        "test": lambda *_: {"metrics": score, "vis_data": tmp_path},
-        "check_pictures": lambda *_: [],
+    results = {
+        "import_libraries": None,
+        "check_device": None,
+        "make_data": tmp_path,
+        "make_config": Config(),
+        "train": {"checkpoint": None, "vis_data": tmp_path, "history": {}},
+        "test": {"metrics": score, "vis_data": tmp_path},
+        "check_pictures": [],
     }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(demo, name, fake)
+    for name, result in results.items():
+        monkeypatch.setattr(demo, name, lambda *_, result=result: result)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--work-dir", str(tmp_path)])
     assert demo.main() == 1
     assert "mAP50 is 0.500" in capsys.readouterr().out

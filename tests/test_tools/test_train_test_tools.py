@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import logging
 import os
 import pickle
 import re
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 
+import train as train_tool
+from _common import ToolError
+from digits_dataset import DigitsOptions, make_dataset
 from mmyolo_vis_hooks.checkpoint import load_checkpoint_safely
-from tests.test_tools.loading import TOOLS, load_tool
+from tests.test_hooks.helpers import pictures
+from tests.test_tools.helpers import ROOT, TOOLS
 
-from ..test_hooks.helpers import pictures
-
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "demo" / "yolov8_n_digits.py"
+NO_HOOKS = "custom_hooks=[]"  # what they do is not the point, and takes time
 
-from _common import ToolError  # noqa: E402
-from digits_dataset import DigitsOptions, make_dataset  # noqa: E402
-
-train_tool = load_tool("train")
-test_tool = load_tool("test")
+# Not by its name: `test` is one of Python's packages.
+spec: Any = importlib.util.spec_from_file_location("test_tool", TOOLS / "test.py")
+test_tool: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(test_tool)
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,6 @@ def options(digits: Path, work_dir: Path, *more: str) -> list[str]:
     settings += ["train_cfg.max_epochs=1", "default_hooks.checkpoint.interval=1"]
     settings += ["param_scheduler=None", "default_hooks.logger.interval=1"]
     return ["--work-dir", str(work_dir), "--cfg-options", *settings, *more]
-
-
-def call(monkeypatch: pytest.MonkeyPatch, tool: ModuleType, *args: Any) -> None:
-    """Run a tool in this process, as its script would."""
-    monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, args)])
-    tool.run_tool(tool.main)
 
 
 def losses(work_dir: Path) -> list[float]:
@@ -102,32 +97,25 @@ def test_train_leaves_checkpoint_log_and_pictures(trained):
     assert drawn_by_hook(trained, "val") == {"boxam": 4, "featmap": 4}
 
 
-def test_test_writes_predictions_pictures_and_results(
-    digits, trained, tmp_path, monkeypatch
-):
-    out, run = tmp_path / "predictions.pkl", tmp_path / "run"
-    call(
-        *(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth", "--out", out),
-        *("--show-dir", "boxes", "--deploy"),
-        *options(digits, run),
-    )
+def test_test_writes_predictions_pictures_and_results(digits, trained, tmp_path, run):
+    out, folder = tmp_path / "predictions.pkl", tmp_path / "run"
+    words = ("--out", out, "--show-dir", "boxes", "--deploy", *options(digits, folder))
+    assert run(test_tool, CONFIG, trained / "epoch_1.pth", *words) == 0
     predictions = pickle.loads(out.read_bytes())
     assert [p["img_id"] for p in predictions] == [1, 2, 3, 4]
     assert set(predictions[0]["pred_instances"]) == {"bboxes", "scores", "labels"}
-    (metrics,) = run.glob("*/*.json")
+    (metrics,) = folder.glob("*/*.json")
     assert "coco/bbox_mAP_50" in json.loads(metrics.read_text())
-    shown = sorted(path.name for path in run.glob("*/boxes/*.png"))
+    shown = sorted(path.name for path in folder.glob("*/boxes/*.png"))
     assert shown == [f"val_{i:04d}.png" for i in range(4)]
-    assert drawn_by_hook(run, "test") == {"boxam": 4, "featmap": 4}
+    assert drawn_by_hook(folder, "test") == {"boxam": 4, "featmap": 4}
 
 
-def test_tta_runs_the_views_of_the_config(digits, trained, tmp_path, monkeypatch):
+def test_tta_runs_the_views_of_the_config(digits, trained, tmp_path, run):
     out = tmp_path / "predictions.pkl"
-    call(
-        *(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth"),
-        *("--tta", "--out", out, "--json-prefix", tmp_path / "results"),
-        *options(digits, tmp_path / "run"),
-    )
+    words = ("--tta", "--out", out, "--json-prefix", tmp_path / "results")
+    words = (*words, *options(digits, tmp_path / "run"))
+    assert run(test_tool, CONFIG, trained / "epoch_1.pth", *words) == 0
     assert len(pickle.loads(out.read_bytes())) == 4
     results = json.loads((tmp_path / "results.bbox.json").read_text())
     assert {result["image_id"] for result in results} <= {1, 2, 3, 4}
@@ -135,11 +123,9 @@ def test_tta_runs_the_views_of_the_config(digits, trained, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have AmpOptimWrapper")
-def test_amp_trains_on_the_cpu(digits, trained, tmp_path, monkeypatch):
-    call(
-        *(monkeypatch, train_tool, CONFIG, "--amp"),
-        *options(digits, tmp_path / "amp"),
-    )
+def test_amp_trains_on_the_cpu(digits, trained, tmp_path, run):
+    words = ("--amp", *options(digits, tmp_path / "amp", NO_HOOKS))
+    assert run(train_tool, CONFIG, *words) == 0
     amp, plain = losses(tmp_path / "amp"), losses(trained)
     assert amp == pytest.approx(plain, rel=0.05)
     assert amp != plain
@@ -147,14 +133,10 @@ def test_amp_trains_on_the_cpu(digits, trained, tmp_path, monkeypatch):
     assert all(w.dtype in (torch.float32, torch.int64) for w in weights.values())
 
 
-def test_resume_continues_where_the_training_stopped(
-    digits, trained, tmp_path, monkeypatch
-):
-    call(
-        *(monkeypatch, train_tool, CONFIG),
-        *("--resume", trained / "epoch_1.pth"),
-        *options(digits, tmp_path / "run", "train_cfg.max_epochs=2"),
-    )
+def test_resume_continues_where_the_training_stopped(digits, trained, tmp_path, run):
+    words = options(digits, tmp_path / "run", "train_cfg.max_epochs=2")
+    weights = trained / "epoch_1.pth"
+    assert run(train_tool, CONFIG, "--resume", weights, *words) == 0
     again = load_checkpoint_safely(tmp_path / "run" / "epoch_2.pth")
     assert again["meta"]["epoch"] == 2
     assert again["meta"]["iter"] == 4
@@ -163,10 +145,7 @@ def test_resume_continues_where_the_training_stopped(
     assert {name.rpartition("_")[2] for name in pictures(tmp_path / "run")} == {"2.png"}
 
 
-# ------------------------------------------------------------- how options are taken
-
-
-def test_what_the_command_line_says_is_in_the_config(monkeypatch):
+def test_what_the_command_line_says_is_in_the_config(run, monkeypatch):
     started = []
 
     def build(config: Config) -> ConfigDict:
@@ -174,8 +153,8 @@ def test_what_the_command_line_says_is_in_the_config(monkeypatch):
         return ConfigDict(train=lambda: None)
 
     monkeypatch.setattr(train_tool, "build_runner", build)
-    call(monkeypatch, train_tool, CONFIG, "--cfg-options", "randomness.seed=7")
-    call(monkeypatch, train_tool, CONFIG, "--resume", "--work-dir", "somewhere")
+    assert run(train_tool, CONFIG, "--cfg-options", "randomness.seed=7") == 0
+    assert run(train_tool, CONFIG, "--resume", "--work-dir", "somewhere") == 0
     first, second = started
     assert first.work_dir == os.path.join("work_dirs", "yolov8_n_digits")
     assert (first.randomness.seed, first.launcher) == (7, "none")
@@ -225,29 +204,11 @@ def test_tta_gives_detectors_without_a_tta_pipeline_the_mirror_image():
     assert {"flip", "flip_direction", "scale_factor"} <= set(pack.meta_keys)
 
 
-# ------------------------------------------------------------------ mistakes, in a line
-
-
-def message(capsys: pytest.CaptureFixture, monkeypatch, tool, *args: Any) -> str:
-    # Loggers of earlier tests write to a stdout that is closed by now.
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-    with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, tool, *args)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    last = error.strip().splitlines()[-1]
-    assert "error: " in last
-    return last
-
-
-def test_mistakes_are_named_in_one_line(digits, trained, tmp_path, capsys, monkeypatch):
-    def train(*args: Any) -> str:
-        return message(capsys, monkeypatch, train_tool, *args)
-
-    def test(*args: Any) -> str:
-        return message(capsys, monkeypatch, test_tool, *args)
-
+def test_mistakes_are_named_in_one_line(
+    digits, trained, tmp_path, mistake, monkeypatch
+):
+    train = partial(mistake, train_tool, alone=False)
+    test = partial(mistake, test_tool, alone=False)
     weights = trained / "epoch_1.pth"
     assert "no config file none.py" in train("none.py")
     (tmp_path / "wrong.py").write_text("a = = 1\n")
@@ -262,7 +223,7 @@ def test_mistakes_are_named_in_one_line(digits, trained, tmp_path, capsys, monke
     torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pth")
     whole = load_checkpoint_safely(weights)["state_dict"]
     torch.save({"state_dict": whole}, tmp_path / "weights.pth")
-    run = options(digits, tmp_path / "run")
+    run = options(digits, tmp_path / "run", NO_HOOKS)
     none_fits = "0 of 297 weights fit"
     assert none_fits in test(CONFIG, tmp_path / "other.pth", *run)
     assert none_fits in train(*resume, tmp_path / "other.pth", *run)
@@ -292,23 +253,22 @@ def test_mistakes_are_named_in_one_line(digits, trained, tmp_path, capsys, monke
     ],
 )
 def test_a_setting_that_does_not_fit_is_one_line(
-    digits, tmp_path, capsys, monkeypatch, setting, says
+    digits, tmp_path, mistake, setting, says
 ):
     run = options(digits, tmp_path / "run", setting)
-    assert re.search(says, message(capsys, monkeypatch, train_tool, CONFIG, *run))
+    assert re.search(says, mistake(train_tool, CONFIG, *run, alone=False))
 
 
-def test_a_bug_at_run_time_keeps_its_traceback(digits, trained, tmp_path, monkeypatch):
+def test_a_bug_at_run_time_keeps_its_traceback(
+    digits, trained, tmp_path, run, monkeypatch
+):
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("a bug in the user's own head")
 
     monkeypatch.setattr("mmyolo.models.YOLOv8Head.predict", fail)
-    run = options(digits, tmp_path / "run", "custom_hooks=[]")
+    words = options(digits, tmp_path / "run", NO_HOOKS)
     with pytest.raises(KeyError, match="own head"):
-        call(monkeypatch, test_tool, CONFIG, trained / "epoch_1.pth", *run)
-
-
-# --------------------------------------------------------------------- shell scripts
+        run(test_tool, CONFIG, trained / "epoch_1.pth", *words)
 
 
 def shell(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:

@@ -1,14 +1,12 @@
-"""Time of box explanations, side by side with the ways of others.
+"""Time of box explanations, side by side with what others do.
 
 The unit is one plain forward: ``predict`` without gradients, with its post-processing.
-All jobs of a table take turns, round after round, and a ratio is the median of the
-ratios within the rounds, so that a busy machine disturbs it least.
+All jobs take turns, round after round, and a ratio is the median of the ratios within
+the rounds, so that a busy machine disturbs it least.
 
-- ``gradients``: this package's default method for one, ten and thirty boxes; and the
-  way of a backward pass per box, through the post-processing, to the head's inputs.
-- ``ablation``: AblationCAM per channel; and the way of a whole forward per channel, NMS
-  included. What is recorded once per image is not counted, but shown.
-- ``drise``: masks per second at the boxes' own anchors; and whole forwards with NMS.
+- ``gradients``: the default method for one, ten and thirty boxes.
+- ``ablation``: AblationCAM per channel; and a whole forward per channel, NMS included.
+  What is recorded once per image is not counted, but shown.
 - ``import``: of the package, and of MMDetection, in processes of their own.
 
     python tools/benchmarks/boxam.py
@@ -31,12 +29,11 @@ from typing import Any
 import numpy as np
 from _measure import CONFIG, ROOT, SHARED, WEIGHTS, print_table, take_turns, verdict
 
-PARTS = ("gradients", "ablation", "drise", "import")
+PARTS = ("gradients", "ablation", "import")
 MOST_FORWARDS = {1: 1.2, 10: 1.5, 30: 2.0}
 LEAST_SPEEDUP = {"neck": 100.0, "backbone": 3.0}
 MOST_IMPORT = 1.5
-NUM_MASKS = 64
-COLUMNS = ["detector", "job", "this package", "the others' way", "ratio", "goal"]
+COLUMNS = ["detector", "job", "this package", "other", "ratio", "goal"]
 
 
 class Scene:
@@ -181,26 +178,6 @@ def mixed_boxes(scene: Scene, count: int) -> list[int]:
     return [index for turn in turns for index in turn][:count]
 
 
-def backward_per_box(scene: Scene, chosen: Sequence[int]) -> list[Any]:
-    """A graph from the head's inputs on, and a backward pass per box over all of it."""
-    import torch
-
-    from mmyolo_vis_hooks.network.graph import GraphForward, TapPoint
-
-    detector = scene.detector.requires_grad_(False)
-    forward = GraphForward(detector, [TapPoint("neck", detector.neck)])
-    graph = forward.run(scene.inputs, scene.metainfo)
-    taps, scores = list(graph.taps.values()), graph.predictions.scores
-    found = []
-    for k in chosen:
-        slopes = torch.autograd.grad(
-            scores[k], taps, retain_graph=True, allow_unused=True
-        )
-        pairs = [(t.detach(), g) for t, g in zip(taps, slopes) if g is not None]
-        found.append([(g.relu() * a).sum(1).relu().numpy() for a, g in pairs])
-    return found
-
-
 def forward_without_channel(scene: Scene, path: str) -> Any:
     """A whole forward with a channel of a layer left out."""
 
@@ -220,22 +197,19 @@ def forward_without_channel(scene: Scene, path: str) -> Any:
 
 
 def measure_gradients(scene: Scene, rounds: int) -> list[list[str]]:
-    """Ours and a whole backward per box, in plain forwards."""
+    """Explanations of some boxes, in plain forwards."""
     own = attributor(scene, method="boxam")
-    jobs: dict[str, Callable[[], Any]] = {"plain": scene.predict}
     chosen = {count: mixed_boxes(scene, count) for count in MOST_FORWARDS}
+    jobs: dict[str, Callable[[], Any]] = {"plain": scene.predict}
     for count, boxes in chosen.items():
-        jobs[f"ours {count}"] = partial(explain, own, scene, boxes)
-        jobs[f"theirs {count}"] = partial(backward_per_box, scene, boxes)
+        jobs[f"{count}"] = partial(explain, own, scene, boxes)
     seconds = take_turns(jobs, rounds)
-    plain = seconds["plain"]
-    rows = [[scene.name, "plain forward", shown(plain), "", "1", ""]]
+    rows = []
     for count, goal in MOST_FORWARDS.items():
-        ours, theirs = seconds[f"ours {count}"], seconds[f"theirs {count}"]
+        ours, plain = seconds[f"{count}"], seconds["plain"]
         forwards = ratio(ours, plain)
-        job = f"boxam, {len(chosen[count])} boxes, in forwards"
-        other = f"{shown(theirs)} ({ratio(theirs, plain):.2f} forwards)"
-        row = [scene.name, job, shown(ours), other, f"{forwards:.2f}"]
+        job = f"boxam, {len(chosen[count])} boxes, in plain forwards"
+        row = [scene.name, job, shown(ours), shown(plain), f"{forwards:.2f}"]
         rows.append([*row, verdict(forwards, goal, at_most=True)])
     return rows
 
@@ -271,24 +245,6 @@ def measure_ablation(scene: Scene, rounds: int) -> list[list[str]]:
         row = [scene.name, job, mine, shown(seconds["theirs"]), f"{times:.3g}"]
         rows.append([*row, verdict(times, LEAST_SPEEDUP[path.split(".")[0]])])
     return rows
-
-
-def measure_drise(scene: Scene, rounds: int) -> list[list[str]]:
-    """Ours and whole forwards with post-processing, for ten boxes."""
-    own = attributor(scene, method="drise", num_masks=NUM_MASKS)
-    chosen = mixed_boxes(scene, 10)
-
-    def whole() -> None:
-        for _ in range(NUM_MASKS):
-            scene.predict()
-
-    ours = partial(explain, own, scene, chosen)
-    seconds = take_turns({"ours": ours, "theirs": whole}, rounds)
-    speeds = [NUM_MASKS / statistics.median(own) for own in seconds.values()]
-    times = ratio(seconds["theirs"], seconds["ours"])
-    row = [scene.name, "drise, 10 boxes, times as fast"]
-    row += [f"{speed:.1f} masks/s" for speed in speeds]
-    return [[*row, f"{times:.3g}", ""]]
 
 
 def measure_import(rounds: int) -> list[list[str]]:
@@ -332,8 +288,6 @@ def main() -> None:
             rows += measure_gradients(scene, rounds)
         if "ablation" in args.parts:
             rows += measure_ablation(scene, few)
-        if "drise" in args.parts:
-            rows += measure_drise(scene, few)
     print_table("Box explanations", COLUMNS, rows)
 
 
