@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 from _measure import CONFIG, WEIGHTS, format_bytes, peak, print_table, reset_peak
@@ -121,21 +122,21 @@ def report(found: dict[str, list[dict[str, Any]]]) -> None:
 
     rows = []
     for name in found:
-        cpu, wall = (middle(name, lambda r, k=key: r[k]) for key in ("cpu", "wall"))
-        images, memory = found[name][0]["images"], middle(name, lambda r: r["memory"])
+        cpu, wall = middle(name, itemgetter("cpu")), middle(name, itemgetter("wall"))
+        images, memory = found[name][0]["images"], middle(name, itemgetter("memory"))
         row = [name, f"{cpu:.2f} s", f"{wall:.2f} s", format_bytes(memory)]
         if name != "plain":
             pairs = zip(found[name], found["plain"])
             share = statistics.median(own["cpu"] / bare["cpu"] for own, bare in pairs)
             parts = {
-                part: middle(name, lambda r, p=part: r["parts"].get(p, 0.0))
+                part: statistics.median(r["parts"].get(part, 0.0) for r in found[name])
                 for part in ("trial", "look", "draw", "write")
             }
             drawn = sum(parts.values()) - parts["trial"]
             count = images if name.endswith("all") else 4
             plain = middle("plain", lambda r: r["cpu"] / r["images"])
             each = drawn / count
-            more = memory - middle("plain", lambda r: r["memory"])
+            more = memory - middle("plain", itemgetter("memory"))
             row += [
                 f"{share:.3f}",
                 f"{each * 1e3:.0f} ms, {each / plain:.2f} plain",
