@@ -10,9 +10,11 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import pkgutil
 import shlex
 import sys
 from importlib import metadata
+from importlib.abc import Loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,11 +54,19 @@ def require_openmmlab() -> None:
     Raises:
         DependencyError: One of them is missing, too old, too new, or broken.
     """
+    if not hasattr(pkgutil, "find_loader"):
+        # MMEngine 0.10 looks for mmcv's ops by it, and Python 3.14 dropped it.
+        pkgutil.find_loader = _find_loader  # type: ignore[assignment]
     _require("mmengine", "0.10.0", "1")
     require_mmcv()
     _require("mmdet", "3.0.0", "4")
     if _mmyolo_refuses(sys.modules["mmcv"]):
         _import_mmyolo_past_its_check(sys.modules["mmcv"])
+
+
+def _find_loader(name: str) -> Loader | None:
+    spec = importlib.util.find_spec(name)
+    return spec.loader if spec else None
 
 
 def _require(name: str, at_least: str, below: str) -> None:

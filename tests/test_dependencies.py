@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+from mmengine.utils.dl_utils import mmcv_full_available
 
 from mmyolo_vis_hooks import dependencies
 from mmyolo_vis_hooks.dependencies import (
@@ -61,6 +63,15 @@ def complaint() -> str:
 
 def test_this_environment_passes() -> None:
     require_openmmlab()
+
+
+def test_mmengine_finds_the_ops_without_what_python_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(pkgutil, "find_loader", raising=False)
+    require_openmmlab()
+    assert mmcv_full_available()
+    assert pkgutil.find_loader("mmcv.no_such_module") is None
 
 
 PIP = f"{sys.executable} -m pip install "
