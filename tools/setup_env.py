@@ -175,8 +175,6 @@ def setup(folder: Path, torch: str) -> None:
     env = Environment(folder.expanduser().absolute())
     if env.is_ready(torch):
         return
-    if sys.version_info >= (3, 14):
-        print("warning: this was tried with Python 3.10 to 3.13 only.")
     env.folder.mkdir(parents=True, exist_ok=True)
     with locked(env.lock, f"Another process installs into {env.folder}"):
         if not env.is_ready(torch):
