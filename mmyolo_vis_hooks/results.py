@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from .attribution.saliency import box_saliency
 from .data.samples import labels_of
 from .declare import read_options
 from .errors import VisConfigError
-from .options import BoxAMOptions, class_list
+from .options import class_list
 from .publish.files import (
     PICTURE_SUFFIXES,
     encode,
@@ -62,7 +61,7 @@ class Explanation:
     note: str
     _record: BoxExplanation = field(repr=False)
     _sample: BoxSample = field(repr=False)
-    _options: BoxAMOptions = field(repr=False)
+    _panel: BoxAMPanel = field(repr=False)
 
     @cached_property
     def saliency(self) -> np.ndarray:
@@ -71,15 +70,7 @@ class Explanation:
         As it is drawn: smoothed, fused and normalised as the options say. All zero
         where nothing has any influence.
         """
-        return box_saliency(
-            self._record,
-            self._sample.frame,
-            self.box_xyxy,
-            smooth=self._options.sigma,
-            fusion=self._options.fusion,
-            normalize_layers=self._options.normalize_layers,
-            norm_in_bbox=self._options.norm_in_bbox,
-        )
+        return self._panel.box_map(self._record, self._sample.frame, self.box_xyxy)
 
     def __repr__(self) -> str:
         x1, y1, x2, y2 = (round(float(v)) for v in self.box_xyxy)
@@ -326,7 +317,7 @@ class Explanations(_Result):
             note=record.warning,
             _record=record,
             _sample=self._sample,
-            _options=self.options,
+            _panel=self._panel,
         )
 
     def _words(self) -> list[str]:

@@ -65,9 +65,17 @@ class OwnFiles:
             if name.endswith(_SUFFIXES)
         }
 
-    def is_free(self, name: str) -> bool:
-        """Whether a path in the folder can be written without loss to the user."""
-        return name.lower() not in self._others
+    def check_free(self, name: str) -> None:
+        """Make sure that a path in the folder can be written without loss to the user.
+
+        Raises:
+            PublishError: If somebody else's file is there.
+        """
+        if name.lower() in self._others:
+            raise PublishError(
+                f"{self.folder / name} is not of an earlier run and is not "
+                "overwritten; move it, or name another folder"
+            )
 
     def free_name(self, name: str) -> str:
         """Give a name for which no file of the user's stands in the way.
@@ -90,15 +98,10 @@ class OwnFiles:
         Raises:
             PublishError: If it cannot be written, or would replace somebody's file.
         """
-        path = self.folder / name
-        if not self.is_free(name):
-            raise PublishError(
-                f"{path} is not of an earlier run and is not overwritten; move it, or "
-                "name another folder"
-            )
-        write_whole(path, data)
+        self.check_free(name)
+        write_whole(self.folder / name, data)
         self.adopt(name)
-        return path
+        return self.folder / name
 
     def adopt(self, name: str) -> None:
         """Take a file that was written otherwise into the record."""

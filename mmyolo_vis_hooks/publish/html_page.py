@@ -15,7 +15,6 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ..errors import PublishError
 from ..records import Sample
 from ..render.boxes import Color, class_color, class_name, contrast_color
 from ..render.heatmap import colormap_lut
@@ -44,11 +43,7 @@ def open_folder(folder: str | Path) -> OwnFiles:
             somebody else's.
     """
     files = OwnFiles(Path(folder), _ASSETS)
-    if not files.is_free(_PAGE):
-        raise PublishError(
-            f"{files.folder / _PAGE} is not of an earlier run and is not overwritten; "
-            "name another folder"
-        )
+    files.check_free(_PAGE)
     return files
 
 

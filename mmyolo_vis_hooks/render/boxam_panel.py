@@ -12,6 +12,7 @@ import numpy as np
 
 from ..attribution.methods import caption_of
 from ..attribution.saliency import box_saliency, saliency_range
+from ..geometry import FrameTransform
 from ..records import BoxExplanation, BoxSample, OverlayMap
 from .box_layout import crop_window, panel_layout, panel_size_hw
 from .boxes import class_name, outline_boxes
@@ -115,6 +116,20 @@ class BoxAMPanel(Panel):
         title = _explained(len(sample.explanations))
         return (OverlayMap(title, self._caption, _levels(joint_map)), *maps)
 
+    def box_map(
+        self, explanation: BoxExplanation, frame: FrameTransform, box_xyxy: np.ndarray
+    ) -> np.ndarray:
+        """The map of one box as it is drawn; see :func:`box_saliency`."""
+        return box_saliency(
+            explanation,
+            frame,
+            box_xyxy,
+            smooth=self.options.sigma,
+            fusion=self.options.fusion,
+            normalize_layers=self.options.normalize_layers,
+            norm_in_bbox=self.options.norm_in_bbox,
+        )
+
     @property
     def _caption(self) -> str:
         return caption_of(self.options.method, self.options.target)
@@ -155,15 +170,8 @@ class BoxAMPanel(Panel):
             group_map = np.zeros(size_hw, np.float32)
             silent = 0
             for explanation in group:
-                box_map = box_saliency(
-                    explanation,
-                    frame,
-                    boxes_xyxy[explanation.index],
-                    smooth=self.options.sigma,
-                    fusion=self.options.fusion,
-                    normalize_layers=self.options.normalize_layers,
-                    norm_in_bbox=self.options.norm_in_bbox,
-                )
+                box_xyxy = boxes_xyxy[explanation.index]
+                box_map = self.box_map(explanation, frame, box_xyxy)
                 silent += not box_map.any()
                 np.maximum(group_map, box_map, out=group_map)
             yield group, group_map, silent
@@ -175,10 +183,9 @@ class BoxAMPanel(Panel):
         joint_map: np.ndarray,
         num_silent: int,
     ) -> Cell:
-        overlay = self._overlay(joint_map, picture_rgb)
         boxes = sample.detections.boxes_xyxy[[e.index for e in sample.explanations]]
         image_hw, count = sample.image_rgb.shape[:2], len(boxes)
-        outline_boxes(overlay, resized_boxes(boxes, image_hw, picture_rgb.shape[:2]))
+        overlay = self._heat(joint_map, picture_rgb, boxes, image_hw)
         whose = "the map" if count == 1 else "each box's map"
         how = "divided by its maximum"
         if self.options.norm_in_bbox:
@@ -221,15 +228,21 @@ class BoxAMPanel(Panel):
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REPLICATE,
         )
-        overlay = self._overlay(heat, crop)
-        outline_boxes(
-            overlay, resized_boxes(boxes - (x1, y1, x1, y1), window_hw, size_hw)
-        )
-        return overlay
+        return self._heat(heat, crop, boxes - (x1, y1, x1, y1), window_hw)
 
-    def _overlay(self, saliency: np.ndarray, image_rgb: np.ndarray) -> np.ndarray:
+    def _heat(
+        self,
+        saliency: np.ndarray,
+        image_rgb: np.ndarray,
+        boxes_xyxy: np.ndarray,
+        boxes_hw: tuple[int, int],
+    ) -> np.ndarray:
+        """A map on the grey image, and outlines of boxes in an image of a size."""
         alpha, colormap = self.options.alpha, self.options.colormap
-        return fade_heatmap(saliency, image_rgb, alpha=alpha, colormap=colormap)
+        overlay = fade_heatmap(saliency, image_rgb, alpha=alpha, colormap=colormap)
+        boxes_xyxy = resized_boxes(boxes_xyxy, boxes_hw, image_rgb.shape[:2])
+        outline_boxes(overlay, boxes_xyxy)
+        return overlay
 
     def _scale(self, has_heat: bool, label: str) -> ColorScale | None:
         return ColorScale(self.options.colormap, label=label) if has_heat else None

@@ -109,10 +109,8 @@ def test_a_killed_rank_leaves_no_file(tmp_path, toy_data):
 
 def test_a_spool_is_emptied_and_needs_no_other_rank(tmp_path):
     spool = RankSpool(str(tmp_path / "new"))
-    rng = np.random.RandomState(0)
-    images = {
-        name: rng.randint(0, 255, (9, 7, 3)).astype(np.uint8) for name in ("a", "b")
-    }
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 255, (9, 7, 3), np.uint8) for name in ("a", "b")}
     for name, image in images.items():
         spool.add(VisImage(name, image))
     spool.gather()
@@ -121,7 +119,6 @@ def test_a_spool_is_emptied_and_needs_no_other_rank(tmp_path):
     for name, image in images.items():
         np.testing.assert_array_equal(kept[name], image)
     spool.clear()
-    assert len(spool) == 0
     assert list(spool.images()) == []
     assert list((tmp_path / "new").iterdir()) == []
 

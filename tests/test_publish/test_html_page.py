@@ -125,7 +125,7 @@ def test_files_of_the_user_stay(tmp_path):
     new_page(tmp_path).files.write("killed.jpg", b"ours")
     with open(tmp_path / "index_files" / files.OwnFiles.RECORD, "a") as record:
         record.write('["cut o')
-    assert new_page(tmp_path).files.is_free("killed.jpg")
+    new_page(tmp_path).files.check_free("killed.jpg")
 
 
 def test_a_page_of_the_user_stays(tmp_path):

@@ -43,13 +43,7 @@ class Browser:
         for argument in (
             "headless=new",
             "no-sandbox",  # containers refuse what it needs; the pages are ours
-            "disable-gpu",
-            "disable-quic",
             "disable-dev-shm-usage",
-            "no-first-run",
-            "disable-background-networking",
-            "disable-component-update",
-            "disable-sync",
             "hide-scrollbars",
             "force-device-scale-factor=1",
             "force-color-profile=srgb",

@@ -105,27 +105,31 @@ class Keeping:
         self.images.append((name, image, step))
 
 
-def make_publisher(backends, on_error="log", **kwargs):
-    visualizer = Visualizer()
+def make_publisher(backends, on_error="log", visualizer=None):
+    visualizer = visualizer or Visualizer()
     visualizer._vis_backends = backends
     policy = ErrorPolicy(on_error, MMLogger.get_instance("publisher_test"), "featmap")
-    return Publisher(visualizer, name="featmap", policy=policy, **kwargs), policy
+    return Publisher(visualizer, name="featmap", policy=policy), policy
 
 
+TAG = "val/featmap/7_x"
 PICTURE = VisImage(
     "7_x", np.random.RandomState(0).randint(0, 255, (20, 30, 3)).astype(np.uint8)
 )
 
 
 def test_a_broken_backend_keeps_nothing_from_the_others():
-    keeping = Keeping()
-    publisher, policy = make_publisher({"Broken": Broken(), "Keeping": keeping})
+    backends = {"Broken": Broken(), "Keeping": Keeping()}
+    publisher, policy = make_publisher(backends)
     publisher.publish("val", PICTURE, 3)
-    ((name, image, step),) = keeping.images
-    assert (name, step) == ("val/featmap/7_x", 3)
+    ((name, image, step),) = backends["Keeping"].images
+    assert (name, step) == (TAG, 3)
     np.testing.assert_array_equal(image, PICTURE.image_rgb)
     assert policy.num_failures == 1
     assert publisher.num_published == 1
+    publisher, _ = make_publisher(backends, on_error="raise")
+    with pytest.raises(OSError, match="tracking server"):
+        publisher.publish("val", PICTURE, 3)
 
 
 @pytest.mark.parametrize("backends", [{}, {"Broken": Broken()}])
@@ -159,16 +163,8 @@ def test_what_waits_for_a_row_is_published_with_it():
     publisher.publish("val", PICTURE, 4)
     publisher.finish(commit=True)
     assert (publisher.num_published, policy.num_failures) == (1, 1)
-    tag = "val/featmap/7_x"
-    first, second = Experiment.rows
-    assert first == ({tag: f"{tag} @ 3"}, False)
-    assert second == ({tag: f"{tag} @ 4"}, True)
-
-
-def test_raise_lets_it_out():
-    publisher, _ = make_publisher({"Broken": Broken()}, on_error="raise")
-    with pytest.raises(OSError, match="tracking server"):
-        publisher.publish("val", PICTURE, 3)
+    expected = [({TAG: f"{TAG} @ 3"}, False), ({TAG: f"{TAG} @ 4"}, True)]
+    assert Experiment.rows == expected
 
 
 def test_local_file_that_was_not_written_is_an_error(tmp_path):
@@ -180,6 +176,12 @@ def test_local_file_that_was_not_written_is_an_error(tmp_path):
     path.mkdir()
     with pytest.raises(PublishError, match=rf"did not write {path}.*free space"):
         publisher.publish("val", PICTURE, 3)
+    # A full disk: imwrite says nothing either.
+    backend.add_image = lambda name, image, step: path.write_bytes(b"half a PNG")
+    path.rmdir()
+    with pytest.raises(PublishError, match="it is not whole"):
+        publisher.publish("val", PICTURE, 3)
+    assert not path.exists()
     assert publisher.num_published == 1
 
 
@@ -188,9 +190,8 @@ def test_mlflow_gets_file_names_with_steps():
         pass
 
     backend = MLflowVisBackend()
-    publisher, _ = make_publisher({"MLflow": backend})
-    publisher.publish("val", PICTURE, 3)
-    assert backend.images[0][0] == "val/featmap/7_x_3.png"
+    make_publisher({"MLflow": backend})[0].publish("val", PICTURE, 3)
+    assert backend.images[0][0] == f"{TAG}_3.png"
 
 
 def test_visualizer_that_stores_pictures_itself():
@@ -199,6 +200,5 @@ def test_visualizer_that_stores_pictures_itself():
             self.kept = (name, step)
 
     visualizer = OwnVisualizer()
-    policy = ErrorPolicy("raise", MMLogger.get_instance("publisher_test"), "a")
-    Publisher(visualizer, name="a", policy=policy).publish("val", PICTURE, 2)
-    assert visualizer.kept == ("val/a/7_x", 2)
+    make_publisher({}, "raise", visualizer)[0].publish("val", PICTURE, 2)
+    assert visualizer.kept == (TAG, 2)

@@ -198,7 +198,7 @@ class TestPanel:
         ("score_thr", "note"),
         [
             (0.5, "330 x 240 px · 1 box with score > 0.5"),
-            (0.95, "330 x 240 px · no boxes with score > 0.95"),
+            (0.9, "330 x 240 px · no boxes with score > 0.9"),
             (1, "330 x 240 px"),
         ],
     )
@@ -212,11 +212,7 @@ class TestPanel:
         assert not changed[100:, 160:300].any()
 
     def test_class_names_and_palette_reach_the_boxes(self, cells):
-        for options in (
-            {},
-            dict(class_names=["cat", "dog"]),
-            dict(palette=[(1, 2, 3)]),
-        ):
+        for options in {}, dict(class_names=["a", "b"]), dict(palette=[(1, 2, 3)]):
             featmap_panel(**options)(sample())
         assert len({row[0].image_rgb.tobytes() for row in cells}) == 3
 

@@ -40,10 +40,6 @@ def text_of(rows, width: int = 120, **options) -> list[str]:
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
-def lines(text: str) -> list[str]:
-    return dedent(text).strip("\n").split("\n")
-
-
 def test_a_table_of_the_layers_that_can_be_targeted():
     expected = """
         layer              type             C x h x w   stride  params  below
@@ -57,7 +53,7 @@ def test_a_table_of_the_layers_that_can_be_targeted():
         To target layers, give their paths, in quotes if they have brackets:
           --target-layers backbone
         """  # noqa: E501
-    assert text_of(NETWORK, depth=2) == lines(expected)
+    assert text_of(NETWORK, depth=2) == dedent(expected).strip("\n").split("\n")
     assert text_of(NETWORK)[-1] == "  --target-layers backbone 'backbone.stage4[0]'"
 
 
@@ -74,12 +70,9 @@ def test_all_layers_with_their_reasons():
     assert not stage.endswith("+1")
 
 
-def test_nothing_to_target():
+def test_what_cannot_be_shown():
     rows = [layer("a", "Net", 0, why_not="does not run")]
     assert text_of(rows)[-1] == "No layer can be targeted down to a depth of 3."
-
-
-@pytest.mark.parametrize("depth", [0, -1, 1.5, True, "3", None])
-def test_depth_is_checked(depth):
-    with pytest.raises(VisConfigError, match=r"depth=.*whole number of 1 or more"):
-        layer_tree(NETWORK, depth=depth)
+    for depth in (0, 1.5, True, "3", None):
+        with pytest.raises(VisConfigError, match=r"depth=.*whole number of 1 or more"):
+            layer_tree(NETWORK, depth=depth)
