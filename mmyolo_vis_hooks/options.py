@@ -166,7 +166,6 @@ class _Shown(Options):
         "green and blue; `None` takes the first three",
         nargs=3,
         type=int,
-        metavar="CHANNEL",
     )
 
 
@@ -196,7 +195,6 @@ class FeatMapOptions(_Seen):
         "module paths such as `'backbone'`, `'backbone.stage4'` or "
         "`'neck.out_layers[2]'`; each map of a layer that gives several is shown",
         nargs="+",
-        metavar="LAYER",
     )
     channel_reduction: str | None = option(
         "squeeze_mean",
@@ -257,7 +255,6 @@ class BoxAMOptions(_Seen):
         optional(layers("give module paths, or None for the layer that made a box")),
         "module paths; `None` takes for each box the map on which it was decided",
         nargs="+",
-        metavar="LAYER",
     )
     scope: str = option(
         "box",
@@ -312,7 +309,6 @@ class BoxAMOptions(_Seen):
         "reduce activations to this height and width first; `-1` does not",
         nargs="+",
         type=int,
-        metavar="CELLS",
     )
     batch_size: int | None = option(
         None,

@@ -87,7 +87,7 @@ class SampleMaker:
             loaded (Loaded, optional): The image; ``'network'`` does not need it.
             placement (Placement): How it is drawn.
             record (ForwardRecord): The forward.
-            position (int): Position of the image in the batch.
+            position (int): Of the image in the batch.
             output (DetDataSample): What the forward found, in the original frame.
 
         Raises:
@@ -249,18 +249,12 @@ def _network_metainfo(metainfo: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _everything_found(detector: nn.Module) -> Iterator[None]:
-    """Let weights that know nothing find boxes, a few and quickly.
-
-    They may give logits of any size, and scores without a gradient; before a
-    checkpoint is loaded that says nothing about the detector.
-    """
+    """Let weights that know nothing yet find boxes, a few and quickly."""
     changed = []
     handles = []
     try:
         for head in head_modules(detector).values():
-            handles.append(
-                head.register_forward_hook(lambda module, args, out: _moderate(out))
-            )
+            handles.append(head.register_forward_hook(_moderate))
         for module in detector.modules():
             config = getattr(module, "test_cfg", None)
             for part in (config, (config or {}).get("rcnn")):
@@ -279,7 +273,7 @@ def _everything_found(detector: nn.Module) -> Iterator[None]:
             part.update(values)
 
 
-def _moderate(output: Any) -> Any:
+def _moderate(module: nn.Module, args: Any, output: Any) -> Any:
     """Raw outputs scaled to at most 2, without NaN, still in the graph."""
 
     def change(index: Any, tensor: torch.Tensor) -> torch.Tensor:

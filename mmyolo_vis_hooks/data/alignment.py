@@ -2,8 +2,7 @@
 
 ``'resize'`` sends an image, stretched so that it needs no padding, through the network
 once more; ``'letterbox'`` takes the network's own input and the frame that the pipeline
-packed; ``'network'`` draws on that input itself, which is right whatever the pipeline
-does.
+packed; ``'network'`` draws on that input itself, which is always right.
 """
 
 from __future__ import annotations

@@ -50,17 +50,9 @@ class ImagePipeline:
     Args:
         pipeline: ``Compose``, list of built transforms, or a transform. Of test-time
             augmentation the first view is taken, unflipped.
-        channels (Sequence[int], optional): Which channels the picture shows, as of
-            :func:`~mmyolo_vis_hooks.data.pictures.picture_of`.
+        channels (Sequence[int], optional): Which channels the picture shows.
         annotations (bool): False leaves out the steps that load anything but images,
             where it is not there.
-
-    Example:
-        >>> pipeline = ImagePipeline(dataset.pipeline)
-        >>> loaded = pipeline.load('cat.jpg')
-        >>> loaded.image_rgb.shape
-        (480, 640, 3)
-        >>> data = pipeline.pack(loaded)  # dict(inputs=..., data_samples=...)
     """
 
     def __init__(
@@ -86,10 +78,10 @@ class ImagePipeline:
         """Run the loading steps.
 
         Args:
-            image: What a data set knows of an image; or a file or address, read as the
-                loading steps do; or an image that is decoded already, which enters
-                after them and is made what they would give: ``(H, W, 3)`` RGB,
-                ``(H, W)``, ``(H, W, C)`` or of Pillow.
+            image: What a data set knows of an image; or a file or address; or an image
+                that is decoded already, which enters after these steps and is made
+                what they would give: ``(H, W, 3)`` RGB, ``(H, W)``, ``(H, W, C)`` or
+                of Pillow.
             img_id: Of a file or a decoded image.
             img_path (str, optional): Of a decoded image.
 
@@ -121,9 +113,6 @@ class ImagePipeline:
     def pack(self, loaded: Loaded) -> dict[str, Any]:
         """Run the other steps on an image, which is not changed.
 
-        Returns:
-            dict: ``inputs`` and ``data_samples``.
-
         Raises:
             VisError: If they give nothing.
         """
@@ -138,15 +127,12 @@ class ImagePipeline:
     def resize_only(
         self, loaded: Loaded, *, divisor: int, stride: int
     ) -> ImagePipeline:
-        """Copy the pipeline with its geometry reduced to one resize.
+        """Copy the pipeline with its geometry reduced to one :class:`AlignedResize`.
 
         Args:
             loaded (Loaded): An image, on whose like every unknown step is tried.
             divisor (int): ``pad_size_divisor`` of the data preprocessor.
             stride (int): Largest stride of the network.
-
-        Returns:
-            ImagePipeline: The other steps unchanged and in their order.
 
         Raises:
             UnsupportedPipelineError: If a step moves pixels in an unknown way.
@@ -244,16 +230,9 @@ class ImagePipeline:
 def moves_pixels(step: Callable, results: Mapping[str, Any]) -> bool:
     """Whether a transform changes where things are, found out by trying.
 
-    The step runs on a texture of the size, the dtype and the range of an image that it
-    may meet, with channels that are alike: so whatever it does to colours, contrast or
-    noise, the edges stay unless it moves them.
-
-    Args:
-        step (Callable): A built transform.
-        results (Mapping): What it would be given; is not changed.
-
-    Returns:
-        bool: True also if the step cannot be tried.
+    The step runs on a texture like the image in ``results``, with channels that are
+    alike: so whatever it does to colours, contrast or noise, the edges stay unless it
+    moves them. True also if it cannot be tried.
     """
     if "img" not in results:
         return False

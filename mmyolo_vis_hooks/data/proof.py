@@ -33,15 +33,10 @@ _CLEAR_SHARES = (0.25, 0.75)
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many tiles of two pictures show the same things at the same places.
+    """How many tiles of two pictures show the same things at the same places."""
 
-    Attributes:
-        num_tiles: Tiles with texture, which tell something.
-        num_alike: Those that fit best where they are.
-    """
-
-    num_tiles: int
-    num_alike: int
+    num_tiles: int  # with texture, which tell something
+    num_alike: int  # of these, those that fit best where they are
 
     def __add__(self, other: Agreement) -> Agreement:
         return Agreement(

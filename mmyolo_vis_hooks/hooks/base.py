@@ -70,9 +70,6 @@ class BaseVisHook(Hook):
             detector (nn.Module): What predicts, such as the teacher.
             options (Options): Those of the hook, with the layers as seen from it.
             class_names (Sequence[str]): Classes of the loop's dataset.
-
-        Raises:
-            VisError: If an option does not fit the detector.
         """
         layers = resolve_layers(detector, options.target_layers)
         return SampleMaker(detector, layers, channels=options.image_channels)
@@ -80,12 +77,7 @@ class BaseVisHook(Hook):
     def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None
     ) -> Panel:
-        """Give the function that turns a sample into a picture.
-
-        Args:
-            class_names (Sequence[str]): Classes of the loop's dataset.
-            palette (Sequence, optional): Their RGB colours.
-        """
+        """Give the function that turns a sample into a picture."""
         raise NotImplementedError
 
     # Preparation: before weights are loaded and data is read.

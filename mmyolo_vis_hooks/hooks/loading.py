@@ -14,12 +14,8 @@ from ..checkpoint import CheckpointError, check_fit, weights_of
 def check_checkpoint_fits(runner: Runner, checkpoint: Any) -> None:
     """Compare a checkpoint with the model; for ``after_load_checkpoint`` of a hook.
 
-    MMEngine loads whatever has the right name, and logs the rest. Here a warning
-    counts what fits. Models whose weights are spread over processes are left alone.
-
-    Args:
-        runner (Runner): The runner.
-        checkpoint (dict): What was read and is about to be loaded.
+    A warning counts what fits. Models whose weights are spread over processes are left
+    alone.
 
     Raises:
         CheckpointError: If no weight fits, or a training cannot be resumed from it.

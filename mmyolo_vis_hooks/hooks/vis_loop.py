@@ -33,15 +33,11 @@ class VisLoop:
 
     Attributes:
         mode: ``'val'`` or ``'test'``.
-        loop: The loop.
         detector: The detector, without wrappers.
-        selector: Finds the selected images.
-        panel: Draws a sample.
         options: What is drawn; ``target_layers`` as seen from the detector.
         build_maker: Gives the sample maker for a model that predicts, with the layers
             as seen from it.
         placements: How the images of each data set are drawn, by its identity.
-        num_runs: How many runs there were.
         drawing: Whether the current run is drawn.
         seen: Names of the pictures and images that the current run has met.
         record: Of the forward of the current batch, where a placement needs it.
