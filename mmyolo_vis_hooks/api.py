@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from logging import Logger
 from pathlib import PurePath
 from typing import Any
 
@@ -21,10 +20,8 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from .attribution.attribute import BoxAttributor
 from .data.alignment import Placement, choose_alignment
 from .data.pipeline import Loaded
-from .data.samples import labels_of
 from .data.selector import make_image_id, unique_name
 from .declare import read_options, takes_options
 from .detector import (
@@ -40,11 +37,10 @@ from .detector import (
 from .diagnosis.diagnose import diagnose_image
 from .diagnosis.matching import GroundTruth
 from .errors import VisConfigError
-from .network.layer_path import resolve_layers
 from .network.state import frozen
 from .options import BoxAMOptions, DiagnosisOptions, FeatMapOptions
 from .results import Explanations, FeatureMaps, Gallery
-from .samples import BoxSampleMaker, SampleMaker
+from .samples import make_sample_maker
 
 Image = Any
 """A path or address, ``(H, W, 3)`` RGB numbers, ``(H, W)`` grey ones, or of Pillow."""
@@ -124,11 +120,8 @@ def explain(
         VisError: If an image cannot be read, or its detections cannot be explained.
     """
     (given,) = read_options("explain", _with_layers(options, layers), BoxAMOptions)
-
     scene = _Scene(detector, images, config, given.image_channels)
-    mapper = make_box_mapper(scene.detector, given, scene.class_names, logger)
-    maker = BoxSampleMaker(scene.detector, mapper, channels=given.image_channels)
-    return _look(scene, given, maker, Explanations)
+    return _look(scene, given, Explanations)
 
 
 @takes_options(FeatMapOptions)
@@ -160,9 +153,7 @@ def feature_maps(
         "feature_maps", _with_layers(options, layers), FeatMapOptions
     )
     scene = _Scene(detector, images, config, given.image_channels)
-    targets = resolve_layers(scene.detector, given.target_layers)
-    maker = SampleMaker(scene.detector, targets, channels=given.image_channels)
-    return _look(scene, given, maker, FeatureMaps)
+    return _look(scene, given, FeatureMaps)
 
 
 @takes_options(DiagnosisOptions)
@@ -272,9 +263,9 @@ class _Scene:
 def _look(
     scene: _Scene,
     options: Any,
-    maker: SampleMaker,
     kind: type[Explanations] | type[FeatureMaps],
 ) -> Any:
+    maker = make_sample_maker(scene.detector, options, scene.class_names, logger)
     panel: Any = kind.panel_kind(options, scene.class_names, scene.palette)
     results: list[Any] = []
     placement: Placement | None = None
@@ -333,33 +324,3 @@ def _config_of(detector: nn.Module, config: Any) -> Config:
             "mmyolo_vis_hooks.load or mmdet.apis.init_detector"
         )
     return own if isinstance(own, Config) else Config(own)
-
-
-def make_box_mapper(
-    detector: nn.Module,
-    options: BoxAMOptions,
-    class_names: Sequence[str],
-    logger: Logger,
-    *,
-    show_progress: bool = False,
-) -> BoxAttributor:
-    """Make what explains the boxes of a detector without wrappers.
-
-    Args:
-        detector (nn.Module): The detector.
-        options (BoxAMOptions): What is explained and how.
-        class_names (Sequence[str]): Names that ``options.classes`` may use.
-        logger (Logger): Told what a user should know.
-        show_progress (bool): Show a bar while masks or channels are tried.
-
-    Raises:
-        VisError: If the options do not fit the detector or the classes.
-    """
-    wanted: Any = options.classes
-    return BoxAttributor(
-        detector,
-        options,
-        labels=None if wanted is None else labels_of(wanted, class_names),
-        logger=logger,
-        show_progress=show_progress,
-    )

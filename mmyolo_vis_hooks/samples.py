@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from logging import Logger
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,15 @@ from .attribution.attribute import BoxAttributor
 from .data.alignment import Placement, network_input, packed_frame
 from .data.pictures import network_picture
 from .data.pipeline import Loaded
-from .data.samples import detections_of
+from .data.samples import detections_of, labels_of
 from .errors import VisError
 from .geometry import FrameTransform
 from .network.graph import head_modules
+from .network.layer_path import resolve_layers
 from .network.nested import map_tensors
 from .network.recorder import ForwardRecord, LayerRecorder
 from .network.state import frozen, preserve_rng_state
+from .options import BoxAMOptions, FeatMapOptions
 from .records import BoxSample, Detections, VisSample
 
 
@@ -245,6 +248,41 @@ def _network_metainfo(metainfo: Mapping[str, Any]) -> dict[str, Any]:
         if metainfo.get(key) is not None:
             changed[key] = np.zeros_like(np.asarray(metainfo[key]))
     return changed
+
+
+def make_sample_maker(
+    detector: nn.Module,
+    options: BoxAMOptions | FeatMapOptions,
+    class_names: Sequence[str],
+    logger: Logger,
+    *,
+    show_progress: bool = False,
+) -> SampleMaker:
+    """Make what turns images into the records that some options ask for.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+        options (Options): Those of feature maps, or of explanations.
+        class_names (Sequence[str]): Names that ``options.classes`` may use.
+        logger (Logger): Told what a user should know.
+        show_progress (bool): Show a bar while masks or channels are tried.
+
+    Raises:
+        VisError: If the options do not fit the detector or the classes.
+    """
+    channels = options.image_channels
+    if isinstance(options, FeatMapOptions):
+        layers = resolve_layers(detector, options.target_layers)
+        return SampleMaker(detector, layers, channels=channels)
+    wanted: Any = options.classes
+    mapper = BoxAttributor(
+        detector,
+        options,
+        labels=None if wanted is None else labels_of(wanted, class_names),
+        logger=logger,
+        show_progress=show_progress,
+    )
+    return BoxSampleMaker(detector, mapper, channels=channels)
 
 
 @contextlib.contextmanager

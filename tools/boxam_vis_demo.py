@@ -7,10 +7,9 @@ import argparse
 from torch import nn
 
 from _vis_demo import Demo, logger, look, make_demo_parser, run_demo
-from mmyolo_vis_hooks.api import make_box_mapper
 from mmyolo_vis_hooks.options import BoxAMOptions
 from mmyolo_vis_hooks.render.boxam_panel import BoxAMPanel
-from mmyolo_vis_hooks.samples import BoxSampleMaker
+from mmyolo_vis_hooks.samples import SampleMaker, make_sample_maker
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,8 +28,8 @@ def main() -> None:
     )
 
 
-def make_maker(demo: Demo, detector: nn.Module) -> BoxSampleMaker:
-    mapper = make_box_mapper(
+def make_maker(demo: Demo, detector: nn.Module) -> SampleMaker:
+    maker = make_sample_maker(
         detector,
         demo.options,
         demo.class_names,
@@ -38,7 +37,6 @@ def make_maker(demo: Demo, detector: nn.Module) -> BoxSampleMaker:
         # Two bars at once would overwrite each other.
         show_progress=len(demo.source) == 1,
     )
-    maker = BoxSampleMaker(detector, mapper, channels=demo.options.image_channels)
     demo.try_on_first(maker, detector)
     return maker
 

@@ -6,11 +6,10 @@ import argparse
 
 from torch import nn
 
-from _vis_demo import Demo, look, make_demo_parser, run_demo
-from mmyolo_vis_hooks.network.layer_path import resolve_layers
+from _vis_demo import Demo, logger, look, make_demo_parser, run_demo
 from mmyolo_vis_hooks.options import FeatMapOptions
 from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel
-from mmyolo_vis_hooks.samples import SampleMaker
+from mmyolo_vis_hooks.samples import SampleMaker, make_sample_maker
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,8 +29,7 @@ def main() -> None:
 
 
 def make_maker(demo: Demo, detector: nn.Module) -> SampleMaker:
-    layers = resolve_layers(detector, demo.options.target_layers)
-    return SampleMaker(detector, layers, channels=demo.options.image_channels)
+    return make_sample_maker(detector, demo.options, demo.class_names, logger)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
-from torch import nn
 
 from ..data.alignment import (
     Placement,
@@ -29,7 +28,7 @@ from ..publish.gather import RankSpool
 from ..publish.publisher import Publisher
 from ..publish.window import why_no_window
 from ..records import VisImage
-from ..samples import SampleMaker
+from ..samples import SampleMaker, make_sample_maker
 from .loading import check_checkpoint_fits
 from .vis_loop import Panel, VisLoop, predicting_model
 
@@ -37,11 +36,10 @@ from .vis_loop import Panel, VisLoop, predicting_model
 class BaseVisHook(Hook):
     """Draws pictures of chosen images in every validation or test run.
 
-    A subclass says what is captured in :meth:`build_sample_maker` and how a picture
-    is made of it in :meth:`build_panel`.
+    A subclass says in :meth:`build_panel` how a picture is made of a sample.
 
     Args:
-        options (Options): What is drawn; has ``target_layers`` and ``alignment``.
+        options (Options): What is drawn, of a hook's own kind.
         run (RunOptions): When, and where to.
     """
 
@@ -59,20 +57,6 @@ class BaseVisHook(Hook):
         self.run_options = run
         self.name = run.name or self.default_name
         self._loops: dict[str, VisLoop] = {}
-
-    def build_sample_maker(
-        self, runner: Runner, detector: nn.Module, options: Any, class_names: Any
-    ) -> SampleMaker:
-        """Give what turns an image into the sample that the panel takes.
-
-        Args:
-            runner (Runner): The runner.
-            detector (nn.Module): What predicts, such as the teacher.
-            options (Options): Those of the hook, with the layers as seen from it.
-            class_names (Sequence[str]): Classes of the loop's dataset.
-        """
-        layers = resolve_layers(detector, options.target_layers)
-        return SampleMaker(detector, layers, channels=options.image_channels)
 
     def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None
@@ -152,8 +136,11 @@ class BaseVisHook(Hook):
             ImageSelector(dataset, run.num_images, run.image_indices),
             self.build_panel(names, palette),
             self.options,
-            lambda model, options: self.build_sample_maker(
-                runner, model, options, names
+            partial(
+                make_sample_maker,
+                class_names=names,
+                logger=runner.logger,
+                show_progress=is_main_process(),
             ),
         )
         # What does not fit the detector fails here.

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.dist import is_main_process
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
-from torch import nn
 
-from ..api import make_box_mapper
 from ..declare import read_options, takes_options
 from ..options import BoxAMOptions, RunOptions
 from ..render.boxam_panel import BoxAMPanel
-from ..samples import BoxSampleMaker, SampleMaker
 from .base import BaseVisHook, Panel
 
 
@@ -53,19 +48,6 @@ class BoxAMVisHook(BaseVisHook):
         super().__init__(
             *read_options(type(self).__name__, options, BoxAMOptions, RunOptions)
         )
-
-    def build_sample_maker(
-        self, runner: Runner, detector: nn.Module, options: Any, class_names: Any
-    ) -> SampleMaker:
-        """Give what explains the boxes."""
-        mapper = make_box_mapper(
-            detector,
-            options,
-            class_names,
-            runner.logger,
-            show_progress=is_main_process(),
-        )
-        return BoxSampleMaker(detector, mapper, channels=options.image_channels)
 
     def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None
