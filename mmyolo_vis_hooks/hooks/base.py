@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..data.alignment import (
 )
 from ..data.pipeline import ImagePipeline, flatten_steps, prepare_data
 from ..data.selector import ImageSelector, SelectedImage, leaf_datasets
+from ..declare import Options, read_options
 from ..detector import classes_and_palette, unwrap_detector
 from ..errors import ErrorPolicy, VisConfigError, VisError
 from ..network.layer_path import resolve_layers
@@ -36,24 +37,28 @@ from .vis_loop import Panel, VisLoop, predicting_model
 class BaseVisHook(Hook):
     """Draws pictures of chosen images in every validation or test run.
 
-    A subclass says in :meth:`build_panel` how a picture is made of a sample.
+    A subclass names its options, and the panel that draws a sample with them.
 
     Args:
-        options (Options): What is drawn, of a hook's own kind.
-        run (RunOptions): When, and where to.
+        **options: Those of ``options_kind`` and of :class:`RunOptions`.
     """
 
     priority = "NORMAL"
-    default_name = "vis"
+    default_name: str
+    options_kind: type[Options]
+    panel_kind: Callable[..., Panel]
 
-    def __init__(self, options: Any, run: RunOptions) -> None:
-        if run.override_loop_pipeline and options.alignment not in (None, "resize"):
+    def __init__(self, **options: Any) -> None:
+        drawn, run = read_options(
+            type(self).__name__, options, self.options_kind, RunOptions
+        )
+        if run.override_loop_pipeline and drawn.alignment not in (None, "resize"):
             raise VisConfigError(
                 f"override_loop_pipeline=True cannot work with "
-                f"alignment={options.alignment!r}, since the loop then runs on the "
+                f"alignment={drawn.alignment!r}, since the loop then runs on the "
                 "Resize-only pipeline; leave alignment=None"
             )
-        self.options = options
+        self.options = drawn
         self.run_options = run
         self.name = run.name or self.default_name
         self._loops: dict[str, VisLoop] = {}
@@ -62,7 +67,7 @@ class BaseVisHook(Hook):
         self, class_names: Sequence[str], palette: Sequence[Any] | None
     ) -> Panel:
         """Give the function that turns a sample into a picture."""
-        raise NotImplementedError
+        return self.panel_kind(self.options, class_names, palette)
 
     # Preparation: before weights are loaded and data is read.
 

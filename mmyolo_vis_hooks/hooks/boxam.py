@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from mmengine.registry import HOOKS
 
-from ..declare import read_options, takes_options
+from ..declare import takes_options
 from ..options import BoxAMOptions, RunOptions
 from ..render.boxam_panel import BoxAMPanel
-from .base import BaseVisHook, Panel
+from .base import BaseVisHook
 
 
 @HOOKS.register_module()
@@ -43,14 +40,5 @@ class BoxAMVisHook(BaseVisHook):
     """
 
     default_name = "boxam"
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            *read_options(type(self).__name__, options, BoxAMOptions, RunOptions)
-        )
-
-    def build_panel(
-        self, class_names: Sequence[str], palette: Sequence[Any] | None
-    ) -> Panel:
-        """Give what draws a sample, with the options of this hook."""
-        return BoxAMPanel(self.options, class_names, palette)
+    options_kind = BoxAMOptions
+    panel_kind = BoxAMPanel

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from mmengine.registry import HOOKS
 
-from ..declare import read_options, takes_options
+from ..declare import takes_options
 from ..options import FeatMapOptions, RunOptions
 from ..render.featmap_panel import FeatMapPanel
-from .base import BaseVisHook, Panel
+from .base import BaseVisHook
 
 
 @HOOKS.register_module()
@@ -40,14 +37,5 @@ class FeatMapVisHook(BaseVisHook):
     """
 
     default_name = "featmap"
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            *read_options(type(self).__name__, options, FeatMapOptions, RunOptions)
-        )
-
-    def build_panel(
-        self, class_names: Sequence[str], palette: Sequence[Any] | None
-    ) -> Panel:
-        """Give what draws a sample, with the options of this hook."""
-        return FeatMapPanel(self.options, class_names, palette)
+    options_kind = FeatMapOptions
+    panel_kind = FeatMapPanel
