@@ -21,12 +21,8 @@ _RATIO_TOLERANCE = 1e-3
 class RawEntries:
     """Elements of one raw output that take part in a scalar.
 
-    Attributes:
-        key: Which raw output.
-        shape: Its shape.
-        places: ``(n, ndim)`` int64, indices of the elements.
-        values: ``(n,)`` their values.
-        gradient: ``(n,)`` derivative of the scalar by each of them.
+    ``places`` are their indices, ``(n, ndim)`` int64; ``values`` and ``gradient``, the
+    derivative of the scalar by each of them, are ``(n,)``.
     """
 
     key: HeadKey
@@ -40,10 +36,8 @@ class RawEntries:
 class Anchor:
     """Where the head decided one detection.
 
-    Attributes:
-        label: Class of the detection.
-        entries: Everything that takes part, by raw output; empty if the scalar has
-            no gradient at all, such as a saturated score.
+    ``entries`` is everything that takes part, by raw output; empty if the scalar has no
+    gradient at all, such as a saturated score.
     """
 
     label: int
@@ -70,20 +64,12 @@ def locate_anchors(
     labels: Sequence[int],
     raw: Mapping[HeadKey, torch.Tensor],
 ) -> list[Anchor]:
-    """Find the elements of the raw outputs that decided scalars.
+    """Find the elements of the raw outputs that decided scalars ``(K,)`` with a graph.
 
     Mostly two backward passes find all of them: of the sum of the scalars, and of
     their weighted sum. The ratio of both gradients is the weight, and so the number,
     of the scalar that an element belongs to. Scalars that share a cell, as boxes of two
     classes from one anchor do, get a pass of their own.
-
-    Args:
-        scalars (Tensor): ``(K,)`` with a graph.
-        labels (Sequence[int]): Class of each detection.
-        raw (Mapping): Raw outputs of the heads.
-
-    Returns:
-        list[Anchor]: One per scalar.
     """
     together = _locate_together(scalars, raw) if len(scalars) > 2 else {}
     alone: dict[int, list[RawEntries]] = {}

@@ -151,10 +151,6 @@ class BoxAttributor:
     def prepare(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> None:
         """Find out on an image whether everything that is asked for can be had.
 
-        Args:
-            inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
-            metainfo (Mapping): Of its data sample.
-
         Raises:
             VisError: If layers do not run, or no score carries a gradient.
             VisConfigError: If the target is none of this detector's.

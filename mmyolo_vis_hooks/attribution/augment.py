@@ -32,12 +32,7 @@ def smoothed(
 ) -> list[BoxExplanation]:
     """Mean of the normalised maps of a box over the views in which it is found.
 
-    Args:
-        inputs (Tensor): ``(1, 3, H, W)``, the network's input.
-        predictions (InstanceData): What was found on it.
-        explanations (Sequence): Of some of these detections.
-        metainfo (Mapping): Of the image's data sample.
-        explain (Callable): Explains other inputs, those detections that are chosen.
+    ``explain`` explains other inputs, those detections that are chosen.
     """
     network_hw = tuple(inputs.shape[-2:])
     frame = FrameTransform.from_metainfo({"batch_input_shape": network_hw, **metainfo})

@@ -29,14 +29,9 @@ KEEP = 0.5
 
 @dataclass(frozen=True)
 class MaskedImage:
-    """What a method may ask of an image and the K boxes that are explained on it.
+    """What a method may ask of an image ``(1, 3, H, W)`` and K boxes on it.
 
-    Attributes:
-        inputs: ``(1, 3, H, W)``, the network's input.
-        score: Gives what the boxes score ``(n, K)`` on images ``(n, 3, H, W)``.
-        num_masks: How many masks shall be tried.
-        batch_size: How many images run at once.
-        show_progress: Whether a bar is shown on a terminal.
+    ``score`` gives what the boxes score, ``(n, K)``, on images ``(n, 3, H, W)``.
     """
 
     inputs: torch.Tensor
@@ -95,23 +90,13 @@ def rise_masks(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[torch.Tensor]:
-    """Random smooth masks, one batch after the other.
+    """Random smooth masks ``(b, 1, H, W)`` in [0, 1], one batch after the other.
 
     A mask is a coarse grid of zeros and ones, half of each, upsampled bilinearly to one
     cell more than the image and cut out at a random place, so that the cells' borders
     differ from mask to mask. The random numbers come from a generator of their own on
     the CPU, a mask's at a time: the masks are the same in every run, on every device
     and for every ``batch_size``.
-
-    Args:
-        num_masks (int): How many masks in all.
-        image_hw (Sequence[int]): Height and width of the masks, pixels.
-        batch_size (int): Masks that exist at a time. Defaults to 16.
-        device (torch.device | str): Where the masks are made. Defaults to 'cpu'.
-        dtype (torch.dtype): Defaults to float32.
-
-    Yields:
-        Tensor: ``(b, 1, H, W)`` in [0, 1], ``b`` at most ``batch_size``.
 
     Examples:
         >>> [len(masks) for masks in rise_masks(20, (48, 64), batch_size=8)]
@@ -144,14 +129,7 @@ def final_scores(
     chosen: list[int],
     metainfo: Mapping[str, Any],
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What scores boxes by the final detections on other images.
-
-    Args:
-        detector (nn.Module): The detector.
-        predictions (InstanceData): Its detections on the image.
-        chosen (list[int]): Which of them are explained.
-        metainfo (Mapping): Of the image's data sample.
-    """
+    """What scores boxes by the final detections on other images."""
     sample = DetDataSample()
     sample.pred_instances = predictions[chosen]
     wanted = detections_of(sample)
@@ -166,15 +144,12 @@ def final_scores(
 
 
 def detection_similarities(wanted: Detections, found: Detections) -> np.ndarray:
-    """How much of each explained detection is left on a masked image.
+    """How much of each of K detections is left on a masked image, ``(K,)`` in [0, 1].
 
     D-RISE (eq. 6): the best, over all detections, of IoU * similarity of the class
     vectors * objectness. Departure: final detections carry one class and one score, so
     the similarity of the classes is 1 or 0, and the score, in which heads with
     objectness include it, stands for the objectness.
-
-    Returns:
-        np.ndarray: ``(K,)`` float32 in [0, 1]; 0 where nothing is left.
     """
     if not len(found) or not len(wanted):
         return np.zeros(len(wanted), dtype=np.float32)

@@ -14,11 +14,9 @@ from .spots import View
 
 @dataclass(frozen=True)
 class PerturbedLayer:
-    """What a method may ask of a layer, and of the K boxes that it led to.
+    """What a method may ask of a layer ``(C, h, w)``, and of K boxes that it led to.
 
-    Attributes:
-        activations: ``(C, h, w)``.
-        ratio: Share of the channels that shall be tried.
+    ``ratio`` is the share of the channels that shall be tried.
     """
 
     activations: torch.Tensor
@@ -32,14 +30,7 @@ class PerturbedLayer:
         return self.scorer.recorded_scores()
 
     def scores_times(self, factors: torch.Tensor) -> torch.Tensor:
-        """What they score with each channel multiplied by a factor.
-
-        Args:
-            factors (Tensor): ``(n, C)``.
-
-        Returns:
-            Tensor: ``(n, K)`` float64.
-        """
+        """Scores ``(n, K)`` float64 with channels multiplied by factors ``(n, C)``."""
 
         def scaled(part: slice) -> torch.Tensor:
             return self.view.scaled(factors[part])
@@ -48,13 +39,9 @@ class PerturbedLayer:
         return self.scorer.scores_of_many(len(factors), scaled, title)
 
     def scores_behind(self, maps: torch.Tensor) -> torch.Tensor:
-        """What they score on the image behind each map, normalised to 0 to 1.
+        """Scores ``(n, K)`` float64 on the image behind each of maps ``(n, h, w)``.
 
-        Args:
-            maps (Tensor): ``(n, h, w)``.
-
-        Returns:
-            Tensor: ``(n, K)`` float64.
+        A map is normalised to 0 to 1.
         """
 
         def masked(part: slice) -> torch.Tensor:
@@ -103,15 +90,7 @@ def scorecam(layer: PerturbedLayer) -> torch.Tensor:
 
 
 def most_active(activations: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The channels with the largest mean size of their activations.
-
-    Args:
-        activations (Tensor): ``(C, h, w)``.
-        ratio (float): Share of the channels, above 0; at least one is taken.
-
-    Returns:
-        Tensor: ``(n,)`` int64, in the order of the channels.
-    """
+    """The channels of ``(C, h, w)`` with the largest mean size, at least one."""
     count = max(1, round(len(activations) * ratio))
     sizes = activations.float().abs().mean(dim=(1, 2))
     return sizes.topk(count).indices.sort().values

@@ -72,13 +72,8 @@ def linear_link(anchor: Anchor) -> ScoreLink:
 class Scorer:
     """Scores K boxes in raw outputs that are run again, a batch of values at a time.
 
-    Args:
-        anchors (Sequence[Anchor]): Of the boxes.
-        links (Sequence): Gives the score of each at its anchor.
-        replay (Replay): Gives the raw outputs in which the anchors lie.
-        batch_size (int, optional): How many values run at once; None takes what suits
-            the network.
-        show_progress (bool): Show a bar on a terminal.
+    A link gives the score of a box at its anchor. Without ``batch_size`` as many values
+    run at once as suits the network.
     """
 
     def __init__(

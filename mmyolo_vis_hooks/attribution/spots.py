@@ -27,11 +27,8 @@ from .targets import BOX_SIDES, ChosenBoxes, Target
 class View:
     """One map within a tapped tensor: the tensor itself, or a level of its tokens.
 
-    Attributes:
-        title: Name for captions.
-        tap: The tensor's key.
-        tensor: ``(1, C, h, w)`` or tokens ``(1, N, C)``, a node of the graph.
-        tokens: First token, rows and columns of the map; None if the tensor is it.
+    The tensor, a node of the graph, is ``(1, C, h, w)``, or tokens ``(1, N, C)`` of
+    which ``tokens`` names the first, the rows and the columns.
     """
 
     title: str
@@ -130,13 +127,9 @@ class Window(NamedTuple):
 class Case:
     """One image and one target while it is being explained.
 
-    Attributes:
-        boxes: The K detections.
-        target: What is explained of them.
-        scalars: ``(K,)`` with a graph.
-        anchors: Where the head decided them; None without a head that can be asked.
-        forward: Runs ``predict`` on the image.
-        trace: Gives what that computed.
+    ``scalars`` are ``(K,)`` with a graph; ``anchors`` are None without a head that can
+    be asked; ``forward`` runs ``predict`` on the image, and ``trace`` gives what it
+    computed.
     """
 
     boxes: ChosenBoxes
@@ -159,13 +152,10 @@ class Case:
 
 @dataclass
 class Spot:
-    """A map on which boxes are explained.
+    """A map on which boxes are explained, which are its members.
 
-    Attributes:
-        view: The map.
-        members: Numbers of the boxes.
-        gradients: ``(C, a, b)`` of each member in its window, where they are known.
-        windows: Outside of it a member has no gradient; none for the whole map.
+    Where they are known, it has the gradients ``(C, a, b)`` of each in its window,
+    outside of which there are none; the whole map has no windows.
     """
 
     view: View
@@ -200,15 +190,10 @@ def spots_at(case: Case, views: Sequence[View]) -> list[Spot]:
 def spots_of_levels(
     case: Case, pyramid: Pyramid, *, with_gradients: bool
 ) -> list[Spot]:
-    """The maps on which the head decided the boxes.
+    """The maps on which the head decided the boxes, with gradients if these are wanted.
 
     That is the level whose raw outputs made a box, and for boxes of regions and of
     queries the map with the greatest gradient times activation.
-
-    Args:
-        case (Case): The boxes.
-        pyramid (Pyramid): The levels.
-        with_gradients (bool): Whether the gradients at the levels are wanted too.
     """
     spots: dict[TapKey, Spot] = {}
     others = []
@@ -251,9 +236,7 @@ class _Placed(NamedTuple):
 def colours(placed: Sequence[_Placed], *, separate: bool) -> list[list[_Placed]]:
     """Groups of boxes no two of which have gradients in the same cells.
 
-    Args:
-        placed (Sequence): The boxes.
-        separate (bool): Whether boxes of different levels never collide.
+    If levels are separate, boxes of different ones never collide.
     """
 
     def collide(one: _Placed, other: _Placed) -> bool:
@@ -305,14 +288,7 @@ def second_order(case: Case, k: int, view: View) -> list[torch.Tensor]:
 
 
 def why_blank(case: Case, k: int, silent: Sequence[str], named: Sequence[str]) -> str:
-    """Why a box has no map.
-
-    Args:
-        case (Case): The boxes.
-        k (int): Which of them.
-        silent (Sequence[str]): Layers on which its map is zero everywhere.
-        named (Sequence[str]): Layers that the user asked for.
-    """
+    """Why a box has no map at the named layers, or a silent one, zero everywhere."""
     target = case.target.name
     if silent:
         return (

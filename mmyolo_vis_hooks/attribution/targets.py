@@ -81,13 +81,10 @@ RawPlace = tuple[HeadKey, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Target:
-    """One number of a detection.
+    """One number of a detection: ``(K,)`` with a graph for ``ChosenBoxes``.
 
-    Attributes:
-        function: Gives ``(K,)`` with a graph for ``ChosenBoxes``.
-        summary: What it is, a few words.
-        compares: Whether changes of it mean something to the methods that change what
-            the network computes; it must be linear in the raw outputs, or the score.
+    It ``compares`` if changes of it mean something to the methods that change what the
+    network computes: it must be linear in the raw outputs, or the score.
     """
 
     name: str

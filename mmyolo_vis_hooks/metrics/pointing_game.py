@@ -19,19 +19,9 @@ def pointing_hit(saliency: np.ndarray, region: np.ndarray) -> bool:
 
     Args:
         saliency (np.ndarray): ``(H, W)``, finite and not negative, in the frame of
-            the region.
+            the region; a ``VisError`` otherwise.
         region (np.ndarray): ``(H, W)`` bool, or a box ``(4,)`` xyxy in pixels, which
-            holds the pixels whose centres lie in it.
-
-    Raises:
-        FeatureShapeError: If the shapes do not fit.
-        VisError: If the map has NaN, infinities or negative values.
-
-    Examples:
-        >>> saliency = np.zeros((4, 4))
-        >>> saliency[1, 2] = 1
-        >>> pointing_hit(saliency, np.array([2, 1, 4, 3]))
-        True
+            holds the pixels whose centres lie in it; a ``FeatureShapeError`` otherwise.
     """
     inside = _inside(saliency, region)
     if saliency.min() == saliency.max():
@@ -45,19 +35,11 @@ def pointing_hit(saliency: np.ndarray, region: np.ndarray) -> bool:
 def energy_inside(saliency: np.ndarray, region: np.ndarray) -> float:
     """Share of a map that lies in a region: the energy-based pointing game.
 
-    Source: Wang et al. 2020, "Score-CAM".
+    Source: Wang et al. 2020, "Score-CAM". It is 0 for a blank map. The map must not be
+    normalised by subtracting its minimum.
 
     Args:
-        saliency (np.ndarray): ``(H, W)``, finite and not negative, not normalised by
-            subtracting its minimum, in the frame of the region.
-        region (np.ndarray): As for :func:`pointing_hit`.
-
-    Returns:
-        float: In [0, 1]; 0 for a blank map.
-
-    Raises:
-        FeatureShapeError: If the shapes do not fit.
-        VisError: If the map has NaN, infinities or negative values.
+        saliency, region (np.ndarray): As for :func:`pointing_hit`.
     """
     inside = _inside(saliency, region)
     total = saliency.sum(dtype=np.float64)
@@ -67,17 +49,11 @@ def energy_inside(saliency: np.ndarray, region: np.ndarray) -> float:
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation, ties sharing the mean of their ranks.
 
+    It is NaN if all values of one of them are equal, which ranks nothing.
+
     Args:
-        a (np.ndarray): Any shape, at least two values.
+        a (np.ndarray): Any shape, at least two values, all finite.
         b (np.ndarray): As many values as ``a``, in the same order.
-
-    Returns:
-        float: In [-1, 1]; NaN if all values of one of them are equal, which ranks
-        nothing.
-
-    Raises:
-        FeatureShapeError: If the sizes differ or are below 2.
-        VisError: If a value is NaN or infinite.
     """
     a, b = np.ravel(a), np.ravel(b)
     if a.size != b.size or a.size < 2:

@@ -26,15 +26,10 @@ class NoGradientError(VisError):
 
 @dataclass(frozen=True)
 class TapPoint:
-    """A module whose output, or input, can be tapped.
+    """A module whose output or input (the first argument) can be tapped.
 
-    Attributes:
-        layer: Name for captions and messages.
-        module: The module.
-        side: ``'output'`` or ``'input'``: the first argument of the module, seen by
-            this module alone.
-        cut: Whether the graph begins anew here, so that no gradient leads to taps
-            before this one.
+    ``layer`` is its name for captions. With ``cut`` the graph begins anew here, so that
+    no gradient leads to taps before this one.
     """
 
     layer: str
@@ -70,13 +65,10 @@ class HeadKey(NamedTuple):
 class PredictionGraph:
     """What one forward of ``predict`` left behind.
 
-    Attributes:
-        inputs: ``(1, 3, H, W)``, the normalised and padded input.
-        taps: Tensors at the tap points, in the order in which they ran:
-            ``(1, C, h, w)`` or tokens ``(1, N, C)``. They are nodes of the graph.
-        head_outputs: Raw outputs of the detection heads, in the order of the calls.
-        predictions: Final detections of the image in the original frame; the
-            scores, and mostly the boxes, carry gradients.
+    ``taps`` are nodes of the graph in the order in which they ran: ``(1, C, h, w)`` or
+    tokens ``(1, N, C)``. ``head_outputs`` are raw, in the order of the calls. Scores,
+    and mostly boxes, of ``predictions`` carry gradients; they are in the original
+    frame.
     """
 
     inputs: torch.Tensor

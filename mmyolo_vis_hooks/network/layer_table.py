@@ -46,26 +46,19 @@ class LayerRow:
 def survey_layers(
     detector: nn.Module, inputs: torch.Tensor, metainfo: Mapping[str, Any]
 ) -> list[LayerRow]:
-    """Run a detector once and list what its layers give.
+    """Run a detector once and list what its layers give, each before those below it.
 
     The rules are those of :class:`.recorder.LayerRecorder` and
     :func:`.layer_path.resolve_layers`, so a layer is targetable exactly if the hooks
     can draw it. Only shapes are kept, and nothing of the detector changes. A layer that
     works on single regions looks like a layer of the image if it happens to run on
-    exactly one.
+    exactly one. A shared layer is listed once, where it is found first.
 
     Args:
         detector (nn.Module): The detector itself, without wrappers.
         inputs (Tensor): ``(1, 3, H, W)`` float, as the data preprocessor gives it,
-            on the detector's device.
+            on the detector's device; a ``VisConfigError`` for another batch.
         metainfo (Mapping): Metainfo of the image, as ``predict`` reads it.
-
-    Returns:
-        list[LayerRow]: In the order of ``named_modules``: each layer before those
-        below it. A shared layer is listed once, where it is found first.
-
-    Raises:
-        VisConfigError: If ``inputs`` is not a batch of one image.
     """
     if inputs.ndim != 4 or len(inputs) != 1:
         raise VisConfigError(
@@ -122,13 +115,11 @@ class _Survey:
         except FeatureShapeError:
             maps = []
         if not maps or any(feature_map.numel() == 0 for feature_map in maps):
-            shapes = [str(tuple(tensor.shape)) for _, tensor in flatten_tensors(output)]
-            given = " and ".join(shapes) or "no tensor"
+            sizes = [str(tuple(tensor.shape)) for _, tensor in flatten_tensors(output)]
+            given = " and ".join(sizes) or "no tensor"
             self._problems.setdefault(module, f"gives no map: {given}")
-        self._shapes.setdefault(module, []).extend(
-            (channels, height, width)
-            for channels, height, width in (tuple(m.shape) for m in maps)
-        )
+        shapes = self._shapes.setdefault(module, [])
+        shapes += [(len(m), m.shape[-2], m.shape[-1]) for m in maps]
 
     def target(
         self, module: nn.Module, path: str

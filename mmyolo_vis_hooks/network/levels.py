@@ -28,12 +28,9 @@ _LAST_MAPS = ("encoder", "neck", "backbone")
 class Level:
     """One map on which the head decides.
 
-    Attributes:
-        tap: The tensor.
-        outputs: Raw outputs that depend on this level alone; empty where levels
-            share them, as in heads of regions and of queries.
-        radius: A cell of these outputs depends on the cells of the map up to this
-            distance; None if it depends on the whole map, or that is not known.
+    ``outputs`` are raw ones that depend on this level alone; none where levels share
+    them, as in heads of regions and of queries. A cell of these depends on the cells of
+    the map up to the ``radius``; None if on the whole map, or that is not known.
     """
 
     tap: TapKey
@@ -43,13 +40,9 @@ class Level:
 
 @dataclass(frozen=True)
 class Pyramid:
-    """The levels of a detector.
+    """The levels of a detector in the order of the network, and where to tap for all.
 
-    Attributes:
-        points: Where to tap for all levels.
-        levels: In the order of the network.
-        separate: Whether no raw output of one level has a gradient at the map of
-            another.
+    They are separate if no raw output of one has a gradient at the map of another.
     """
 
     points: tuple[TapPoint, ...]
@@ -85,18 +78,12 @@ def survey(
     metainfo: Mapping[str, Any],
     trace: Callable[[], CallTrace],
 ) -> Pyramid:
-    """Measure the levels of a detector on one image.
+    """Measure the levels of a ``frozen`` detector on one image.
 
     A head of 1x1 convolutions decides on a single cell, and a map of single cells
     says nothing. There the input of the block that made the level's map is taken
     instead, as the beginning of a graph: what leads from there to other levels is
-    not theirs.
-
-    Args:
-        detector (nn.Module): The detector; must be ``frozen``.
-        inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
-        metainfo (Mapping): Of the image's data sample.
-        trace (Callable): Runs the detector on the image and gives all its calls.
+    not theirs. ``trace`` gives all calls of a forward.
     """
     point = last_maps(detector)
     graph = GraphForward(detector, [point]).run(inputs, metainfo)

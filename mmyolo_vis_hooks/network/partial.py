@@ -50,12 +50,8 @@ class Stop(Exception):
 class Job:
     """What is replaced in the forward of an image, and what is wanted of it.
 
-    Attributes:
-        modules: Path and module of all below the detector.
-        forward: Runs ``predict`` of the detector on the image.
-        trace: What that computed.
-        target: What is replaced. Its first axis is that of the images.
-        wanted: What is computed.
+    ``forward`` runs ``predict`` and computes the trace. The target's first axis is that
+    of the images.
     """
 
     modules: Mapping[str, nn.Module]
@@ -107,13 +103,10 @@ class Job:
 
 
 class PartialRun:
-    """One run of what depends on the target, for a batch of its values.
+    """One run of what depends on the target, for a batch ``(N, ...)`` of its values.
 
-    Args:
-        job (Job): What is replaced and wanted.
-        batch (Tensor): ``(N, ...)``.
-        held (Collection[CallKey]): Calls that give their recorded outputs in any case.
-        computed (list, optional): Gets position and tensors of the calls that compute.
+    Held calls give their recorded outputs in any case. ``computed`` gets position and
+    tensors of the calls that compute.
     """
 
     def __init__(
@@ -199,7 +192,9 @@ class PartialRun:
 
     def _recorded(self, _: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
         """What the network gets of a recorded tensor, which nothing must change."""
-        own = tensor.clone()
+        # What is modified in place after its call would be so again.
+        was_modified = tensor._version != self._job.trace.versions[id(tensor)]
+        own = tensor.clone() if was_modified else tensor
         self._given[id(own)] = own, tensor
         return own
 

@@ -42,10 +42,8 @@ class ForwardRecord:
     error: Exception | None = None
 
     def activations(self, position: int) -> tuple[Activation, ...]:
-        """Feature maps of one kept image, in the order of the layers and calls.
-
-        Args:
-            position (int): Position in ``keep``.
+        """Feature maps of the kept image at a position, in the order of layers and
+        calls.
 
         Raises:
             FeatureShapeError: If a layer's output is no map of the image, or has not
@@ -96,13 +94,10 @@ class LayerRecorder:
 
     @contextlib.contextmanager
     def record(self, keep: Sequence[int]) -> Iterator[ForwardRecord]:
-        """Record one forward of the model inside the block.
+        """Record the chosen positions of the batch in one forward of the model.
 
         Of a model that is run several times, as test-time augmentation does, the
         first run with unflipped images is recorded.
-
-        Args:
-            keep (Sequence[int]): Positions in the batch that are recorded.
         """
         record = ForwardRecord(tuple(keep), self._names)
         calls: Counter[str] = Counter()

@@ -83,10 +83,6 @@ class ReplayEngine:
 class Replay:
     """Gives the wanted raw outputs of one image for other values of the target.
 
-    Args:
-        engine (ReplayEngine): Of the detector.
-        job (Job): What is replaced and wanted.
-
     Raises:
         ReplayError: If the target does not run, or has no influence on what is wanted.
     """

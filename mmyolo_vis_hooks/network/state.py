@@ -52,22 +52,47 @@ def frozen(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
             a forward without gradients needs no such thing. Defaults to True.
     """
     modules = list(model.modules())
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(preserve_rng_state())
-        is_training = any(module.training for module in modules)
-        stack.enter_context(_preserved_buffers(modules, is_training))
-        if is_training:
-            stack.enter_context(_preserved_modes(modules))
-            model.eval()
-        stack.enter_context(_plain_forwards(modules))
-        if parameters:
-            stack.enter_context(_preserved_parameters(modules))
-            for parameter in _parameters_of(modules):
-                # Setting takes longer than asking.
+    modes = [(module, module.training) for module in modules]
+    plain = () if any(training for _, training in modes) else _PLAIN_NORMS
+    # `model.parameters()` takes several times as long.
+    own = [
+        p
+        for m in modules
+        if parameters
+        for p in m._parameters.values()
+        if p is not None
+    ]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in own]
+    with torch.inference_mode(False), preserve_rng_state(), _plain_forwards(modules):
+        buffers = [
+            (buffer, buffer.clone())
+            for module in modules
+            if type(module) not in plain
+            for buffer in module._buffers.values()
+            if buffer is not None
+        ]
+        try:
+            if not plain:
+                model.eval()
+            # Setting takes longer than asking.
+            for parameter in own:
                 if parameter.requires_grad:
                     parameter.requires_grad = False
-        yield
+            yield
+        finally:
+            for module, training in modes:
+                if module.training != training:
+                    module.training = training
+            for parameter, requires_grad, grad in flags:
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad = requires_grad
+                if parameter.grad is not grad:
+                    parameter.grad = grad
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    # Writing equal values too would break graphs that hold the buffer.
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
 
 
 @contextlib.contextmanager
@@ -103,57 +128,3 @@ def is_compiled(model: nn.Module) -> bool:
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
         for module in model.modules()
     )
-
-
-def _parameters_of(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
-    # `model.parameters()` takes several times as long.
-    for module in modules:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                yield parameter
-
-
-@contextlib.contextmanager
-def _preserved_parameters(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Restore ``requires_grad`` and ``.grad`` of the parameters."""
-    before = [(p, p.requires_grad, p.grad) for p in _parameters_of(modules)]
-    try:
-        yield
-    finally:
-        for parameter, requires_grad, grad in before:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad = requires_grad
-            if parameter.grad is not grad:
-                parameter.grad = grad
-
-
-@contextlib.contextmanager
-def _preserved_modes(modules: Sequence[nn.Module]) -> Iterator[None]:
-    before = [(module, module.training) for module in modules]
-    try:
-        yield
-    finally:
-        for module, training in before:
-            if module.training != training:
-                module.training = training
-
-
-@contextlib.contextmanager
-def _preserved_buffers(
-    modules: Sequence[nn.Module], is_training: bool
-) -> Iterator[None]:
-    before = [
-        (buffer, buffer.clone())
-        for module in modules
-        if is_training or type(module) not in _PLAIN_NORMS
-        for buffer in module._buffers.values()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                # Writing equal values too would break graphs that hold the buffer.
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)

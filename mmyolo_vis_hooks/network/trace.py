@@ -38,6 +38,7 @@ class CallTrace:
         outputs: What each call gave.
         given: The tensors in the arguments of each call. The place of one begins with
             0 for positional arguments and 1 for keywords.
+        versions: By their ids, how often outputs had been modified by their ends.
     """
 
     keys: list[CallKey] = field(default_factory=list)
@@ -46,6 +47,7 @@ class CallTrace:
     given: dict[CallKey, list[tuple[OutputIndex, torch.Tensor]]] = field(
         default_factory=dict
     )
+    versions: dict[int, int] = field(default_factory=dict)
 
     def raw(self, key: HeadKey) -> torch.Tensor:
         """A raw output of a head."""
@@ -62,12 +64,7 @@ class CallTrace:
 def trace_forward(
     modules: Mapping[str, nn.Module], forward: Callable[[], Any]
 ) -> CallTrace:
-    """Run a whole forward and keep everything.
-
-    Args:
-        modules (Mapping[str, nn.Module]): Path and module of all below the detector.
-        forward (Callable): Runs ``predict`` of the detector on an image.
-    """
+    """Run a whole forward of ``predict`` on an image and keep everything."""
     trace = CallTrace()
     counts: Counter[str] = Counter()
 
@@ -82,6 +79,8 @@ def trace_forward(
         trace.ends[position] = len(trace.keys)
         # New containers, which the network does not change.
         trace.outputs[key] = map_tensors(output, lambda _, tensor: tensor)
+        for _, tensor in flatten_tensors(output):
+            trace.versions.setdefault(id(tensor), tensor._version)
         return output
 
     with patched_forwards(modules, call), torch.no_grad():

@@ -3,139 +3,31 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import itertools
 import logging
-from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mmdet.structures import DetDataSample
-from mmengine.structures import InstanceData
 from torch import nn
-from torchvision.ops import box_iou
 
-from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
-from mmyolo_vis_hooks.attribution.blackbox import rise_masks
-from mmyolo_vis_hooks.attribution.methods import METHODS, register_method
-from mmyolo_vis_hooks.attribution.perturb import ablationcam, scorecam
-from mmyolo_vis_hooks.attribution.targets import TARGETS, register_target
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
-from mmyolo_vis_hooks.options import BoxAMOptions
 from tests.families import (
     FAMILIES,
-    Family,
     build_family,
     plain_predict,
     reference_gradients,
 )
-from tests.toy_boxes import ToyBoxDetector
-
-LOGGER = logging.getLogger("test_box_mapper")
-# The block whose input is explained, since the head is a 1x1 convolution.
-MOVED = {
-    "yolov5": [
-        "neck.top_down_layers.1",
-        "neck.bottom_up_layers.0",
-        "neck.bottom_up_layers.1",
-    ],
-    "yolov7": ["neck.out_layers.0", "neck.out_layers.1", "neck.out_layers.2"],
-}
-TRANSFORMERS = ("detr", "deformable_detr", "dino")
-
-
-def attributor(
-    family: Family, layers: list[str] | None = None, **options: Any
-) -> BoxAttributor:
-    options = {"score_thr": 0.0, "topk": 3, "target_layers": layers, **options}
-    labels = options.pop("labels", None)
-    own = BoxAMOptions(**options)
-    return BoxAttributor(family.detector, own, labels=labels, logger=LOGGER)
-
-
-def explain(family: Family, layers: list[str] | None = None, **options: Any) -> tuple:
-    own = attributor(family, layers, **options)
-    return own.explain(family.inputs, family.data_samples[0].metainfo)
-
-
-@pytest.fixture
-def registry():
-    """Methods and targets that a test registers are gone after it."""
-    methods, targets = dict(METHODS), dict(TARGETS)
-    yield
-    for known, before in ((METHODS, methods), (TARGETS, targets)):
-        known.clear()
-        known.update(before)
-
-
-@contextmanager
-def input_as_output(block: nn.Module):
-    """An identity whose output is what goes into a block."""
-    identity = nn.Identity()
-    handle = block.register_forward_pre_hook(lambda _, args: (identity(args[0]),))
-    try:
-        yield identity
-    finally:
-        handle.remove()
-
-
-def references(
-    family: Family, count: int, target: str = "score"
-) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Candidates per detection: maps ``(C, h, w)`` with their gradients."""
-    indices = tuple(range(count))
-    if family.name in MOVED:
-        blocks = dict(family.detector.named_modules())
-        found: list[list] = [[] for _ in indices]
-        heads = reference_gradients(
-            family, family.detector.neck, target=target, indices=indices
-        )
-        for level, path in enumerate(MOVED[family.name]):
-            with input_as_output(blocks[path]) as identity:
-                own = reference_gradients(
-                    family, identity, target=target, indices=indices
-                )
-            # Finer levels lead to coarser ones too; the box's own is what counts.
-            for all_maps, maps, head in zip(found, own, heads):
-                if bool((head[level][1] != 0).any()):
-                    all_maps += maps
-    elif family.name in TRANSFORMERS:
-        encoder = family.detector.encoder
-        found = reference_gradients(family, encoder, target=target, indices=indices)
-        found = [[p for pair in maps for p in folded(*pair)] for maps in found]
-        return found
-    else:
-        neck = family.detector.neck
-        found = reference_gradients(family, neck, target=target, indices=indices)
-    return [[(a[0], g[0]) for a, g in maps] for maps in found]
-
-
-def folded(tokens: torch.Tensor, gradient: torch.Tensor) -> list:
-    """Maps in a sequence of tokens of strides 8, 16, 32 and 64 of 128x160."""
-    grids = {20: [(4, 5)], 426: [(16, 20), (8, 10), (4, 5), (2, 3)]}
-    maps, start = [], 0
-    for h, w in grids[tokens.shape[1]]:
-        part = slice(start, start + h * w)
-        maps.append(tuple(t[0, part].T.reshape(-1, h, w) for t in (tokens, gradient)))
-        start += h * w
-    return maps
-
-
-def most_influential(maps: list) -> tuple[torch.Tensor, torch.Tensor]:
-    return max(maps, key=lambda pair: float((pair[0] * pair[1]).abs().sum()))
-
-
-def layercam(activation: torch.Tensor, gradient: torch.Tensor) -> np.ndarray:
-    return (gradient.relu() * activation).sum(dim=0).relu().numpy()
-
-
-def agrees(found: np.ndarray, expected: np.ndarray) -> bool:
-    if found.shape != expected.shape:
-        return False
-    return bool(np.abs(found - expected).max() <= 1e-5 * expected.max())
+from tests.test_attribution.helpers import (
+    LOGGER,
+    RawOutputs,
+    agrees,
+    attributor,
+    explain,
+    layercam,
+    most_influential,
+    references,
+)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -174,59 +66,6 @@ def test_the_map_of_a_box_side(name):
             assert agrees(explanation.maps[0].saliency, expected)
 
 
-class RawOutputs:
-    """Raw outputs of a head, and the place of a detection, by brute force."""
-
-    def __init__(self, family: Family) -> None:
-        self.family = family
-        self.head = family.detector.bbox_head
-
-    def run(self, taps: tuple[nn.Module, Any] | None = None) -> tuple:
-        """``(class scores, objectness)`` per level; with another output of taps."""
-        outputs: list = []
-
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.append(output)
-            raise StopIteration
-
-        handles = [self.head.register_forward_hook(stop)]
-        if taps is not None:
-            handles.append(taps[0].register_forward_hook(lambda m, a, o: taps[1](o)))
-        samples = copy.deepcopy(self.family.data_samples)
-        try:
-            with suppress(StopIteration):
-                self.family.detector.predict(self.family.inputs, samples)
-        finally:
-            for handle in handles:
-                handle.remove()
-        (output,) = outputs
-        return output[0], (output[2] if len(output) == 3 else None)
-
-    def score(self, scores: Any, factors: Any, place: tuple) -> torch.Tensor:
-        level, channel, row, column = place
-        value = scores[level][0, channel, row, column].sigmoid()
-        if factors is not None:
-            value = value * factors[level][0, 0, row, column].sigmoid()
-        return value
-
-    def place(self, index: int) -> tuple[int, int, int, int]:
-        """Level, channel, row and column whose score is that of a detection."""
-        plain = plain_predict(self.family)
-        wanted, label = float(plain.scores[index]), int(plain.labels[index])
-        with torch.no_grad():
-            scores, factors = self.run()
-        found = []
-        for level, tensor in enumerate(scores):
-            for channel, row, column in np.ndindex(*tensor.shape[1:]):
-                if channel % 6 != label:
-                    continue
-                place = (level, channel, row, column)
-                if abs(float(self.score(scores, factors, place)) - wanted) < 1e-6:
-                    found.append(place)
-        (place,) = found
-        return place
-
-
 @pytest.mark.parametrize(
     ("name", "target"),
     [("yolox", "logit"), ("yolox", "objectness"), ("yolov8", "logit"),
@@ -258,184 +97,6 @@ def test_raw_targets(name, target):
         (found,) = explanation.maps
         assert found.layer == f"neck[{level}]"
         assert agrees(found.saliency, expected)
-
-
-def ablated_score(raw: RawOutputs, place: tuple, level: int, channel: int) -> float:
-    """The slow way: a whole forward without one channel of one map."""
-
-    def tap(output: Any) -> Any:
-        changed = [t.clone() for t in output]
-        changed[level][:, channel] = 0
-        return tuple(changed)
-
-    with torch.no_grad():
-        scores, factors = raw.run((raw.family.detector.neck, tap))
-    return float(raw.score(scores, factors, place))
-
-
-def spy_on(function: Any) -> tuple[str, list]:
-    """Name of a method that is another one and keeps the weights of its channels."""
-    kept: list[np.ndarray] = []
-
-    kind = METHODS[function.__name__].kind
-
-    @register_method("spied", kind=kind, summary="", formula="")
-    def spied(layer: Any) -> torch.Tensor:
-        weights = function(layer)
-        kept.append(weights.numpy())
-        return weights
-
-    return "spied", kept
-
-
-@pytest.mark.parametrize("name", ["yolox", "ppyoloe", "retinanet"])
-def test_ablation_weighs_by_what_the_box_loses(name, registry):
-    family = build_family(name)
-    raw = RawOutputs(family)
-    method, weights = spy_on(ablationcam)
-    _, explanations = explain(family, method=method, topk=4)
-    plain = plain_predict(family)
-    first = explanations[0]
-    place = raw.place(first.index)
-    score = float(plain.scores[first.index])
-    neck: list = []
-    raw.run((family.detector.neck, lambda output: neck.extend(output)))
-    channels = list(range(0, neck[place[0]].shape[1], 5))
-    expected = [
-        (score - ablated_score(raw, place, place[0], c)) / score for c in channels
-    ]
-    # The best box is the first of its level.
-    close = partial(np.allclose, b=expected, rtol=1e-3, atol=1e-5)
-    own = next(w for w in weights if close(w[0, channels]))
-    cam = np.einsum("c,chw->hw", own[0], neck[place[0]][0].detach().numpy()).clip(0)
-    assert first.maps[0].layer == f"neck[{place[0]}]"
-    assert agrees(first.maps[0].saliency, cam.astype(np.float32))
-    assert np.abs(expected).max() > 1e-3
-
-
-@pytest.mark.parametrize(("ratio", "count"), [(0.25, 4), (0.01, 1)])
-def test_the_ratio_is_the_share_of_channels_that_are_tried(ratio, count, registry):
-    family = build_family("yolox")
-    method, weights = spy_on(ablationcam)
-    options = dict(method=method, topk=1, ratio_channels_to_ablate=ratio)
-    explain(family, ["backbone.stem"], **options)
-    with torch.no_grad():
-        output = family.detector.backbone.stem(family.inputs)[0]
-    order = output.abs().mean(dim=(1, 2)).argsort(descending=True).tolist()
-    ((own,),) = weights
-    assert own.shape == (16,)
-    # The most active ones, and almost each of them counts for something.
-    assert set(np.flatnonzero(own)) <= set(order[:count])
-    assert len(np.flatnonzero(own)) >= 0.7 * count
-
-
-def test_score_cam_masks_the_input(registry):
-    family = build_family("yolox")
-    raw = RawOutputs(family)
-    method, weights = spy_on(scorecam)
-    _, (explanation,) = explain(family, method=method, topk=1)
-    place = raw.place(explanation.index)
-    neck: list = []
-    raw.run((family.detector.neck, lambda output: neck.extend(output)))
-    maps = neck[place[0]].detach()
-    scores = []
-    for channel in range(maps.shape[1]):
-        mask = torch.nn.functional.interpolate(
-            maps[:, channel : channel + 1], family.inputs.shape[-2:], mode="bilinear"
-        )
-        mask = (mask - mask.min()) / (mask.max() - mask.min() + 1e-8)
-        scores.append(masked_score(family, mask, place))
-    expected = torch.tensor(scores).softmax(dim=0).numpy()
-    assert np.allclose(weights[0][0], expected, rtol=1e-4)
-    assert np.ptp(scores) > 0.01
-
-
-def masked_score(family: Family, mask: torch.Tensor, place: tuple) -> float:
-    """What an anchor scores on the image under a mask."""
-    masked = dataclasses.replace(family, inputs=family.inputs * mask)
-    raw = RawOutputs(masked)
-    with torch.no_grad():
-        return float(raw.score(*raw.run(), place))
-
-
-def test_drise_scores_at_the_own_anchor(monkeypatch):
-    family = build_family("yolox")
-    places = [RawOutputs(family).place(index) for index in range(2)]
-    total, count = np.zeros((2, *family.inputs.shape[-2:])), 12
-    for (mask,) in rise_masks(count, tuple(family.inputs.shape[-2:]), batch_size=1):
-        scores = [masked_score(family, mask[None], place) for place in places]
-        total += np.array(scores)[:, None, None] * mask[0].numpy()
-    # Neither NMS nor anything else follows the raw outputs of masked images.
-    calls = []
-    head = family.detector.bbox_head
-    original = head.predict_by_feat
-    monkeypatch.setattr(
-        head, "predict_by_feat", lambda *a, **k: calls.append(1) or original(*a, **k)
-    )
-    options = dict(method="drise", num_masks=count, topk=2)
-    own = attributor(family, **options)
-    own.explain(family.inputs, family.data_samples[0].metainfo)
-    first = len(calls)
-    _, found = own.explain(family.inputs, family.data_samples[0].metainfo)
-    assert len(calls) - first < 6 <= count
-    _, in_batches = explain(family, batch_size=7, **options)
-    wanted = list(total / (count * 0.5))
-    for explanation, expected in zip([*found, *in_batches], wanted * 2):
-        assert explanation.note == ""
-        assert explanation.maps[0].layer == "image"
-        difference = explanation.maps[0].saliency - (expected - expected.min())
-        assert np.abs(difference).max() < 1e-4 * expected.max()
-
-
-@pytest.mark.parametrize("name", ["faster_rcnn", "detr"])
-def test_drise_of_regions_and_queries_goes_by_final_detections(name, caplog):
-    family = build_family(name)
-    own = attributor(family, method="drise", num_masks=4, topk=2)
-    with caplog.at_level(logging.WARNING, LOGGER.name):
-        for _ in range(2):
-            _, found = own.explain(family.inputs, family.data_samples[0].metainfo)
-    assert caplog.text.count("scored by the final detections") == 1
-    plain = plain_predict(family)
-    total = np.zeros((2, *family.inputs.shape[-2:]))
-    for (mask,) in rise_masks(4, tuple(family.inputs.shape[-2:]), batch_size=1):
-        masked = dataclasses.replace(family, inputs=family.inputs * mask)
-        others = plain_predict(masked)
-        for k in range(2):
-            overlaps = box_iou(plain.bboxes[k][None], others.bboxes)[0]
-            kept = (others.labels == plain.labels[k]) * others.scores * overlaps
-            total[k] += float(kept.max() if len(kept) else 0) * mask[0].numpy()
-    assert total.max() > 0
-    for explanation, expected in zip(found, total / 2):
-        assert "final detections" in explanation.note
-        if explanation.maps:
-            assert agrees(explanation.maps[0].saliency, expected - expected.min())
-
-
-# One of each kind on each kind of head in every run, and all pairs at night.
-ONE_OF_A_KIND = ["gradcam++", "shapleycam", "eigencam", "ablationcam", "scorecam"]
-QUICK = [("scorecam", "yolov5")]
-QUICK += itertools.product(ONE_OF_A_KIND[:-1], ["yolov5", "faster_rcnn", "detr"])
-
-
-@pytest.mark.parametrize(
-    ("method", "name"),
-    [
-        pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.nightly)
-        for pair in itertools.product(METHODS, FAMILIES)
-    ],
-)
-def test_every_method_runs_on_every_family(method, name):
-    family = build_family(name)
-    options = dict(ratio_channels_to_ablate=0.1, num_masks=20)
-    _, (explanation,) = explain(family, method=method, topk=1, **options)
-    if not explanation.maps and (method, name) not in QUICK:
-        assert explanation.note or explanation.warning  # it says why
-        return
-    (found,) = explanation.maps
-    assert found.saliency.ndim == 2
-    assert np.isfinite(found.saliency).all()
-    assert found.saliency.min() >= 0
-    assert found.saliency.max() > 0
 
 
 def test_combined_odam_joins_the_score_and_the_sides():
@@ -537,74 +198,6 @@ def test_shape_and_smoothing_of_the_maps():
     assert not agrees(smooth.maps[0].saliency, plain.maps[0].saliency)
 
 
-def test_augmented_maps_are_the_mean_over_mirrors_and_brightnesses():
-    """Padding beside the image stays where it is."""
-    left = 8
-    family = bright_squares(left)
-    meta = family.data_samples[0].metainfo
-    part = slice(left, left + 144)  # of the 160 columns
-    predictions, explanations = explain(family, aug_smooth=True, topk=5)
-    everything = attributor(family, topk=-1)
-    sums: list[list[np.ndarray]] = [[] for _ in explanations]
-    for mirrored in (False, True):
-        for factor in (1.0, 0.9, 1.1):
-            inputs = family.inputs.clone()
-            if mirrored:
-                inputs[..., part] = inputs[..., part].flip(-1)
-            others, maps = everything.explain(inputs * factor, meta)
-            boxes = others.bboxes.clone()
-            if mirrored:  # in pixels of the original image
-                boxes[:, 0] = 180 - others.bboxes[:, 2]
-                boxes[:, 2] = 180 - others.bboxes[:, 0]
-            by_index = {e.index: e for e in maps}
-            for own, explanation in zip(sums, explanations):
-                box = predictions.bboxes[explanation.index][None]
-                same = others.labels == predictions.labels[explanation.index]
-                overlaps = box_iou(box, boxes)[0] * same
-                best = int(overlaps.argmax())
-                for layer_map in by_index[best].maps if overlaps[best] >= 0.5 else ():
-                    if layer_map.layer != explanation.maps[0].layer:
-                        continue
-                    saliency = layer_map.saliency / layer_map.saliency.max()
-                    own.append(turned(saliency, left) if mirrored else saliency)
-    assert len(sums) >= 3
-    assert min(len(own) for own in sums) == 6
-    for own, explanation in zip(sums, explanations):
-        mean = np.mean(own, axis=0, dtype=np.float32)
-        assert np.abs(explanation.maps[0].saliency - mean).max() < 1e-4
-
-
-def bright_squares(left: int) -> Family:
-    """Three squares beside padding, found by a detector that looks for them."""
-    torch.manual_seed(0)
-    detector = ToyBoxDetector(data_preprocessor=None).eval().requires_grad_(False)
-    inputs = torch.zeros(1, 3, 128, 160)
-    inputs[..., left : left + 144] = -0.5
-    for top, x in ((8, 16), (72, 96), (40, 48)):
-        inputs[..., top : top + 24, left + x : left + x + 24] = 2.5
-    sample = DetDataSample(
-        metainfo=dict(
-            ori_shape=(160, 180),
-            img_shape=(128, 160),
-            batch_input_shape=(128, 160),
-            scale_factor=(0.8, 0.8),
-            pad_param=(0, 0, left, 16 - left),
-        )
-    )
-    return Family("toy", detector, inputs, [sample])
-
-
-def turned(saliency: np.ndarray, left: int) -> np.ndarray:
-    """Turn a map about the middle of 144 of its 160 columns of pixels, cell by cell."""
-    stride = 160 // saliency.shape[1]
-    centres = (np.arange(saliency.shape[1]) + 0.5) * stride
-    # A map is piecewise linear between the centres of its cells, and zero beyond.
-    knots = np.concatenate([[-stride / 2], centres, [160 + stride / 2]])
-    padded = np.pad(saliency, ((0, 0), (1, 1)))
-    places = 2 * left + 144 - centres
-    return np.stack([np.interp(places, knots, row, 0, 0) for row in padded])
-
-
 def test_a_second_image_of_another_size():
     family = build_family("yolox")
     own = attributor(family, topk=10)
@@ -624,112 +217,6 @@ def test_a_second_image_of_another_size():
         assert len(one.maps) == len(other.maps)
         for a, b in zip(one.maps, other.maps):
             assert agrees(a.saliency, b.saliency)
-
-
-class Unheaded(nn.Module):
-    """A detector whose head has a name of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Conv2d(3, 4, 3, 4, 1)
-        self.top = nn.Conv2d(4, 2, 1)
-
-    def forward(self, inputs: Any, data_samples: Any, mode: str = "predict") -> Any:
-        heat = self.top(self.backbone(inputs)).sigmoid()
-        for own, sample in zip(heat, data_samples):
-            sample.pred_instances = InstanceData(
-                bboxes=torch.tensor([[0.0, 0.0, 8.0, 8.0]]),
-                scores=own[1].max()[None],
-                labels=torch.ones(1, dtype=torch.long),
-            )
-        return data_samples
-
-
-def test_a_detector_of_another_make():
-    torch.manual_seed(0)
-    detector = Unheaded().eval()
-    meta = dict(img_shape=(32, 32), ori_shape=(32, 32), scale_factor=(1.0, 1.0))
-    inputs = torch.randn(1, 3, 32, 32)
-
-    def run(**options: Any) -> Any:
-        own = BoxAttributor(
-            detector, BoxAMOptions(score_thr=0.0, **options), logger=LOGGER
-        )
-        return own.explain(inputs, meta)[1]
-
-    features = detector.backbone(inputs)
-    heat = detector.top(features).sigmoid()[0, 1]
-    (gradient,) = torch.autograd.grad(heat.max(), features)
-    expected = layercam(features[0].detach(), gradient[0])
-    (explanation,) = run()
-    assert agrees(explanation.maps[0].saliency, expected)
-    for method, target, match in (
-        ("boxam", "logit", "'bbox_head'"),
-        ("boxam", "x1", "carry no gradients"),
-        ("ablationcam", "score", "'bbox_head'"),
-    ):
-        with pytest.raises(VisError, match=match):
-            run(method=method, target=target)
-    assert run(method="drise", num_masks=4)
-
-
-def test_a_method_and_a_target_of_ones_own(registry):
-    @register_method(
-        "mine",
-        kind="gradient",
-        summary="Mine.",
-        formula="max_c g * A",
-        default_smooth=0.2,
-    )
-    def mine(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        return (gradients * activations).amax(1)
-
-    @register_target("margin", summary="how far the logit is above zero")
-    def margin(boxes: Any) -> torch.Tensor:
-        return boxes.scores.logit()
-
-    family = build_family("yolox")
-    _, explanations = explain(family, method="mine", target="margin")
-    scores = plain_predict(family).scores
-    for explanation, maps in zip(explanations, references(family, 3)):
-        activation, gradient = most_influential(maps)
-        score = scores[explanation.index]
-        expected = (gradient * activation).amax(dim=0).relu() / (score * (1 - score))
-        assert explanation.layer == explanation.maps[0].layer
-        assert explanation.smooth == 0.2
-        assert (explanation.method, explanation.target) == ("mine", "margin")
-        assert agrees(explanation.maps[0].saliency, expected.numpy())
-    with pytest.raises(VisConfigError, match="compares scores"):
-        BoxAMOptions(method="ablationcam", target="margin")
-    with pytest.raises(VisConfigError, match="kind='colour' is unknown"):
-        register_method("mine", kind="colour", summary="", formula="")
-
-
-@pytest.mark.parametrize(
-    ("kind", "function", "match"),
-    [
-        ("gradient", lambda a, g: (g * a).sum((1, 2)), "gives a tensor of shape"),
-        ("gradient", lambda a, g: (g * a).sum(1)[:, :2], "gives a tensor of shape"),
-        ("gradient", lambda a, g: (g * a).sum(1).numpy(), "gives ndarray"),
-        ("gradient", lambda a, g: (g * a.relu_()).sum(1), "in place"),
-        ("gradient", lambda a, g: a.sum(1) * np.nan, "no finite map"),
-        ("ablation", lambda layer: torch.ones(3), r"shape \(3,\)"),
-        ("black_box", lambda image: torch.ones(3, 4), r"shape \(3, 4\)"),
-    ],
-)
-def test_a_method_that_gives_no_maps_is_named(registry, kind, function, match):
-    register_method("mine", kind=kind, summary="", formula="")(function)
-    with pytest.raises(VisError, match=f"method='mine' .*{match}"):
-        explain(build_family("yolox"), method="mine")
-
-
-def test_a_target_gives_a_number_for_each_box_of_what_the_network_gave(registry):
-    register_target("mine", summary="")(lambda boxes: boxes.scores.sum())
-    with pytest.raises(VisError, match=r"target='mine' gives a tensor of shape \(\)"):
-        explain(build_family("yolox"), target="mine")
-    register_target("mine", summary="")(lambda boxes: boxes.scores.detach())
-    _, explanations = explain(build_family("yolox"), target="mine")
-    assert all("does not depend" in e.warning for e in explanations)
 
 
 def test_soft_nms_is_refused_before_the_run_and_drise_works():

@@ -111,26 +111,6 @@ def assert_same_map(actual: np.ndarray, expected: np.ndarray, rel=1e-5) -> None:
 
 
 class TestByHand:
-    @pytest.mark.parametrize(
-        ("name", "expected"),
-        [
-            # 1 * 1, 2 * 0, 0.5 * 3 + 1 * 1, 2 * 1
-            ("boxam", [[1.0, 0.0], [2.5, 2.0]]),
-            # 1 - 2, -2 + 0, 1.5 + 1, 0 + 2
-            ("gradcam", [[0.0, 0.0], [2.5, 2.0]]),
-            ("gradcamelementwise", [[1.0, 0.0], [2.5, 2.0]]),
-            # The means of the gradients are 1/8 and 1.
-            ("gradcam_averaged", [[2.125, 0.25], [1.375, 1.5]]),
-            # sum(g * A) / sum(A): 0.5 / 10 and 1 / 4.
-            ("xgradcam", [[0.55, 0.1], [0.4, 0.45]]),
-            # The sums are 10 and 4, so alpha is 1/12 and 1/7 in the first channel,
-            # 1/10, 1/6 and 1/10 in the second.
-            ("gradcam++", [[1 / 12, 0.0], [1.5 / 7 + 1 / 6, 0.2]]),
-        ],
-    )
-    def test_elements_and_means(self, name, expected):
-        np.testing.assert_allclose(weigh(name, A, G)[0], expected, rtol=1e-5)
-
     def test_shapleycam(self):
         # y = sum of w A^2: g = 2 w A and H A = 2 w A, so g - H A / 2 = w A.
         slopes = 2 * torch.tensor([1.0, -1.0])[:, None, None] * A
@@ -199,27 +179,22 @@ class TestGradCamPlusPlus:
                 maps = weigh(name, activations, gradients * scale)
                 assert_same_map(maps[0], from_the_papers(name, a, g), 1e-4)
 
-    def test_no_pole_where_activations_are_negative(self):
-        # The sum is -2, and 2 g^2 - 2 g^3 is zero for g = 1.
-        activations = torch.tensor([[[[-3.0, 1.0]]]])
-        gradients = torch.ones(1, 1, 1, 2)
-        maps = weigh("gradcam++", activations, gradients)
-        np.testing.assert_allclose(maps, [[[0.0, 0.5]]], rtol=1e-5)
-        averaged = weigh("gradcam++_averaged", activations, gradients)
-        np.testing.assert_allclose(averaged, [[[0.0, 1.0]]], rtol=1e-5)
-
-    def test_no_pole_where_the_gradient_is_negative(self):
-        # 2 g^2 + 2 g^3 is zero for g = -1.
-        activations = torch.tensor([[[[1.0, 1.0]]]])
-        gradients = torch.tensor([[[[-1.0, 1.0]]]])
-        np.testing.assert_allclose(
-            weigh("gradcam++", activations, gradients), [[[0.0, 0.25]]], rtol=1e-5
-        )
-        np.testing.assert_allclose(
-            weigh("gradcam++_averaged", activations, gradients),
-            [[[0.25, 0.25]]],
-            rtol=1e-5,
-        )
+    @pytest.mark.parametrize(
+        ("activations", "gradients", "whole", "averaged"),
+        [
+            # The sum is -2, and 2 g^2 - 2 g^3 is zero for g = 1.
+            ([-3.0, 1.0], [1.0, 1.0], [0.0, 0.5], [0.0, 1.0]),
+            # 2 g^2 + 2 g^3 is zero for g = -1.
+            ([1.0, 1.0], [-1.0, 1.0], [0.0, 0.25], [0.25, 0.25]),
+        ],
+    )
+    def test_there_is_no_pole(self, activations, gradients, whole, averaged):
+        given = [
+            torch.tensor(values)[None, None, None]
+            for values in (activations, gradients)
+        ]
+        for name, expected in (("gradcam++", whole), ("gradcam++_averaged", averaged)):
+            np.testing.assert_allclose(weigh(name, *given), [[expected]], rtol=1e-5)
 
 
 class TestEveryMethod:

@@ -48,11 +48,6 @@ class TestPointingHit:
         assert pointing_hit(saliency, mask_of((1, 3), shape=(3, 9)))
         assert not pointing_hit(saliency, ~mask_of((1, 3), shape=(3, 9)))
 
-    def test_a_plateau_points_at_its_middle(self):
-        saliency = np.zeros((5, 5))
-        saliency[1:4, 1:4] = 1.0
-        assert pointing_hit(saliency, np.array([2, 2, 3, 3]))
-
     @pytest.mark.parametrize("value", [0.0, 1.0])
     def test_a_map_without_a_peak_is_a_miss(self, value):
         assert not pointing_hit(np.full((3, 3), value), np.ones((3, 3), dtype=bool))
@@ -64,11 +59,6 @@ class TestEnergyInside:
         assert energy_inside(SALIENCY, np.array([0, 1, 2, 2])) == 13 / 20
         assert energy_inside(SALIENCY, mask_of()) == 0.0
         assert energy_inside(SALIENCY, ~mask_of()) == 1.0
-
-    def test_scale_does_not_matter(self):
-        box = np.array([0, 1, 2, 2])
-        tiny = (SALIENCY * 1e-30).astype(np.float32)
-        assert energy_inside(tiny, box) == pytest.approx(13 / 20)
 
     def test_blank_map(self):
         assert energy_inside(np.zeros((2, 3)), ~mask_of()) == 0.0
@@ -85,9 +75,6 @@ class TestSpearman:
         # The ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5).
         expected = 4.5 / np.sqrt(4.5 * 5)
         assert spearman([0, 1, 1, 2], [0, 1, 2, 3]) == pytest.approx(expected)
-
-    def test_any_shape(self):
-        assert spearman(SALIENCY, SALIENCY**2) == pytest.approx(1.0)
 
     @pytest.mark.filterwarnings("error")
     def test_equal_values_rank_nothing(self):

@@ -13,7 +13,6 @@ from mmyolo_vis_hooks.errors import FeatureShapeError, VisError
 from mmyolo_vis_hooks.network.graph import (
     GraphForward,
     PredictionGraph,
-    TapKey,
     TapPoint,
     head_modules,
 )
@@ -138,19 +137,6 @@ def test_several_taps_at_once_and_no_graph_before_the_first(name):
         assert_gradients(
             dataclasses.replace(graph, taps=own), reference_gradients(family, module)
         )
-
-
-def test_titles_tell_calls_and_places_apart():
-    family = build_family("retinanet")
-    with frozen(family.detector):
-        graph = predict_graph(family, "bbox_head.cls_convs.1.conv")
-    titles = [key.title for key in graph.taps]
-    assert titles[:2] == [
-        "bbox_head.cls_convs.1.conv",
-        "bbox_head.cls_convs.1.conv (call 2)",
-    ]
-    assert len(titles) == 5
-    assert TapKey("neck", 0, (2,)).title == "neck[2]"
 
 
 def test_all_scores_of_yolov5():

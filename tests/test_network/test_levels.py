@@ -4,20 +4,16 @@ import logging
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.network.graph import (
-    GraphForward,
     HeadKey,
-    head_modules,
 )
 from mmyolo_vis_hooks.network.levels import Pyramid, last_maps, survey
-from mmyolo_vis_hooks.network.nested import flatten_tensors
 from mmyolo_vis_hooks.network.replay import ReplayEngine
 from mmyolo_vis_hooks.network.state import frozen
-from tests.families import FAMILIES, Family, build_family, plain_predict
+from tests.families import FAMILIES, Family, build_family
 
 _NECK = [f"neck[{i}]" for i in range(5)]
 _YOLOV5 = [
@@ -76,74 +72,6 @@ def test_the_levels_of_each_family(name):
     outputs = [key for level in pyramid.levels for key in level.outputs]
     assert len(outputs) == len(set(outputs))
     assert not any(m._forward_hooks for m in family.detector.modules())
-
-
-@pytest.mark.parametrize("name", ["yolov5", "yolox", "retinanet"])
-def test_the_radius_is_enough_and_needed(name):
-    """By differences: what lies farther away than the radius changes nothing."""
-    family = build_family(name)
-    pyramid = survey_of(family)
-    metainfo = family.data_samples[0].metainfo
-    for level in pyramid.levels:
-        if level.radius is None:
-            continue
-        points = {point.layer: point for point in pyramid.points}
-        point = points[level.tap.layer]
-        with frozen(family.detector):
-            forward = GraphForward(family.detector, [point])
-            before = forward.run(family.inputs, metainfo)
-            height, width = before.taps[level.tap].shape[-2:]
-            row, column = height // 2, width // 2
-            radius = level.radius
-            window = (
-                slice(max(row - radius, 0), row + radius + 1),
-                slice(max(column - radius, 0), column + radius + 1),
-            )
-            inner = (
-                slice(max(row - radius + 1, 0), row + radius),
-                slice(max(column - radius + 1, 0), column + radius),
-            )
-            for kept, same in ((window, True), (inner, False)):
-                mask = torch.ones(height, width, dtype=torch.bool)
-                mask[kept] = False
-                after = outputs_with_noise(family, point, level.tap, mask)
-                cells = [
-                    torch.equal(
-                        before.head_outputs[key][..., row, column],
-                        after[key][..., row, column],
-                    )
-                    for key in level.outputs
-                ]
-                assert all(cells) == same
-
-
-def outputs_with_noise(family: Family, point: Any, tap: Any, mask: Any) -> dict:
-    """Raw outputs where the cells of a mask have other values."""
-
-    def change(value: Any) -> Any:
-        maps = list(value) if isinstance(value, (list, tuple)) else [value]
-        place = tap.output_index[0] if tap.output_index else 0
-        maps[place] = maps[place] + mask * maps[place].abs().mean()
-        return maps[0] if isinstance(value, torch.Tensor) else tuple(maps)
-
-    if point.side == "input":
-        handle = point.module.register_forward_pre_hook(lambda m, args: change(args))
-    else:
-        handle = point.module.register_forward_hook(lambda m, a, out: change(out))
-    outputs: dict[HeadKey, torch.Tensor] = {}
-    (head,) = head_modules(family.detector).items()
-
-    def collect(_module: nn.Module, _args: Any, output: Any) -> None:
-        for index, tensor in flatten_tensors(output):
-            outputs[HeadKey(head[0], 0, index)] = tensor
-
-    handles = [handle, head[1].register_forward_hook(collect)]
-    try:
-        plain_predict(family)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
 
 
 def test_which_level_made_an_output():
