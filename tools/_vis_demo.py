@@ -64,7 +64,7 @@ from mmyolo_vis_hooks.publish.files import (
 )
 from mmyolo_vis_hooks.publish.html_page import HtmlPage, open_folder
 from mmyolo_vis_hooks.publish.window import why_no_window
-from mmyolo_vis_hooks.samples import SampleMaker
+from mmyolo_vis_hooks.samples import SampleMaker, make_sample_maker
 
 OUT_DIR = "./output"
 _TIMEOUT = 60.0
@@ -138,7 +138,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def look(
     args: argparse.Namespace,
     kind: type[Options],
-    make_maker: Callable[[Demo, nn.Module], SampleMaker],
     panel_kind: Any,
     *,
     title: str,
@@ -146,15 +145,20 @@ def look(
 ) -> None:
     """Do what both tools do, from the command line to the status of the process.
 
-    ``make_maker`` is given a detector with weights and makes what turns images into
-    samples, which a panel draws. The page has the title, and fades as HtmlPage says.
+    The panel draws what the kind of options asks for; the page has the title, and fades
+    as HtmlPage says.
     """
     demo = Demo(args, kind)
     detector = demo.build()
     if args.preview_model:
         print_layers(detector, demo.placement.pipeline, next(demo.first_images()))
         return
-    maker = make_maker(demo, detector)
+    # Two bars at once would overwrite each other.
+    single = len(demo.source) == 1
+    maker = make_sample_maker(
+        detector, demo.options, demo.class_names, logger, show_progress=single
+    )
+    demo.try_on_first(maker, detector)
     panel = panel_kind(demo.options, demo.class_names, demo.palette)
     sys.exit(demo.run(maker, panel, title=title, fade=fade))
 

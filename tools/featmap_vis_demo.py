@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from torch import nn
-
-from _vis_demo import Demo, logger, look, make_demo_parser, run_demo
+from _vis_demo import look, make_demo_parser, run_demo
 from mmyolo_vis_hooks.options import FeatMapOptions
 from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel
-from mmyolo_vis_hooks.samples import SampleMaker, make_sample_maker
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,18 +15,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    look(
-        parse_args(),
-        FeatMapOptions,
-        make_maker,
-        FeatMapPanel,
-        title="Feature maps",
-        fade=False,
-    )
-
-
-def make_maker(demo: Demo, detector: nn.Module) -> SampleMaker:
-    return make_sample_maker(detector, demo.options, demo.class_names, logger)
+    look(parse_args(), FeatMapOptions, FeatMapPanel, title="Feature maps", fade=False)
 
 
 if __name__ == "__main__":
