@@ -159,6 +159,8 @@ class TestCaptions:
         assert not is_grey(cells[1].image_rgb).all()
         low = np.linspace(0.5, 2, 169, dtype=np.float32).reshape(13, 13)
         assert draw(with_maps(sample(), low))[1].note.endswith("map 0.5 to 2")
+        low[0, 0] = 1e-4  # what three digits of the high do not show
+        assert draw(with_maps(sample(), low))[1].note.endswith("map 0 to 2")
 
     @pytest.mark.parametrize(
         ("score_thr", "parts"),
