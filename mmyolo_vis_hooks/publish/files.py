@@ -128,11 +128,7 @@ class OwnFiles:
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder, and see now rather than later that it takes files.
-
-    Raises:
-        PublishError: If it does not.
-    """
+    """Make a folder, and raise a PublishError now if it will take no files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -145,11 +141,7 @@ def make_writable(folder: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Raises:
-        PublishError: If it cannot be written.
-    """
+    """Write a file whole, or raise a PublishError and leave what was there."""
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with open(part, "xb") as file:
@@ -168,11 +160,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_image(file: str, image_rgb: np.ndarray) -> None:
-    """Write a picture, ``(H, W, 3)`` uint8, RGB, in the format that the suffix says.
-
-    Raises:
-        PublishError: If it cannot be written whole.
-    """
+    """Write ``(H, W, 3)`` uint8, RGB, in the format of the suffix; whole, as above."""
     path = Path(file)
     write_whole(path, encode(path.suffix.lower(), image_rgb, _JPEG_QUALITY))
 

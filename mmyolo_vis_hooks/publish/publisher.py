@@ -14,8 +14,7 @@ from .backends import BackendAdapter, adapter_for
 class Publisher:
     """Publishes pictures under one tag per mode, hook name and image.
 
-    Each backend gets the picture by itself, so one that fails keeps nothing
-    from the others.
+    A backend that fails keeps nothing from the others.
 
     Args:
         visualizer (Visualizer): The runner's.

@@ -185,7 +185,8 @@ class BoxAMPanel(Panel):
     ) -> Cell:
         boxes = sample.detections.boxes_xyxy[[e.index for e in sample.explanations]]
         image_hw, count = sample.image_rgb.shape[:2], len(boxes)
-        overlay = self._heat(joint_map, picture_rgb, boxes, image_hw)
+        boxes = resized_boxes(boxes, image_hw, picture_rgb.shape[:2])
+        overlay = self._heat(joint_map, picture_rgb, boxes)
         whose = "the map" if count == 1 else "each box's map"
         how = "divided by its maximum"
         if self.options.norm_in_bbox:
@@ -228,19 +229,15 @@ class BoxAMPanel(Panel):
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REPLICATE,
         )
-        return self._heat(heat, crop, boxes - (x1, y1, x1, y1), window_hw)
+        boxes = resized_boxes(boxes - (x1, y1, x1, y1), window_hw, size_hw)
+        return self._heat(heat, crop, boxes)
 
     def _heat(
-        self,
-        saliency: np.ndarray,
-        image_rgb: np.ndarray,
-        boxes_xyxy: np.ndarray,
-        boxes_hw: tuple[int, int],
+        self, saliency: np.ndarray, image_rgb: np.ndarray, boxes_xyxy: np.ndarray
     ) -> np.ndarray:
-        """A map on the grey image, and outlines of boxes in an image of a size."""
+        """A map on the grey image, with outlines of boxes."""
         alpha, colormap = self.options.alpha, self.options.colormap
         overlay = fade_heatmap(saliency, image_rgb, alpha=alpha, colormap=colormap)
-        boxes_xyxy = resized_boxes(boxes_xyxy, boxes_hw, image_rgb.shape[:2])
         outline_boxes(overlay, boxes_xyxy)
         return overlay
 
