@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from logging import Logger
 from typing import Any
@@ -22,12 +21,11 @@ from ..errors import VisConfigError, VisError
 from ..network.graph import GraphForward, PredictionGraph, TapPoint, prediction_of
 from ..network.layer_path import layer_of_map, named_maps, resolve_layers
 from ..network.levels import Pyramid, last_maps, survey
-from ..network.partial import Job, ReplayTarget
-from ..network.replay import Replay, ReplayEngine
+from ..network.replay import ReplayEngine
 from ..network.state import frozen
-from ..network.trace import CallKey, CallTrace
+from ..network.trace import CallTrace
 from ..records import BoxExplanation, LayerMap
-from .anchors import locate_anchors, wanted_outputs
+from .anchors import locate_anchors
 from .augment import Choose, smoothed
 from .blackbox import MaskedImage, final_scores
 from .gradient import joined_targets
@@ -40,13 +38,13 @@ from .methods import (
     weigh,
     weigh_channels,
 )
-from .perturb import PerturbedLayer
-from .scoring import Scorer, linear_link, score_link
+from .perturb import PerturbedLayer, input_target, layer_target
+from .scoring import Scorer
 from .spots import (
     Case,
     Spot,
     View,
-    second_order,
+    derivatives,
     spots_at,
     spots_of_levels,
     views_of,
@@ -95,6 +93,7 @@ class BoxAttributor:
         self._logger = logger
         self._show_progress = show_progress
         self._engine = ReplayEngine(detector, logger)
+        self._scorer = partial(Scorer, self._engine, options, show=show_progress)
         self._forward: GraphForward | None = None
         self._pyramid: Pyramid | None = None
         self._said_note = False
@@ -145,15 +144,13 @@ class BoxAttributor:
                     for k, saliency in zip(spot.members, self._maps(case, spot)):
                         own = LayerMap(spot.view.title, saliency.cpu().numpy())
                         maps[k].append(own)
-                rounds.append([self._record(case, k, m) for k, m in enumerate(maps)])
+                rounds.append([self._explained(case, k, m) for k, m in enumerate(maps)])
         return graph.detections(), [joined_targets(r) for r in zip(*rounds)]
 
     def prepare(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> None:
         """Find out on an image whether everything that is asked for can be had.
 
-        Raises:
-            VisError: If layers do not run, or no score carries a gradient.
-            VisConfigError: If the target is none of this detector's.
+        A ``VisError`` says what cannot, such as a score without a gradient.
         """
         if self._method.kind == "black_box":
             return
@@ -271,74 +268,22 @@ class BoxAttributor:
             parts = weigh(method.name, crops, torch.stack(spot.gradients))
             return torch.stack([w.pad(p, map_hw) for w, p in zip(spot.windows, parts)])
         maps = []
-        for number, k in enumerate(spot.members):
-            if method.second_order:
-                derivatives = second_order(case, k, spot.view)
-            elif spot.windows:
-                gradient = spot.windows[number].pad(spot.gradients[number], map_hw)
-                derivatives = [gradient[None]]
-            else:
-                derivatives = [spot.gradients[number][None]]
-            given = [activations, *map(limit, derivatives)]
+        for number in range(len(spot.members)):
+            slopes = derivatives(case, spot, number, second=method.second_order)
+            given = activations, *map(limit, slopes)
             maps.append(weigh(method.name, *given, eigen_smooth=eigen_smooth))
         return torch.cat(maps)
 
     def _perturbed(self, case: Case, spot: Spot) -> PerturbedLayer:
         view, inputs = spot.view, case.graph.inputs
         if self._method.kind == "masking":
-            target = self._input_target()
+            target = input_target(case, self._engine, self._method.name)
         else:
-            target = self._layer_target(view)
-        scorer = self._scorer(case, spot.members, target)
+            taps = self._forward.taps if self._forward is not None else ()
+            target = layer_target(self._engine, taps, view)
+        scorer = self._scorer(case, members=spot.members, target=target)
         ratio = self.options.ratio_channels_to_ablate
         return PerturbedLayer(view.activations[0], ratio, view, scorer, inputs)
-
-    def _layer_target(self, view: View) -> ReplayTarget:
-        """The tensor of a layer, which is replaced."""
-        points = self._forward.taps if self._forward is not None else ()
-        point = next(point for point in points if point.layer == view.tap.layer)
-        modules = self._engine.modules.items()
-        path = next(path for path, module in modules if module is point.module)
-        place = view.tap.output_index if point.side == "output" else (0,)
-        return ReplayTarget(CallKey(path, view.tap.call_index), place, point.side)
-
-    def _input_target(self) -> ReplayTarget:
-        """The image that goes into the network, which is replaced."""
-        if "backbone" not in self._engine.modules:
-            raise VisError(
-                f"method={self._method.name!r} masks what goes into the module "
-                f"'backbone', which {type(self._detector).__name__} has not; use a "
-                "gradient method"
-            )
-        return ReplayTarget(CallKey("backbone", 0), (0,), "input")
-
-    def _scorer(
-        self, case: Case, members: Sequence[int], target: ReplayTarget
-    ) -> Scorer:
-        if case.anchors is None:
-            raise VisError(
-                f"method={self._method.name!r} scores a box at its own anchor and "
-                "needs a module called 'bbox_head' for it, which "
-                f"{type(self._detector).__name__} has not; use a gradient method"
-            )
-        anchors = [case.anchors[k] for k in members]
-        if case.target.name == "score":
-            scores = case.scalars[list(members)].tolist()
-            links = list(map(score_link, anchors, scores))
-        else:
-            links = list(map(linear_link, anchors))
-        known = [link for link in links if link is not None]
-        if len(known) < len(links):
-            raise VisError(
-                "how this detector makes a score of its raw outputs is not known, so a "
-                "box cannot be scored at its own anchor; use target='logit' or a "
-                "gradient method"
-            )
-        engine, wanted = self._engine, tuple(wanted_outputs(anchors))
-        job = Job(engine.modules, case.forward, case.trace(), target, wanted)
-        replay = Replay(engine, job)
-        size, bar = self.options.batch_size, self._show_progress
-        return Scorer(anchors, known, replay, batch_size=size, show_progress=bar)
 
     # What looks at no layer.
 
@@ -377,8 +322,7 @@ class BoxAttributor:
         for index, saliency in zip(chosen, maps.cpu().numpy()):
             shown = (LayerMap("image", saliency),) if saliency.max() > 0 else ()
             warning = "" if shown else "no mask let the detector see this box"
-            blank = self._blank_record(index)
-            explanations.append(replace(blank, maps=shown, warning=warning, note=note))
+            explanations.append(self._record(index, shown, warning, note=note))
         return predictions, explanations
 
     def _anchored(
@@ -392,26 +336,22 @@ class BoxAttributor:
         (case,) = self._cases(graph, metainfo, chosen)
         if any(anchor.cell is None for anchor in case.anchors or ()):
             raise VisError("regions and queries move when the image changes")
-        scorer = self._scorer(case, range(len(chosen)), self._input_target())
+        target = input_target(case, self._engine, self._method.name)
+        scorer = self._scorer(case, members=range(len(chosen)), target=target)
         return graph.detections(), chosen, scorer
 
     # The record.
 
-    def _blank_record(self, index: int) -> BoxExplanation:
-        method, target = self._method, self.options.target
-        smooth = method.default_smooth
-        return BoxExplanation(
-            index, (), method=method.name, target=target, smooth=smooth
-        )
-
-    def _record(self, case: Case, k: int, maps: list[LayerMap]) -> BoxExplanation:
+    def _explained(self, case: Case, k: int, maps: list[LayerMap]) -> BoxExplanation:
         shown = tuple(m for m in maps if m.saliency.max() > 0)
-        silent = [layer_map.layer for layer_map in maps]
-        warning = "" if shown else why_blank(case, k, silent, self._names)
+        warning = "" if shown else why_blank(case, k, maps, self._names)
         index, label = case.boxes.indices[k], case.boxes.labels[k]
         if warning:
             # The logger drops a second record with the same template.
             self._logger.warning(f"detection {index} (class {label}): {warning}")
         cell = case.anchors[k].cell if case.anchors is not None else None
-        blank = self._blank_record(index)
-        return replace(blank, maps=shown, warning=warning, cell=cell)
+        return self._record(index, shown, warning, cell=cell)
+
+    def _record(self, index: int, maps: tuple, warning: str, **own: Any) -> Any:
+        own |= dict(method=self._method.name, smooth=self._method.default_smooth)
+        return BoxExplanation(index, maps, warning, target=self.options.target, **own)

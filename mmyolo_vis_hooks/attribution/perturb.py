@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from ..errors import VisError
+from ..network.graph import TapPoint
+from ..network.partial import ReplayTarget
+from ..network.replay import ReplayEngine
+from ..network.trace import CallKey
 from .methods import register_method, require_finite
 from .scoring import Scorer
-from .spots import View
+from .spots import Case, View
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,27 @@ class PerturbedLayer:
 
         title = f"image behind {self.view.title}"
         return self.scorer.scores_of_many(len(maps), masked, title)
+
+
+def layer_target(
+    engine: ReplayEngine, taps: Sequence[TapPoint], view: View
+) -> ReplayTarget:
+    """The tensor of a layer, which is replaced."""
+    point = next(point for point in taps if point.layer == view.tap.layer)
+    modules = engine.modules.items()
+    path = next(path for path, module in modules if module is point.module)
+    place = view.tap.output_index if point.side == "output" else (0,)
+    return ReplayTarget(CallKey(path, view.tap.call_index), place, point.side)
+
+
+def input_target(case: Case, engine: ReplayEngine, method: str) -> ReplayTarget:
+    """The image that goes into the network, which is replaced."""
+    if "backbone" not in engine.modules:
+        raise VisError(
+            f"method={method!r} masks what goes into the module 'backbone', which "
+            f"{case.boxes.detector} has not; use a gradient method"
+        )
+    return ReplayTarget(CallKey("backbone", 0), (0,), "input")
 
 
 @register_method(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from rich.progress import track
 
 from ..errors import VisError
-from ..network.replay import Replay, batch_axis
-from .anchors import Anchor, RawEntries
+from ..network.partial import Job, ReplayTarget
+from ..network.replay import Replay, ReplayEngine, batch_axis
+from .anchors import Anchor, RawEntries, wanted_outputs
+from .spots import Case
 
 ScoreLink = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """From raw elements, ``(N, n)`` per raw output, to scores ``(N,)``."""
@@ -72,23 +75,43 @@ def linear_link(anchor: Anchor) -> ScoreLink:
 class Scorer:
     """Scores K boxes in raw outputs that are run again, a batch of values at a time.
 
-    A link gives the score of a box at its anchor. Without ``batch_size`` as many values
-    run at once as suits the network.
+    The values are those of the target. A ``VisError`` says why boxes cannot be scored
+    at their anchors.
     """
 
     def __init__(
         self,
-        anchors: Sequence[Anchor],
-        links: Sequence[ScoreLink],
-        replay: Replay,
+        engine: ReplayEngine,
+        options: Any,
+        case: Case,
         *,
-        batch_size: int | None = None,
-        show_progress: bool = False,
+        members: Sequence[int],
+        target: ReplayTarget,
+        show: bool,
     ) -> None:
-        self._anchors = list(zip(anchors, links))
-        self._replay = replay
-        self._show_progress = show_progress
-        self.batch_size = replay.batch_size(batch_size)
+        if case.anchors is None:
+            raise VisError(
+                f"method={options.method!r} scores a box at its own anchor and needs a "
+                f"module called 'bbox_head' for it, which {case.boxes.detector} has "
+                "not; use a gradient method"
+            )
+        anchors = [case.anchors[k] for k in members]
+        if case.target.name == "score":
+            links = map(score_link, anchors, case.scalars[list(members)].tolist())
+        else:
+            links = map(linear_link, anchors)
+        self._anchors = [(own, link) for own, link in zip(anchors, links) if link]
+        if len(self._anchors) < len(anchors):
+            raise VisError(
+                "how this detector makes a score of its raw outputs is not known, so a "
+                "box cannot be scored at its own anchor; use target='logit' or a "
+                "gradient method"
+            )
+        wanted = tuple(wanted_outputs(anchors))
+        job = Job(engine.modules, case.forward, case.trace(), target, wanted)
+        self._replay = Replay(engine, job)
+        self._show = show
+        self.batch_size = self._replay.batch_size(options.batch_size)
 
     def recorded_scores(self) -> torch.Tensor:
         """The scores as they were, ``(K,)`` float64."""
@@ -116,7 +139,7 @@ class Scorer:
             range(0, count, self.batch_size),
             title,
             transient=True,
-            disable=not self._show_progress,
+            disable=not self._show,
         )
         size = self.batch_size
         found = [self.scores(values(slice(b, min(b + size, count)))) for b in begins]

@@ -19,6 +19,7 @@ from ..network.graph import PredictionGraph, TapKey, gradients
 from ..network.levels import Level, Pyramid
 from ..network.maps import token_slices
 from ..network.trace import CallTrace
+from ..records import LayerMap
 from .anchors import Anchor, wanted_outputs
 from .targets import BOX_SIDES, ChosenBoxes, Target
 
@@ -277,22 +278,38 @@ def _through_head(
     return gradients(list(outputs.values()), tensors, slopes=list(slopes.values()))
 
 
-def second_order(case: Case, k: int, view: View) -> list[torch.Tensor]:
-    """The gradient of a box, and the second derivative times the activations."""
+def derivatives(
+    case: Case, spot: Spot, number: int, *, second: bool
+) -> list[torch.Tensor]:
+    """The gradient of a member on the whole map, ``(1, C, h, w)``.
+
+    To second order also the second derivative times the activations.
+    """
+    view = spot.view
+    if not second:
+        gradient = spot.gradients[number]
+        if spot.windows:
+            map_hw = view.activations.shape[-2:]
+            gradient = spot.windows[number].pad(gradient, map_hw)
+        return [gradient[None]]
     tensor = view.tensor
-    (slope,) = gradients(case.scalars[k], [tensor], create_graph=True)
+    scalar = case.scalars[spot.members[number]]
+    (slope,) = gradients(scalar, [tensor], create_graph=True)
     slope = torch.zeros_like(tensor) if slope is None else slope
     (product,) = gradients(slope, [tensor], slopes=[tensor.detach()])
     product = torch.zeros_like(tensor) if product is None else product
     return [view.maps(slope.detach()), view.maps(product)]
 
 
-def why_blank(case: Case, k: int, silent: Sequence[str], named: Sequence[str]) -> str:
-    """Why a box has no map at the named layers, or a silent one, zero everywhere."""
+def why_blank(
+    case: Case, k: int, maps: Sequence[LayerMap], named: Sequence[str]
+) -> str:
+    """Why a box has no map at the named layers, or maps that are zero everywhere."""
     target = case.target.name
-    if silent:
+    if maps:
+        silent = ", ".join(layer_map.layer for layer_map in maps)
         return (
-            f"nothing at {', '.join(silent)} speaks for this {target}: all weighted "
+            f"nothing at {silent} speaks for this {target}: all weighted "
             "activations are negative or zero"
         )
     if not case.scalars.requires_grad:
