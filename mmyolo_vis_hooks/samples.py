@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.structures import DetDataSample
+from mmengine.config import ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.runner.amp import autocast
 from torch import nn
@@ -25,6 +26,7 @@ from .network.graph import head_modules
 from .network.layer_path import resolve_layers
 from .network.nested import map_tensors
 from .network.recorder import ForwardRecord, LayerRecorder
+from .network.settings import other_settings
 from .network.state import frozen, preserve_rng_state
 from .options import BoxAMOptions, FeatMapOptions
 from .records import BoxSample, Detections, VisSample
@@ -288,27 +290,17 @@ def make_sample_maker(
 @contextlib.contextmanager
 def _everything_found(detector: nn.Module) -> Iterator[None]:
     """Let weights that know nothing yet find boxes, a few and quickly."""
-    changed = []
-    handles = []
-    try:
+
+    def few(settings: ConfigDict) -> None:
+        settings.update(score_thr=0.0, nms_pre=100)
+        if "max_per_img" in settings:
+            settings.max_per_img = 10
+
+    with contextlib.ExitStack() as stack:
         for head in head_modules(detector).values():
-            handles.append(head.register_forward_hook(_moderate))
-        for module in detector.modules():
-            config = getattr(module, "test_cfg", None)
-            for part in (config, (config or {}).get("rcnn")):
-                if isinstance(part, dict) and "score_thr" in part:
-                    changed.append((part, dict(part)))
-                    part["score_thr"] = 0.0
-                    if "nms_pre" in part:
-                        part["nms_pre"] = 100
-                    if "max_per_img" in part:
-                        part["max_per_img"] = 10
+            stack.callback(head.register_forward_hook(_moderate).remove)
+        stack.enter_context(other_settings(detector, few))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for part, values in reversed(changed):
-            part.update(values)
 
 
 def _moderate(module: nn.Module, args: Any, output: Any) -> Any:
