@@ -26,6 +26,8 @@ from mmengine.runner import Runner, autocast
 from rich.console import Console
 from rich.measure import Measurement
 
+from _cpu_ranks import cpu_ranks
+
 # The package of this checkout, installed or not. Importing it registers the hooks
 # and the checkpoint loaders, whatever the config imports.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -208,12 +210,13 @@ def innermost_dataset(loader: ConfigDict) -> ConfigDict:
 
 def build_runner(config: Config) -> Runner:
     """Build the Runner, or the one that the config's ``runner_type`` names."""
-    if "runner_type" not in config:
-        runner = Runner.from_cfg(config)
-    else:
-        scope = config.get("default_scope", "mmengine")
-        with DefaultScope.overwrite_default_scope(scope):
-            runner = RUNNERS.build(config)
+    with cpu_ranks(config):
+        if "runner_type" not in config:
+            runner = Runner.from_cfg(config)
+        else:
+            scope = config.get("default_scope", "mmengine")
+            with DefaultScope.overwrite_default_scope(scope):
+                runner = RUNNERS.build(config)
     runner.register_hook(CheckpointGuard())
     return runner
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -271,13 +272,13 @@ def test_a_bug_at_run_time_keeps_its_traceback(
         run(test_tool, CONFIG, trained / "epoch_1.pth", *words)
 
 
-def shell(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
-    """Run a script with `echo` in place of Python."""
+def shell(script: str, *args: object, **env: str) -> subprocess.CompletedProcess:
+    """Run a script with `echo` in place of Python, unless `env` names another."""
     return subprocess.run(
-        [str(TOOLS / script), *args],
+        [str(TOOLS / script), *map(str, args)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHON": "echo", **env},
+        env={**os.environ, "PYTHON": "echo", "OMP_NUM_THREADS": "1", **env},
     )
 
 
@@ -292,7 +293,79 @@ def test_shell_scripts_start_a_process_per_gpu():
     assert {"--nproc_per_node=2", "--master_port=7"} <= set(words)
     script = str(TOOLS / "test.py")
     assert words[-7:-2] == [script, "c.py", "w.pth", "--launcher", "pytorch"]
-    for script in ("dist_train.sh", "dist_test.sh"):
+    for script in ("dist_train.sh", "dist_test.sh", "slurm_train.sh", "slurm_test.sh"):
         done = shell(script)
         assert done.returncode == 2
         assert "usage:" in done.stderr
+
+
+SRUN = """#!{python}
+import os, subprocess, sys
+print(*sys.argv[1:])
+at = sys.argv.index("-u") - 1
+ranks = range(int(os.environ["GPUS"]))
+job = dict(SLURM_NTASKS=str(len(ranks)), SLURM_NODELIST="n1", MASTER_ADDR="localhost")
+tasks = []
+for rank in map(str, ranks):
+    env = dict(os.environ, **job, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+    tasks.append(subprocess.Popen(sys.argv[at:], env=env))
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+@pytest.fixture
+def srun(tmp_path, monkeypatch) -> None:
+    """A stand-in for Slurm that starts its tasks on this machine."""
+    (tmp_path / "bin").mkdir()
+    path = tmp_path / "bin" / "srun"
+    path.write_text(SRUN.format(python=sys.executable))
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_slurm_is_asked_for_a_task_per_gpu(srun):
+    job = ("gpus", "a job", "c.py")
+    done = shell("slurm_train.sh", *job, "out", "--amp", GPUS="16", SRUN_ARGS="-x n1")
+    asked, *tasks = done.stdout.splitlines()
+    words = "--partition=gpus --job-name=a job --ntasks=16 --ntasks-per-node=8"
+    words += " --gres=gpu:8 --cpus-per-task=5 --kill-on-bad-exit=1 -x n1 echo -u"
+    end = "c.py --work-dir out --amp --launcher slurm"
+    assert asked == f"{words} {TOOLS / 'train.py'} {end}"
+    assert len(tasks) == 16
+    asked, *_ = shell("slurm_test.sh", *job, "w.pth", GPUS="2").stdout.splitlines()
+    assert "--ntasks=2 --ntasks-per-node=2 --gres=gpu:2 " in asked
+    assert asked.endswith(f"{TOOLS / 'test.py'} c.py w.pth --launcher slurm")
+
+
+def assert_ran_on_two_ranks(done: subprocess.CompletedProcess, work_dir, mode) -> None:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert drawn_by_hook(work_dir, mode) == {"boxam": 4, "featmap": 4}
+    (log,) = work_dir.glob("*/*.log")
+    assert "Distributed launcher" in log.read_text()
+    assert "GPU number: 2" in log.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have NCCL")
+def test_without_a_gpu_a_training_runs_on_two_processes(digits, tmp_path):
+    work_dir = tmp_path / "run"
+    words = (CONFIG, 2, *options(digits, work_dir))
+    done = shell("dist_train.sh", *words, PYTHON=sys.executable, PORT=free_port())
+    assert_ran_on_two_ranks(done, work_dir, "val")
+    assert len(losses(work_dir)) == 1  # two batches, one for each
+    assert (work_dir / "epoch_1.pth").exists()
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have NCCL")
+def test_without_a_gpu_slurm_tests_on_two_processes(digits, trained, tmp_path, srun):
+    work_dir, weights = tmp_path / "run", trained / "epoch_1.pth"
+    words = ("cpus", "job", CONFIG, weights, *options(digits, work_dir))
+    ranks = dict(GPUS="2", MASTER_PORT=free_port())
+    done = shell("slurm_test.sh", *words, PYTHON=sys.executable, **ranks)
+    assert_ran_on_two_ranks(done, work_dir, "test")
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Train under Slurm:
+#   tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [options of train.py]
+# Set GPUS, GPUS_PER_NODE, CPUS_PER_TASK and SRUN_ARGS for another size of the job.
+set -euo pipefail
+if [ $# -lt 4 ]; then
+    echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [options of train.py]" >&2
+    exit 2
+fi
+here="$(cd "$(dirname "$0")" && pwd)"
+. "$here/_slurm.sh"
+run_in_slurm "$1" "$2" "$here/train.py" "$3" --work-dir "$4" "${@:5}"
