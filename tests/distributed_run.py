@@ -41,6 +41,9 @@ def damage(fault: str, runner: Runner, patch: pytest.MonkeyPatch) -> None:
             refuse()
         keep(self, image_id, png)
 
+    def forget(self, *args):
+        raise MemoryError("no memory for a picture")
+
     def die(self):
         assert len(self)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -51,7 +54,9 @@ def damage(fault: str, runner: Runner, patch: pytest.MonkeyPatch) -> None:
     elif fault == "spool" and rank == 1:
         patch.setattr(RankSpool, "_keep", keep_all_but_one)
     elif fault == "reading" and rank == 1:
-        patch.setattr(RankSpool, "_read", lambda self, index: ("2_image", b""))
+        patch.setattr(RankSpool, "_read", forget)
+    elif fault == "arriving" and rank == 0:
+        patch.setattr(RankSpool, "_keep", forget)
     elif fault == "killed" and rank == 1:
         patch.setattr(RankSpool, "gather", die)
     elif fault == "backend" and rank == 0:

@@ -256,7 +256,7 @@ class BaseVisHook(Hook):
             return
         # Between the first and the last collective no rank may fail alone.
         met = set().union(*all_gather_object(state.seen))
-        with self._policy.guard("gather the pictures of the other ranks"):
+        with self._policy.guard("gather the pictures of all ranks"):
             self._spool.gather()
         if is_main_process():
             self._publish_gathered(state, _step(runner, state))

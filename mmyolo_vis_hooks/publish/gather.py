@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from mmengine.dist import (
     is_main_process,
 )
 
-from ..errors import VisError
+from ..errors import VisError, one_line
 from ..records import VisImage
 from .files import encode
 
@@ -53,32 +54,26 @@ class RankSpool:
         No rank fails before all have had their turn: the others would wait for ever.
 
         Raises:
-            VisError: On rank 0, if pictures were not read or kept; all others are
-                there.
+            VisError: Where pictures were not read or kept; all others are on rank 0.
         """
         counts = all_gather_object(len(self))
         lost: list[str] = []
         for source, count in enumerate(counts[1:], start=1):
             for i in range(count):
-                packet = [self._read(i) if get_rank() == source else None]
+                packet: list[Any] = [None]
+                with _noted(lost):
+                    if get_rank() == source:
+                        packet = [self._read(i)]
                 broadcast_object_list(packet, src=source)
-                if not is_main_process():
-                    continue
-                image_id, png = packet[0] or ("?", b"")
-                try:
-                    if not png:
-                        raise VisError(
-                            f"the picture {image_id} could not be read again"
-                        )
-                    self._keep(image_id, png)
-                except VisError as error:
-                    lost.append(str(error))
+                with _noted(lost):
+                    if is_main_process() and packet[0] is not None:
+                        self._keep(*packet[0])
         if not is_main_process():
             self.clear()
-        elif lost:
+        if lost:
             raise VisError(
-                f"{len(lost)} picture(s) of other ranks did not arrive ({lost[0]}); "
-                "look at the free space of the work dir"
+                f"{len(lost)} picture(s) did not arrive at rank 0 ({lost[0]}); look at "
+                "the free space of the work dir"
             )
 
     def images(self) -> Iterator[VisImage]:
@@ -87,17 +82,17 @@ class RankSpool:
         Raises:
             VisError: After all others, if pictures could not be read again.
         """
-        lost = 0
+        lost: list[VisError] = []
         for i in range(len(self)):
-            image_id, png = self._read(i)
-            encoded = np.frombuffer(png, np.uint8)
-            bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if png else None
-            if bgr is None:
-                lost += 1
-            else:
-                yield VisImage(image_id, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
+            try:
+                image_id, png = self._read(i)
+            except VisError as error:
+                lost.append(error)
+                continue
+            bgr = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+            yield VisImage(image_id, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
         if lost:
-            raise VisError(f"{lost} kept picture(s) could not be read again")
+            raise VisError(f"{len(lost)} kept picture(s) were lost: {lost[0]}")
 
     def clear(self) -> None:
         """Remove what is kept."""
@@ -125,12 +120,29 @@ class RankSpool:
         self._places.append((image_id, offset, len(png)))
 
     def _read(self, index: int) -> tuple[str, bytes]:
-        """An image's id and its PNG file; no bytes where it could not be read."""
+        """An image's id and its PNG file.
+
+        Raises:
+            VisError: If it is not there whole.
+        """
         image_id, offset, size = self._places[index]
         assert self._file is not None
         try:
             self._file.seek(offset)
             png = self._file.read(size)
-        except OSError:
-            png = b""
-        return image_id, png if len(png) == size else b""
+            if len(png) != size:
+                raise OSError(f"{len(png)} of {size} bytes were read")
+        except OSError as error:
+            raise VisError(
+                f"the picture {image_id} could not be read again ({error})"
+            ) from error
+        return image_id, png
+
+
+@contextlib.contextmanager
+def _noted(failures: list[str]) -> Iterator[None]:
+    """Note what fails, whatever it is: the others are in the next collective."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(one_line(error))

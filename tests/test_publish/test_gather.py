@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 ALIGNMENTS = ("resize", "letterbox")
-FAULTS = ("drawing", "spool", "reading", "backend")
+FAULTS = ("drawing", "spool", "reading", "arriving", "backend")
 
 
 def run_on_two_ranks(work_dir: Path, toy_data: Path, *scenarios: str) -> int:
@@ -73,7 +73,8 @@ def test_two_ranks_give_the_pictures_of_one(runs, tmp_path, toy_data, alignment)
     [
         ("drawing", (1, 3, 5), ["rank 1: Could not draw 2_image", "3 x OSError"]),
         ("spool", (1, 2, 3, 5), ["rank 1: Could not draw 4_image", "1 x OSError"]),
-        ("reading", (1, 3, 5), ["2_image could not be read again", "1 x VisError"]),
+        ("reading", (1, 3, 5), ["rank 1: Could not gather", "3 picture(s) did not ar"]),
+        ("arriving", (1, 3, 5), ["3 picture(s) did not arrive at rank 0 (MemoryErr"]),
         ("backend", (1, 3, 4, 5), ["publish test/featmap/2_image", "1 x OSError"]),
     ],
 )
