@@ -35,6 +35,7 @@ from .detector import (
     unwrap_detector,
 )
 from .diagnosis.diagnose import diagnose_image
+from .diagnosis.maps import ErrorMapper
 from .diagnosis.matching import GroundTruth
 from .errors import VisConfigError
 from .network.state import frozen
@@ -197,6 +198,10 @@ def diagnose(
             "one for each"
         )
     truths = [GroundTruth.of(truth) for truth in each]
+    mapper = None
+    if given.topk:
+        how = BoxAMOptions(topk=-1, score_thr=0.0)
+        mapper = ErrorMapper(scene.detector, how, logger)
     results = []
     with _LOOKING, frozen(scene.detector, parameters=False):
         for number, truth in enumerate(truths):
@@ -209,8 +214,8 @@ def diagnose(
                     loaded.image_rgb,
                     truth,
                     scene.class_names,
-                    score_thr=given.score_thr,
-                    iou_thr=given.iou_thr,
+                    given,
+                    mapper,
                 )
             )
     return results if scene.several else results[0]

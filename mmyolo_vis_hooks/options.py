@@ -57,9 +57,9 @@ def number(remedy: str, most: float = 1.0, *, above_0: bool = False) -> Check:
     return check
 
 
-def count(remedy: str, special: int | None = None) -> Check:
+def count(remedy: str, special: int | None = None, least: int = 1) -> Check:
     def check(name: str, value: Any) -> int:
-        if not is_int(value) or not (value >= 1 or value == special):
+        if not is_int(value) or not (value >= least or value == special):
             raise refuse(name, value, remedy)
         return int(value)
 
@@ -371,6 +371,11 @@ class DiagnosisOptions(_Shown):
     )
     iou_thr: float = option(
         0.5, number("use 0 to 1"), "from which IoU on an object of its class is hit"
+    )
+    topk: int = option(
+        10,
+        count("use a number of errors, 0 for none, or -1 for all", -1, least=0),
+        "at most so many errors of an image get a map, missed objects first; `-1` all",
     )
 
 

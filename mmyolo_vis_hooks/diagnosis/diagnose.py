@@ -13,11 +13,15 @@ from torch import nn
 
 from ..data.samples import detections_of
 from ..network.state import frozen
+from ..options import DiagnosisOptions
+from ..publish.files import encode
 from ..records import Detections
 from ..render.boxes import class_name
+from .maps import ErrorMap, ErrorMapper, above
 from .matching import DUPLICATE, FalseAlarm, GroundTruth, Matches, match
 from .mechanisms import MissedObject, sentence, why_missed
 from .opening import opened
+from .picture import draw_diagnosis
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,8 @@ class Missed:
         mechanism: ``'below threshold'``, ``'suppressed'``, ``'confused'``,
             ``'badly placed'`` or ``'not seen'``.
         why: What was missing, in one line.
+        map: What there was for its own class at its best candidate; None without a
+            candidate, and of objects that were not to be explained.
         record: Candidate, scores and overlaps, with indices of the diagnosis.
     """
 
@@ -37,6 +43,7 @@ class Missed:
     box_xyxy: np.ndarray
     mechanism: str
     why: str
+    map: ErrorMap | None
     record: MissedObject
 
     def __repr__(self) -> str:
@@ -54,6 +61,7 @@ class FalsePositive:
         kind: ``'confused'``, ``'badly placed'``, ``'both'``, ``'duplicate'`` or
             ``'background'``.
         why: Which object it should have found, in one line.
+        map: What made it; None of detections that were not to be explained.
         record: Object and overlap, with indices of the diagnosis.
     """
 
@@ -62,6 +70,7 @@ class FalsePositive:
     box_xyxy: np.ndarray
     kind: str
     why: str
+    map: ErrorMap | None
     record: FalseAlarm
 
     def __repr__(self) -> str:
@@ -82,6 +91,7 @@ class Diagnosis:
         matches: Which detections hit which objects, by index.
         missed: Objects that no detection found.
         false_positives: Detections that found none.
+        class_names: Names of the classes.
         note: What could not be found out about this detector; '' for nothing.
     """
 
@@ -93,7 +103,19 @@ class Diagnosis:
     matches: Matches
     missed: tuple[Missed, ...]
     false_positives: tuple[FalsePositive, ...]
+    class_names: tuple[str, ...] = ()
     note: str = ""
+
+    def draw(self) -> np.ndarray:
+        """The image with hits, misses and false positives, and a panel per error.
+
+        Returns:
+            np.ndarray: ``(H, W, 3)`` uint8, RGB.
+        """
+        return draw_diagnosis(self)
+
+    def _repr_jpeg_(self) -> bytes:
+        return encode(".jpg", self.draw(), 90)
 
     def __repr__(self) -> str:
         return (
@@ -109,9 +131,8 @@ def diagnose_image(
     image_rgb: np.ndarray,
     truth: GroundTruth,
     class_names: Sequence[str],
-    *,
-    score_thr: float,
-    iou_thr: float,
+    options: DiagnosisOptions,
+    mapper: ErrorMapper | None = None,
 ) -> Diagnosis:
     """Run a detector twice, as its settings are and opened, and match.
 
@@ -122,8 +143,8 @@ def diagnose_image(
         image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB, the original frame.
         truth (GroundTruth): Its objects, in the same frame.
         class_names (Sequence[str]): Names of the classes.
-        score_thr (float): Detections with a higher score count.
-        iou_thr (float): A hit has at least this IoU.
+        options (DiagnosisOptions): What counts, and how many errors get a map.
+        mapper (ErrorMapper, optional): Makes the maps. Defaults to None: none.
     """
     batch = pseudo_collate([data])
 
@@ -135,20 +156,35 @@ def diagnose_image(
         final = found()
         with opened(detector) as was_closed:
             candidates = found() if was_closed else final
-    keep = final.scores > score_thr
-    detections = Detections(
-        final.boxes_xyxy[keep], final.scores[keep], final.labels[keep]
-    )
-    matches = match(detections, truth, iou_thr=iou_thr)
+    detections, kept = above(final, options.score_thr)
+    matches = match(detections, truth, iou_thr=options.iou_thr)
     records = why_missed(
-        matches, detections, candidates, truth, score_thr=score_thr, iou_thr=iou_thr
+        matches,
+        detections,
+        candidates,
+        truth,
+        score_thr=options.score_thr,
+        iou_thr=options.iou_thr,
     )
+    alarms = matches.false_alarms
+    of_detections: dict[int, ErrorMap] = {}
+    of_candidates: dict[int, ErrorMap] = {}
+    if mapper is not None and options.topk:
+        reached = [r.candidate for r in records if r.candidate is not None]
+        reached.sort(key=lambda index: -candidates.scores[index])
+        wrong = [int(kept[alarm.detection]) for alarm in alarms]
+        most = None if options.topk < 0 else options.topk
+        left = None if most is None else max(most - len(reached), 0)
+        of_detections, of_candidates = mapper.maps(
+            data, image_rgb.shape[:2], wrong[:left], reached[:most]
+        )
     missed = tuple(
         Missed(
             class_name(truth.labels[record.truth], class_names),
             truth.boxes_xyxy[record.truth],
             record.mechanism,
-            sentence(record, detections, truth, class_names, score_thr),
+            sentence(record, detections, truth, class_names, options.score_thr),
+            of_candidates.get(-1 if record.candidate is None else record.candidate),
             record,
         )
         for record in records
@@ -160,9 +196,10 @@ def diagnose_image(
             detections.boxes_xyxy[alarm.detection],
             alarm.kind,
             _why_false(alarm, matches, detections, truth, class_names),
+            of_detections.get(int(kept[alarm.detection])),
             alarm,
         )
-        for alarm in matches.false_alarms
+        for alarm in alarms
     )
     return Diagnosis(
         image_id,
@@ -173,6 +210,7 @@ def diagnose_image(
         matches,
         missed,
         false_positives,
+        tuple(class_names),
         "" if was_closed else "the candidates are the final detections",
     )
 

@@ -80,6 +80,7 @@ def draw_detections(
     class_names: Sequence[str] | None = None,
     palette: Sequence[Sequence[int]] | None = None,
     numbers: Mapping[int, int] | None = None,
+    tails: Sequence[str] | None = None,
     faint: Collection[int] = (),
 ) -> np.ndarray:
     """Draw boxes with class names and scores.
@@ -97,6 +98,8 @@ def draw_detections(
         class_names, palette: See :func:`class_name` and :func:`class_color`.
         numbers (Mapping[int, int], optional): Number that the label of a detection
             ends with, by its index.
+        tails (Sequence[str], optional): What the label of each detection says after the
+            name, instead of the score.
         faint (Collection[int]): Indices of detections that are drawn with thin lines
             and pale, small labels, below the others.
 
@@ -116,7 +119,8 @@ def draw_detections(
             continue
         label, score = int(detections.labels[i]), float(detections.scores[i])
         color, name = class_color(label, palette), class_name(label, class_names)
-        tail = f" {score:.2f}" + (f" #{numbers[i]}" if i in numbers else "")
+        tail = f" {score:.2f}" if tails is None else tails[i]
+        tail += f" #{numbers[i]}" if i in numbers else ""
         if i in faint:
             red, green, blue = ((value + 255) // 2 for value in color)
             look = max(1, width // 3), max(9, size * 3 // 4), (red, green, blue)
@@ -167,7 +171,11 @@ def _draw_lines(
             cv2.rectangle(image, first, last, color, 1)
 
 
-def outline_boxes(image_rgb: np.ndarray, boxes_xyxy: Iterable[np.ndarray]) -> None:
+def outline_boxes(
+    image_rgb: np.ndarray,
+    boxes_xyxy: Iterable[np.ndarray],
+    color: Color = (255, 255, 255),
+) -> None:
     """Draw boxes, in place: white, which no colour map of heat is, edged in black.
 
     What is off the image or not finite is left out.
@@ -176,9 +184,9 @@ def outline_boxes(image_rgb: np.ndarray, boxes_xyxy: Iterable[np.ndarray]) -> No
     width = max(1, round(max(image_hw) / 450))
     corners = [c for c in (_pixels(box, image_hw) for box in boxes_xyxy) if c]
     # All edges first: none may cross out the line of a neighbour.
-    for color, steps in (((0, 0, 0), (-1, width)), ((255,) * 3, range(width))):
+    for line, steps in (((0, 0, 0), (-1, width)), (color, range(width))):
         for box in corners:
-            _draw_lines(image_rgb, box, color, steps)
+            _draw_lines(image_rgb, box, line, steps)
 
 
 def _padding(font_size: int) -> int:

@@ -21,6 +21,7 @@ from mmyolo_vis_hooks import diagnose, load
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnosis, diagnose_image
 from mmyolo_vis_hooks.diagnosis.opening import opened
 from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.options import DiagnosisOptions
 from tests.families import FAMILIES, build_family
 
 from .test_matching import SQUARE, truth
@@ -61,8 +62,7 @@ def look(detector: nn.Module, *objects: tuple, score_thr: float = 0.3) -> Diagno
         np.zeros((100, 100, 3), np.uint8),
         truth(*objects),
         NAMES,
-        score_thr=score_thr,
-        iou_thr=0.5,
+        DiagnosisOptions(score_thr=score_thr),
     )
 
 
@@ -188,15 +188,91 @@ def test_an_opened_detector_tells_more_and_closes_again(name):
         assert repr(new) == text
 
 
+ROOT = Path(__file__).resolve().parents[2]
+PHOTO = ROOT / "docs/images/cat.jpg"  # a cat on the left, a cup on the right
+COCO = CocoDataset.METAINFO["classes"]
+
+
+def coco_detector() -> nn.Module:
+    return load(
+        ROOT / "configs/examples/yolox_nano_coco.py",
+        ROOT / "docs/weights/yolox_nano_coco.pth",
+        device="cpu",
+    )
+
+
+def objects(*named: tuple) -> dict[str, Any]:
+    return dict(
+        boxes_xyxy=[box for _, box in named],
+        labels=[COCO.index(name) for name, _ in named],
+    )
+
+
+GIVEN = (
+    ("cat", (8, 5, 512, 385)),
+    ("dining table", (605, 5, 1120, 395)),
+    ("spoon", (940, 225, 1045, 325)),
+)
+
+
+def test_errors_have_maps_that_lie_on_them_and_are_drawn():
+    """The table has 0.69, and the cup is left out of the ground truth."""
+    detector = coco_detector()
+    before = [parameter.clone() for parameter in detector.parameters()]
+    found = diagnose(detector, PHOTO, objects(*GIVEN), score_thr=0.75)
+    assert len(found.matches.hits) == 1
+    table, spoon = found.missed
+    (cup,) = found.false_positives
+    assert table.why == "0.69 for 'dining table', threshold 0.75"
+    assert (spoon.mechanism, spoon.map) == ("not seen", None)
+    assert (cup.class_name, cup.kind) == ("cup", "both")
+    for error, (x1, y1, x2, y2) in (
+        (table, (680, 60, 1080, 390)),
+        (cup, (770, 15, 1025, 275)),
+    ):
+        assert error.map.saliency.shape == found.image_rgb.shape[:2] == (400, 1200)
+        assert error.map.saliency.max() == 1
+        row, column = np.unravel_index(error.map.saliency.argmax(), (400, 1200))
+        assert x1 < column < x2
+        assert y1 < row < y2
+        assert error.map.inside > 0.9
+    assert (table.map.layer, cup.map.layer) == ("neck[2]", "neck[0]")
+    for parameter, value in zip(detector.parameters(), before):
+        assert torch.equal(parameter, value)
+
+    picture = found.draw()
+    amber = (np.abs(picture.astype(int) - (255, 176, 0)) < 2).all(axis=2)
+    magenta = (np.abs(picture.astype(int) - (220, 38, 127)) < 2).all(axis=2)
+    # The overview is as wide as the photo, with a margin and a caption.
+    columns = np.nonzero(amber[:480])[1]
+    assert 600 < columns.min() < 700
+    assert magenta.any()
+    assert found._repr_jpeg_()[:2] == b"\xff\xd8"
+
+
+def test_how_many_errors_get_a_map():
+    detector = coco_detector()
+
+    def explained(topk: float) -> int:
+        found = diagnose(detector, PHOTO, objects(*GIVEN), topk=topk, score_thr=0.75)
+        errors = [*found.missed, *found.false_positives]
+        return sum(error.map is not None for error in errors)
+
+    assert [explained(topk) for topk in (0, 1, -1)] == [0, 1, 2]
+    for wrong in (-2, 1.5):
+        with pytest.raises(VisConfigError, match=f"topk={wrong}"):
+            explained(wrong)
+
+
+def test_a_picture_without_errors_says_so():
+    found = look(Scripted((SQUARE, 0.9, 0.0)), (SQUARE, 0))
+    assert found.draw().shape[2] == 3
+
+
 @pytest.mark.real_data
 def test_a_real_detector_on_real_images(shared_dir):
     """Counted once by hand; as the threshold rises, hits become 'below threshold'."""
-    root = Path(__file__).resolve().parents[2]
-    detector = load(
-        root / "configs/examples/yolox_nano_coco.py",
-        root / "docs/weights/yolox_nano_coco.pth",
-        device="cpu",
-    )
+    detector = coco_detector()
     with DefaultScope.overwrite_default_scope("mmdet"):
         images = CocoDataset(
             data_root=str(shared_dir / "data" / "coco128"),
@@ -206,10 +282,10 @@ def test_a_real_detector_on_real_images(shared_dir):
         )
     infos = [images.get_data_info(i) for i in range(16)]
     paths = [info["img_path"] for info in infos]
-    objects = [info["instances"] for info in infos]
+    instances = [info["instances"] for info in infos]
 
     def counts(**options: Any) -> Counter:
-        found = diagnose(detector, paths, objects, **options)
+        found = diagnose(detector, paths, instances, topk=0, **options)
         mechanisms = Counter(m.mechanism for own in found for m in own.missed)
         mechanisms["found"] = sum(len(own.matches.hits) for own in found)
         return mechanisms
@@ -222,4 +298,4 @@ def test_a_real_detector_on_real_images(shared_dir):
     detector.bbox_head.test_cfg.nms.iou_threshold = 0.1
     assert counts()["suppressed"] > usual["suppressed"]
     with pytest.raises(VisConfigError, match="15 entries for 16 images"):
-        diagnose(detector, paths, objects[1:])
+        diagnose(detector, paths, instances[1:])

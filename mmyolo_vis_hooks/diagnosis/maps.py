@@ -1,0 +1,124 @@
+"""What made a false positive, and what there was of a missed object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from logging import Logger
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+from torch import nn
+
+from ..attribution.attribute import BoxAttributor
+from ..attribution.saliency import box_saliency
+from ..data.alignment import network_input, packed_frame
+from ..metrics.pointing_game import energy_inside
+from ..options import BoxAMOptions
+from ..records import Detections
+from .opening import opened
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorMap:
+    """Where the evidence for a box lies.
+
+    Attributes:
+        saliency: ``(H, W)`` float32 over the image, 0 to 1: 1 is its maximum.
+        layer: Where the box was decided, such as ``'neck[1]'``.
+        inside: Share of the map that lies in the box: little of it says that the
+            detector looked at the surroundings.
+    """
+
+    saliency: np.ndarray
+    layer: str
+    inside: float
+
+    def __repr__(self) -> str:
+        return f"ErrorMap({self.layer}, {self.inside:.0%} inside)"
+
+
+class _Named(BoxAttributor):
+    """Explains the detections that it is told to."""
+
+    indices: Sequence[int] = ()
+
+    def choose(self, predictions: InstanceData) -> list[int]:
+        return list(self.indices)
+
+
+class ErrorMapper:
+    """Explains final detections and candidates of one detector.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+        options (BoxAMOptions): How a map is made.
+        logger (Logger): Told what a user should know.
+    """
+
+    def __init__(
+        self, detector: nn.Module, options: BoxAMOptions, logger: Logger
+    ) -> None:
+        self._detector = detector
+        self._options = options
+        self._attributor = _Named(detector, options, logger=logger)
+
+    def maps(
+        self,
+        data: Mapping[str, Any],
+        image_hw: tuple[int, int],
+        detections: Sequence[int],
+        candidates: Sequence[int],
+    ) -> tuple[dict[int, ErrorMap], dict[int, ErrorMap]]:
+        """Explain some final detections and some candidates of an image.
+
+        Args:
+            data (Mapping): The image as the test pipeline packs it.
+            image_hw (tuple[int, int]): Size of the image.
+            detections (Sequence[int]): Which final detections.
+            candidates (Sequence[int]): Which candidates, as :func:`opened` gives them.
+
+        Returns:
+            tuple: Maps by detection, and by candidate; those without any influence are
+            left out.
+        """
+        found = self._explained(data, image_hw, detections) if detections else {}
+        if not candidates:
+            return found, {}
+        with opened(self._detector):
+            return found, self._explained(data, image_hw, candidates)
+
+    def _explained(
+        self, data: Mapping[str, Any], image_hw: tuple[int, int], indices: Sequence[int]
+    ) -> dict[int, ErrorMap]:
+        self._attributor.indices = indices
+        inputs, metainfo = network_input(self._detector, data)
+        with torch.autocast(inputs.device.type, enabled=False):
+            predictions, explanations = self._attributor.explain(inputs, metainfo)
+        frame = packed_frame(image_hw, metainfo["batch_input_shape"], metainfo)
+        maps = {}
+        for explanation in explanations:
+            box = predictions.bboxes[explanation.index]
+            box_xyxy = getattr(box, "tensor", box).detach().float().cpu().numpy()
+            saliency = box_saliency(
+                explanation, frame, box_xyxy, smooth=self._options.sigma
+            )
+            if saliency.any():
+                inside = energy_inside(saliency, box_xyxy)
+                maps[explanation.index] = ErrorMap(saliency, explanation.layer, inside)
+        return maps
+
+
+def above(detections: Detections, score_thr: float) -> tuple[Detections, np.ndarray]:
+    """Detections above a threshold, and which of all these are."""
+    kept = np.flatnonzero(detections.scores > score_thr)
+    return (
+        Detections(
+            detections.boxes_xyxy[kept],
+            detections.scores[kept],
+            detections.labels[kept],
+        ),
+        kept,
+    )
