@@ -86,10 +86,12 @@ class RankSpool:
         for i in range(len(self)):
             try:
                 image_id, png = self._read(i)
+                bgr = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+                if bgr is None:
+                    raise VisError(f"the picture {image_id} came back damaged")
             except VisError as error:
                 lost.append(error)
                 continue
-            bgr = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
             yield VisImage(image_id, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
         if lost:
             raise VisError(f"{len(lost)} kept picture(s) were lost: {lost[0]}")
