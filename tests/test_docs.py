@@ -24,12 +24,17 @@ READMES = ["README.md", "README_zh-CN.md"]
 GUIDES = ["docs/visualization.md", "docs/visualization.zh-CN.md"]
 PYTHON = ["docs/python.md", "docs/python.zh-CN.md"]
 HOOKS = ["docs/hooks.md", "docs/hooks.zh-CN.md"]
+ERRORS = ["docs/errors.md", "docs/errors.zh-CN.md"]
 TROUBLES = ["docs/troubleshooting.md", "docs/troubleshooting.zh-CN.md"]
 DOCUMENTS = sorted(
     [*READMES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 )
 DEMOS = ["featmap_vis_demo", "boxam_vis_demo"]
 TOOLS = [*DEMOS, "list_layers", "convert_ultralytics"]
+TABLES = [
+    *((guide, tool) for guide in GUIDES for tool in TOOLS),
+    *((page, "explain_errors") for page in ERRORS),
+]
 # What the tables write instead of a value, in English and Chinese.
 WORDS = {"required": "必需", "on": "开", "off": "关", "none": "无"}
 # Messages that other packages print.
@@ -114,14 +119,13 @@ def tool_tables(guide: str) -> dict[str, dict[str, str]]:
                 columns = ["", columns[0], *columns[2:]]
         elif argument := re.match("`([-a-z]+)`$", cells[0]):
             for tool, cell in zip(columns, cells):
-                if tool in TOOLS and cell != "—":
+                if (guide, tool) in TABLES and cell != "—":
                     value = english.get(cell, cell)
                     tables.setdefault(tool, {})[argument[1]] = value
     return tables
 
 
-@pytest.mark.parametrize("guide", GUIDES)
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize(("guide", "tool"), TABLES)
 def test_the_tables_list_every_argument_of_a_tool(guide, tool):
     table, own = tool_tables(guide)[tool], arguments_of(tool)
     assert set(table) == set(own)
@@ -166,7 +170,7 @@ def test_every_command_of_a_demo_can_be_parsed(document, monkeypatch):
 
 
 def test_both_languages_show_the_same_commands_and_pictures():
-    for one, other in (READMES, GUIDES, HOOKS):
+    for one, other in (READMES, GUIDES, HOOKS, ERRORS):
         assert commands_of(one) == commands_of(other)
         assert pictures_of(one) == pictures_of(other)
 

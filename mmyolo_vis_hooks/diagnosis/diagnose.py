@@ -106,13 +106,16 @@ class Diagnosis:
     class_names: tuple[str, ...] = ()
     note: str = ""
 
-    def draw(self) -> np.ndarray:
+    def draw(self, max_panels: int = 12) -> np.ndarray:
         """The image with hits, misses and false positives, and a panel per error.
+
+        Args:
+            max_panels (int): At most so many panels, those with a map first.
 
         Returns:
             np.ndarray: ``(H, W, 3)`` uint8, RGB.
         """
-        return draw_diagnosis(self)
+        return draw_diagnosis(self, max_panels)
 
     def _repr_jpeg_(self) -> bytes:
         return encode(".jpg", self.draw(), 90)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import cv2
@@ -25,19 +26,27 @@ _CANDIDATE = (255, 255, 255)
 _OVERVIEW_SIZE, _PANEL_SIZE, _COLUMNS = 1200, 390, 3
 
 
-def draw_diagnosis(diagnosis: Diagnosis) -> np.ndarray:
+def draw_diagnosis(diagnosis: Diagnosis, max_panels: int = 12) -> np.ndarray:
     """The image with all boxes, then a panel for each error.
 
     Found objects are green, missed ones amber with the reason, false positives magenta
     with their kind. A panel shows the part of the image around its error in the same
     colours, a missed object's best candidate in white, and the map where there is one.
 
+    Args:
+        diagnosis (Diagnosis): What is drawn.
+        max_panels (int): At most so many panels, those with a map first.
+
     Returns:
         np.ndarray: ``(H, W, 3)`` uint8, RGB.
     """
-    cells = [_missed(diagnosis, missed) for missed in diagnosis.missed]
-    cells += [_false(diagnosis, false) for false in diagnosis.false_positives]
-    first = _overview(diagnosis)
+    errors = [(own.map, partial(_missed, diagnosis, own)) for own in diagnosis.missed]
+    errors += [
+        (own.map, partial(_false, diagnosis, own)) for own in diagnosis.false_positives
+    ]
+    errors.sort(key=lambda error: error[0] is None)
+    cells = [make() for _, make in errors[:max_panels]]
+    first = _overview(diagnosis, len(errors), len(cells))
     if not cells:
         return montage([first])
     gutter = gutter_of(first.image_rgb.shape[:2])
@@ -48,7 +57,7 @@ def draw_diagnosis(diagnosis: Diagnosis) -> np.ndarray:
     return np.concatenate(padded)
 
 
-def _overview(diagnosis: Diagnosis) -> Cell:
+def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
     found, truth = diagnosis.detections, diagnosis.truth
     kinds = {f.record.detection: f.kind for f in diagnosis.false_positives}
     boxes: list[np.ndarray] = []
@@ -89,6 +98,7 @@ def _overview(diagnosis: Diagnosis) -> Cell:
         f"{hits} found (green)",
         f"{len(diagnosis.missed)} missed (amber)",
         f"{wrong} false (magenta)",
+        f"{num_panels} of these errors below" if num_panels < num_errors else "",
         diagnosis.note,
     ]
     return Cell(picture, diagnosis.image_id, joined(notes))

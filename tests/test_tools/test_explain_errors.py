@@ -1,0 +1,147 @@
+"""``explain_errors.py`` on a data set of one photo, and on real ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+from mmdet.datasets import CocoDataset
+
+import explain_errors
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "examples" / "yolox_nano_coco.py"
+WEIGHTS = ROOT / "docs" / "weights" / "yolox_nano_coco.pth"
+NAMES = CocoDataset.METAINFO["classes"]
+# The cup of the photo is missing.
+OBJECTS = {
+    "cat": (8, 5, 512, 385),
+    "dining table": (605, 5, 1120, 395),
+    "spoon": (940, 225, 1045, 325),
+}
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Runs the program on the photo; gives the folder of what it wrote."""
+    boxes = [
+        dict(
+            id=number,
+            image_id=1,
+            category_id=NAMES.index(name),
+            bbox=[x1, y1, x2 - x1, y2 - y1],
+            area=(x2 - x1) * (y2 - y1),
+            iscrowd=0,
+        )
+        for number, (name, (x1, y1, x2, y2)) in enumerate(OBJECTS.items(), 1)
+    ]
+    content = dict(
+        images=[dict(id=1, file_name="cat.jpg", width=1200, height=400)],
+        annotations=boxes,
+        categories=[dict(id=i, name=name) for i, name in enumerate(NAMES)],
+    )
+    (tmp_path / "objects.json").write_text(json.dumps(content))
+    data = {
+        "data_root": "",
+        "ann_file": str(tmp_path / "objects.json"),
+        "data_prefix.img": str(ROOT / "docs" / "images"),
+    }
+    settings = [f"val_dataloader.dataset.{name}={v}" for name, v in data.items()]
+    out_dir = tmp_path / "errors"
+
+    def run(*words: Any) -> Path:
+        line = [CONFIG, WEIGHTS, "--out-dir", out_dir, "--device", "cpu", *words]
+        words = "explain_errors", *line, "--cfg-options", *settings
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        explain_errors.run_tool(explain_errors.main)
+        return out_dir
+
+    return run
+
+
+def test_what_is_written_of_a_photo(call, capsys):
+    out_dir = call("--score-thr", 0.75)
+    summary = json.loads((out_dir / "summary.json").read_text())
+    assert (summary["images"], summary["hits"]) == (1, 1)
+    assert {k: n for k, n in summary["missed"].items() if n} == {
+        "below threshold": 1,
+        "not seen": 1,
+    }
+    assert {k: n for k, n in summary["false"].items() if n} == {"both": 1}
+    assert summary["dap"]["missed"] == pytest.approx(2 / 3)
+
+    table, spoon, cup = json.loads((out_dir / "errors.json").read_text())
+    assert table["kind"] == "missed"
+    assert table["mechanism"] == "below threshold"
+    assert table["class_name"] == "dining table"
+    assert table["score"] == pytest.approx(0.69, abs=0.01)
+    assert table["box_xyxy"] == list(OBJECTS["dining table"])
+    assert (spoon["mechanism"], spoon["size"]) == ("not seen", "large")
+    assert (cup["kind"], cup["class_name"], cup["mechanism"]) == ("both", "cup", "")
+
+    rows = list(csv.reader((out_dir / "errors.csv").open()))
+    assert ["missed", "not seen", "spoon", "large", "1"] in rows
+    picture = cv2.imread(str(out_dir / "001_1_cat.jpg"))
+    assert picture is not None
+    assert picture.shape[1] > 1200
+    printed = capsys.readouterr().out
+    assert "1 images, 1 objects found" in printed
+    assert "loading annotations" not in printed
+
+
+def test_a_call_goes_on_where_it_was(call, monkeypatch):
+    out_dir = call("--num-pictures", 0)
+    before = (out_dir / "errors.json").read_text()
+    assert not list(out_dir.glob("*.jpg"))
+    kept = out_dir / "images.jsonl"
+    whole = kept.read_text()
+    (out_dir / "errors.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(explain_errors, "diagnose_image", None)  # nothing is looked at
+        call("--num-pictures", 0)
+    assert (out_dir / "errors.json").read_text() == before
+    kept.write_text(whole[: len(whole) * 2 // 3])  # cut off in its only image
+    call("--num-pictures", 0)
+    assert (out_dir / "errors.json").read_text() == before
+    assert kept.read_text() == whole
+
+
+def test_what_cannot_work_ends_in_one_line(call, capsys):
+    def error(*words: Any) -> str:
+        with pytest.raises(SystemExit) as end:
+            call(*words)
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    assert "score_thr=2.0" in error("--score-thr", 2)
+    assert "--num-pictures -1" in error("--num-pictures", -1)
+    out_dir = call("--num-pictures", 0)
+    assert "holds errors of another call" in error("--score-thr", 0.5)
+    (out_dir / "images.jsonl").unlink()
+    assert "not of an earlier call" in error()
+
+
+@pytest.mark.real_data
+def test_the_errors_of_real_photos(shared_dir, tmp_path, monkeypatch):
+    """Counts of a prototype of other code, but for four objects near a limit."""
+    monkeypatch.setenv("MMVIS_SHARED", str(shared_dir))
+    config = ROOT / "configs" / "coco128" / "yolox_nano_coco128.py"
+    words = [config, WEIGHTS, "--out-dir", tmp_path, "--num-pictures", 1]
+    words += ["--device", "cpu", "--topk", 2]
+    monkeypatch.setattr(sys, "argv", ["explain_errors", *map(str, words)])
+    explain_errors.main()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["hits"] == 365
+    missed = Counter(summary["missed"])
+    assert sum(missed.values()) == 564
+    prototype = dict(zip(sorted(missed), (68, 122, 16, 346, 12)))
+    assert all(abs(missed[kind] - count) <= 4 for kind, count in prototype.items())
+    # It counted 36 detections on crowds, too.
+    assert sum(summary["false"].values()) == 190 - 36
+    assert len(list(tmp_path.glob("001_*.jpg"))) == 1
