@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import pseudo_collate
+from mmdet.structures import DetDataSample
 from torch import nn
 
+from ..data.alignment import network_input
 from ..data.samples import detections_of
 from ..network.state import frozen
 from ..options import DiagnosisOptions
@@ -149,16 +150,53 @@ def diagnose_image(
         options (DiagnosisOptions): What counts, and how many errors get a map.
         mapper (ErrorMapper, optional): Makes the maps. Defaults to None: none.
     """
-    batch = pseudo_collate([data])
+    inputs, metainfo = network_input(detector, data)
+    final = predict(detector, inputs, metainfo)
+    return diagnose_detections(
+        detector,
+        final,
+        inputs,
+        metainfo,
+        image_id,
+        image_rgb,
+        truth,
+        class_names,
+        options,
+        mapper,
+    )
 
-    def found() -> Detections:
-        (output,) = detector.test_step(batch)  # type: ignore[operator]
-        return detections_of(output)
 
+def predict(
+    detector: nn.Module, inputs: torch.Tensor, metainfo: Mapping[str, Any]
+) -> Detections:
+    """The detections of one image, in its original frame."""
+    sample = DetDataSample(metainfo=dict(metainfo))
     with frozen(detector, parameters=False), torch.no_grad():
-        final = found()
-        with opened(detector) as was_closed:
-            candidates = found() if was_closed else final
+        (output,) = detector(inputs, [sample], mode="predict")
+    return detections_of(output)
+
+
+def diagnose_detections(
+    detector: nn.Module,
+    final: Detections,
+    inputs: torch.Tensor,
+    metainfo: Mapping[str, Any],
+    image_id: str,
+    image_rgb: np.ndarray,
+    truth: GroundTruth,
+    class_names: Sequence[str],
+    options: DiagnosisOptions,
+    mapper: ErrorMapper | None = None,
+) -> Diagnosis:
+    """Match final detections that are there already; see :func:`diagnose_image`.
+
+    Args:
+        final (Detections): All that the detector found, in the original frame.
+        inputs (Tensor): ``(1, 3, H, W)``, in which it found them.
+        metainfo (Mapping): Of its data sample.
+    """
+    with opened(detector) as was_closed:
+        candidates = predict(detector, inputs, metainfo) if was_closed else final
     detections, kept = above(final, options.score_thr)
     matches = match(detections, truth, iou_thr=options.iou_thr)
     records = why_missed(
@@ -179,7 +217,7 @@ def diagnose_image(
         most = None if options.topk < 0 else options.topk
         left = None if most is None else max(most - len(reached), 0)
         of_detections, of_candidates = mapper.maps(
-            data, image_rgb.shape[:2], wrong[:left], reached[:most]
+            inputs, metainfo, image_rgb.shape[:2], wrong[:left], reached[:most]
         )
     missed = tuple(
         Missed(

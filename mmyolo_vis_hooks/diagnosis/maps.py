@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from logging import Logger
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..attribution.attribute import BoxAttributor
 from ..attribution.saliency import box_saliency
-from ..data.alignment import network_input, packed_frame
+from ..data.alignment import packed_frame
 from ..metrics.pointing_game import energy_inside
 from ..options import BoxAMOptions
 from ..records import Detections
@@ -67,7 +68,8 @@ class ErrorMapper:
 
     def maps(
         self,
-        data: Mapping[str, Any],
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
         image_hw: tuple[int, int],
         detections: Sequence[int],
         candidates: Sequence[int],
@@ -75,7 +77,8 @@ class ErrorMapper:
         """Explain some final detections and some candidates of an image.
 
         Args:
-            data (Mapping): The image as the test pipeline packs it.
+            inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
+            metainfo (Mapping): Of its data sample.
             image_hw (tuple[int, int]): Size of the image.
             detections (Sequence[int]): Which final detections.
             candidates (Sequence[int]): Which candidates, as :func:`opened` gives them.
@@ -84,17 +87,21 @@ class ErrorMapper:
             tuple: Maps by detection, and by candidate; those without any influence are
             left out.
         """
-        found = self._explained(data, image_hw, detections) if detections else {}
+        explained = partial(self._explained, inputs, metainfo, image_hw)
+        found = explained(detections) if detections else {}
         if not candidates:
             return found, {}
         with opened(self._detector):
-            return found, self._explained(data, image_hw, candidates)
+            return found, explained(candidates)
 
     def _explained(
-        self, data: Mapping[str, Any], image_hw: tuple[int, int], indices: Sequence[int]
+        self,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        image_hw: tuple[int, int],
+        indices: Sequence[int],
     ) -> dict[int, ErrorMap]:
         self._attributor.indices = indices
-        inputs, metainfo = network_input(self._detector, data)
         with torch.autocast(inputs.device.type, enabled=False):
             predictions, explanations = self._attributor.explain(inputs, metainfo)
         frame = packed_frame(image_hw, metainfo["batch_input_shape"], metainfo)

@@ -43,7 +43,10 @@ class Scripted(nn.Module):
             {"score_thr": 0.05, "nms": nms, "max_per_img": 100, **settings}
         )
 
-    def test_step(self, batch: Any) -> list[DetDataSample]:
+    def data_preprocessor(self, data: dict, training: bool) -> dict:
+        return dict(inputs=torch.zeros(1, 3, 8, 8), data_samples=[DetDataSample()])
+
+    def forward(self, inputs: Any, samples: Any, mode: str) -> list[DetDataSample]:
         settings = self.bbox_head.test_cfg
         boxes = torch.tensor([row[0] for row in self.rows]).float()
         scores = torch.tensor([[*row[1:], 0.0] for row in self.rows])
