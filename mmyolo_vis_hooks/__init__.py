@@ -10,13 +10,14 @@ require_openmmlab()  # before the imports that would fail in the middle of MMDet
 
 from .api import diagnose, explain, feature_maps, load  # noqa: E402
 from .checkpoint import register_checkpoint_loaders  # noqa: E402
-from .hooks import BoxAMVisHook, FeatMapVisHook  # noqa: E402
+from .hooks import BoxAMVisHook, ErrorVisHook, FeatMapVisHook  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register_checkpoint_loaders()
 
 __all__ = [
     "BoxAMVisHook",
+    "ErrorVisHook",
     "FeatMapVisHook",
     "__version__",
     "diagnose",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 from .attribution.methods import METHODS, validate
 from .attribution.saliency import FUSIONS
@@ -365,6 +365,10 @@ class BoxAMOptions(_Seen):
 @dataclass(frozen=True)
 class DiagnosisOptions(_Shown):
     """Which detections count, and what hits an object."""
+
+    # As evaluated; what there is to explain is where the box was decided.
+    alignment: ClassVar[str] = "letterbox"
+    target_layers: ClassVar[None] = None
 
     score_thr: float = option(
         0.3, number("use 0 to 1"), "detections with a higher score count"

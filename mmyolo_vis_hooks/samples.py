@@ -98,7 +98,7 @@ class SampleMaker:
         Raises:
             VisError: If the recording failed.
         """
-        slot, inputs, metainfo = _recorded(record, image_id, position)
+        slot, inputs, metainfo = recorded(record, image_id, position)
         activations = record.activations(slot)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
         if placement.alignment == "network" and not _leads_there(placement, metainfo):
@@ -177,7 +177,7 @@ class BoxSampleMaker(SampleMaker):
         output: Any,
     ) -> BoxSample:
         """Explain one image of a recorded forward, of which the input is needed."""
-        _, inputs, metainfo = _recorded(record, image_id, position)
+        _, inputs, metainfo = recorded(record, image_id, position)
         return self._explained(image_id, loaded, placement, inputs, metainfo)
 
     def _explained(
@@ -202,7 +202,7 @@ class BoxSampleMaker(SampleMaker):
         )
 
 
-def _recorded(
+def recorded(
     record: ForwardRecord, image_id: str, position: int
 ) -> tuple[int, torch.Tensor, dict[str, Any]]:
     """Where in a recorded forward an image is kept, its input and its metainfo."""

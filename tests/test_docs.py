@@ -49,7 +49,7 @@ DECIDED_LATER = {"--out-dir", "--target-layers", "--smooth", "--alignment"}
 @pytest.mark.parametrize("readme", READMES)
 def test_the_tables_of_options_are_those_of_the_declarations(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
-    assert text.count("<!-- options: ") == 3
+    assert text.count("<!-- options: ") == 4
     assert with_tables(text, translated="zh" in readme) == text
 
 

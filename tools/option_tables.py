@@ -47,7 +47,10 @@ def _options(table: str) -> list[tuple[str, str, str]]:
     shared = [row for row in option_rows(options.FeatMapOptions) if row in of_boxes]
     if table == "shared":
         return [*shared, *option_rows(options.RunOptions)]
-    return [row for row in option_rows(getattr(options, table)) if row not in shared]
+    own = option_rows(getattr(options, table))
+    if table == "DiagnosisOptions":  # of a hook that has not all that the others share
+        return own
+    return [row for row in own if row not in shared]
 
 
 def main() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from logging import Logger
 from typing import Any
 
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
+from torch import nn
 
 from ..data.alignment import (
     Placement,
@@ -68,6 +70,13 @@ class BaseVisHook(Hook):
     ) -> Panel:
         """Give the function that turns a sample into a picture."""
         return self.panel_kind(self.options, class_names, palette)
+
+    def build_maker(
+        self, model: nn.Module, options: Any, class_names: Sequence[str], logger: Logger
+    ) -> SampleMaker:
+        """Give what turns an image into the sample that the panel takes."""
+        bar = is_main_process()
+        return make_sample_maker(model, options, class_names, logger, show_progress=bar)
 
     # Preparation: before weights are loaded and data is read.
 
@@ -141,12 +150,7 @@ class BaseVisHook(Hook):
             ImageSelector(dataset, run.num_images, run.image_indices),
             self.build_panel(names, palette),
             self.options,
-            partial(
-                make_sample_maker,
-                class_names=names,
-                logger=runner.logger,
-                show_progress=is_main_process(),
-            ),
+            partial(self.build_maker, class_names=names, logger=runner.logger),
         )
         # What does not fit the detector fails here.
         maker = state.maker if state.has_layers else None

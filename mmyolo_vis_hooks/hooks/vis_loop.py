@@ -148,7 +148,9 @@ class VisLoop:
         name, model = predicting_model(self.detector)
         key = name or str(self._pass_number)
         if key not in self._makers:
-            options = replace(self.options, target_layers=self.layers or None)
+            options = self.options
+            if options.target_layers:
+                options = replace(options, target_layers=self.layers or None)
             self._makers[key] = self.build_maker(model, options)
         return self._makers[key]
 

@@ -158,6 +158,21 @@ def test_training_is_bit_identical(tmp_path, toy_data, plain_runs, variant, alig
     assert_same_run(runner, *found, plain_runs(variant))
 
 
+@pytest.mark.parametrize("variant", ["plain", "ema"])
+def test_counting_errors_changes_no_training(tmp_path, toy_data, plain_runs, variant):
+    hook = dict(type="ErrorVisHook", on_error="raise", num_images=2, score_thr=0.2)
+    runner, notes, checkpoint, metrics = train(
+        tmp_path, toy_data, hook, **VARIANTS[variant]
+    )
+    assert len(pictures(tmp_path)) == 4
+    assert any(name.startswith("errors/") for name in metrics[-1])
+    metrics = [
+        {k: v for k, v in line.items() if not k.startswith("errors/")}
+        for line in metrics
+    ]
+    assert_same_run(runner, notes, checkpoint, metrics, plain_runs(variant))
+
+
 @pytest.mark.parametrize(
     "options",
     [

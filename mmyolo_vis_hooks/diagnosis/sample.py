@@ -1,0 +1,72 @@
+"""Makes diagnoses of the images that a loop predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from logging import Logger
+from typing import Any
+
+from torch import nn
+
+from ..data.alignment import Placement
+from ..data.pipeline import Loaded
+from ..data.samples import detections_of
+from ..errors import VisError
+from ..network.recorder import ForwardRecord
+from ..options import BoxAMOptions, DiagnosisOptions
+from ..samples import SampleMaker, recorded
+from .diagnose import Diagnosis, diagnose_detections
+from .maps import ErrorMapper
+from .matching import GroundTruth
+
+
+class DiagnosisMaker(SampleMaker):
+    """Turns forwards of a loop into diagnoses of its own final detections.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+        options (DiagnosisOptions): What counts, and how many errors get a map.
+        class_names (Sequence[str]): Names of the classes.
+        logger (Logger): Told what a user should know.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        options: DiagnosisOptions,
+        class_names: Sequence[str],
+        logger: Logger,
+    ) -> None:
+        super().__init__(detector, {}, channels=options.image_channels)
+        self._options = options
+        self._names = class_names
+        self._mapper = None
+        if options.topk:
+            how = BoxAMOptions(topk=-1, score_thr=0.0)
+            self._mapper = ErrorMapper(detector, how, logger)
+
+    def from_record(
+        self,
+        image_id: str,
+        loaded: Loaded | None,
+        placement: Placement,
+        record: ForwardRecord,
+        position: int,
+        output: Any,
+    ) -> Diagnosis:
+        """Diagnose one image of a recorded forward, of which the input is needed."""
+        if loaded is None:
+            raise VisError(f"the image {image_id} was not loaded")
+        _, inputs, metainfo = recorded(record, image_id, position)
+        return diagnose_detections(
+            self._detector,
+            detections_of(output),
+            inputs,
+            metainfo,
+            image_id,
+            loaded.image_rgb,
+            GroundTruth.of(loaded.results["instances"]),
+            self._names,
+            self._options,
+            self._mapper,
+        )

@@ -1,0 +1,159 @@
+"""``ErrorVisHook``: what a detector misses and invents while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from logging import Logger
+from typing import Any
+
+import numpy as np
+from mmengine.dist import all_gather_object
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, Runner
+from torch import nn
+
+from ..data.alignment import Placement
+from ..data.pipeline import ImagePipeline
+from ..data.samples import detections_of
+from ..data.selector import ImageSelector, SelectedImage
+from ..declare import takes_options
+from ..diagnosis.cost import ErrorCost
+from ..diagnosis.diagnose import Diagnosis
+from ..diagnosis.maps import above
+from ..diagnosis.matching import GroundTruth, match
+from ..diagnosis.sample import DiagnosisMaker
+from ..errors import VisConfigError
+from ..options import DiagnosisOptions, RunOptions
+from ..records import Detections
+from ..samples import SampleMaker
+from .base import BaseVisHook
+from .vis_loop import VisLoop
+
+
+def draw_errors(
+    options: DiagnosisOptions, class_names: Sequence[str], palette: Any
+) -> Any:
+    """What draws a diagnosis; its colours mean found, missed and false."""
+    return Diagnosis.draw
+
+
+@HOOKS.register_module()
+@takes_options(DiagnosisOptions, RunOptions)
+class ErrorVisHook(BaseVisHook):
+    """Count the errors of every validation, and draw why some of them are.
+
+    The final detections of the loop are matched with the objects of the data set. All
+    images are counted: ``errors/missed``, ``errors/false/confused`` and so on, and
+    ``errors/dap/...``, the AP that mending a kind would gain, are logged beside the
+    metrics. ``num_images`` images are drawn, with the reason of each miss and the
+    evidence of each error. Add it to a config:
+
+    .. code-block:: python
+
+        custom_imports = dict(
+            imports=['mmyolo_vis_hooks'], allow_failed_imports=False)
+        custom_hooks = [dict(type='ErrorVisHook')]
+
+    Matching is all that an image costs that is not drawn. The run itself is not
+    changed: metrics, weights, buffers, gradients and random states are what they are
+    without the hook.
+
+    Args:
+        {options}
+
+    Raises:
+        VisConfigError: While the Runner is built, if an option has a value that
+            cannot work; at the start of the run, if the data set has no objects.
+    """
+
+    default_name = "errors"
+    options_kind = DiagnosisOptions
+    panel_kind = staticmethod(draw_errors)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.run_options.override_loop_pipeline:
+            raise VisConfigError(
+                "override_loop_pipeline=True cannot work with ErrorVisHook, which "
+                "looks at what the loop itself finds; leave it False"
+            )
+        self._everything: dict[str, ImageSelector] = {}
+        self._found: dict[str, tuple[Detections, GroundTruth]] = {}
+
+    def build_maker(
+        self, model: nn.Module, options: Any, class_names: Sequence[str], logger: Logger
+    ) -> SampleMaker:
+        """Give what turns a forward of the loop into a diagnosis."""
+        return DiagnosisMaker(model, options, class_names, logger)
+
+    def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
+        dataset = loop.dataloader.dataset
+        self._everything[mode] = ImageSelector(dataset, -1, None)
+        return super()._prepare_loop(runner, mode, loop)
+
+    def _place(
+        self,
+        runner: Runner,
+        state: VisLoop,
+        images: Sequence[SelectedImage],
+        maker: SampleMaker | None,
+    ) -> None:
+        """Draw on the loaded image; boxes are where the evaluation has them."""
+        leaf = images[0].dataset
+        if "instances" not in leaf.get_data_info(images[0].index):
+            raise VisConfigError(
+                f"the {state.mode} data set {type(leaf).__name__} has no annotated "
+                "objects; take ErrorVisHook out of a test run without annotations"
+            )
+        pipeline = ImagePipeline(leaf.pipeline, channels=self.options.image_channels)
+        state.placements[id(leaf)] = Placement("letterbox", pipeline, proven=True)
+
+    def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
+        self._found.clear()
+        super()._before_epoch(runner, mode)
+
+    def _after_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
+        mode: str = "train",
+    ) -> None:
+        if self._drawn(mode) is not None:
+            for output in outputs or ():
+                with self._policy.guard(f"count the errors of a {mode} image"):
+                    self._keep(mode, output)
+        super()._after_iter(runner, batch_idx, data_batch, outputs, mode)
+
+    def _keep(self, mode: str, output: Any) -> None:
+        image = self._everything[mode].find(output.metainfo)
+        if image is not None:
+            truth = image.dataset.get_data_info(image.index)["instances"]
+            found, _ = above(detections_of(output), self.options.score_thr)
+            self._found[image.image_id] = found, GroundTruth.of(truth)
+
+    def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
+        if self._drawn(mode) is not None:
+            # Samplers repeat images so that all ranks have equally many.
+            everything: dict[str, tuple[Detections, GroundTruth]] = {}
+            for found in all_gather_object(self._found):
+                everything.update(found)
+            with self._policy.guard("add the errors up"):
+                self._log(runner, mode, everything)
+        super()._after_epoch(runner, mode)
+
+    def _log(self, runner: Runner, mode: str, everything: dict[str, Any]) -> None:
+        cost = ErrorCost()
+        for found, truth in everything.values():
+            cost.update(match(found, truth, iou_thr=self.options.iou_thr), found, truth)
+        summary = cost.compute()
+        scalars: dict[str, float] = dict(summary["counts"])
+        for group in ("false", "dap"):
+            for kind, value in summary[group].items():
+                scalars[f"{group}/{kind.replace(' ', '_')}"] = value
+        # MMEngine's LoggerHook logs them with the metrics, at their step.
+        for name, value in scalars.items():
+            runner.message_hub.update_scalar(
+                f"{mode}/{self.name}/{name}", np.float64(value)
+            )

@@ -1,0 +1,101 @@
+"""``ErrorVisHook`` on the toy that finds bright squares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.registry import DATASETS
+from mmengine.runner import Runner
+
+from mmyolo_vis_hooks import diagnose
+from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.hooks import errors
+from tests.test_hooks.helpers import pictures
+from tests.toy_boxes import box_config
+
+
+def hook(**options: Any) -> dict:
+    return dict(dict(type="ErrorVisHook", on_error="raise", num_images=2), **options)
+
+
+def looked_at(work_dir: Path, toy_data: Path, **options: Any) -> Runner:
+    torch.manual_seed(0)
+    cfg = box_config(work_dir, [hook(**options)], data_root=toy_data)
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    return runner
+
+
+def logged(runner: Runner, mode: str = "test") -> dict[str, float]:
+    start = f"{mode}/errors/"
+    return {
+        name.removeprefix(start): value.current()
+        for name, value in runner.message_hub.log_scalars.items()
+        if name.startswith(start)
+    }
+
+
+@pytest.mark.parametrize("score_thr", [0.2, 0.6])
+def test_the_counts_are_those_of_each_image_by_itself(tmp_path, toy_data, score_thr):
+    runner = looked_at(tmp_path, toy_data, score_thr=score_thr)
+    dataset = DATASETS.build(runner.cfg.test_dataloader.dataset)
+    found = [
+        diagnose(
+            runner.model,
+            info["img_path"],
+            info["instances"],
+            config=runner.cfg,
+            score_thr=score_thr,
+            topk=0,
+        )
+        for info in map(dataset.get_data_info, range(len(dataset)))
+    ]
+    counts = logged(runner)
+    assert counts["hits"] == sum(len(own.matches.hits) for own in found)
+    assert counts["missed"] == sum(len(own.missed) for own in found)
+    kinds = [false.kind for own in found for false in own.false_positives]
+    for kind in ("confused", "badly placed", "both", "duplicate", "background"):
+        assert counts[f"false/{kind.replace(' ', '_')}"] == kinds.count(kind)
+    assert counts["false_alarms"] == len(kinds) > 0
+    assert len(pictures(tmp_path)) == 2
+
+
+def test_images_that_two_ranks_met_are_counted_once(tmp_path, toy_data, monkeypatch):
+    alone = logged(looked_at(tmp_path / "alone", toy_data))
+    gather = errors.all_gather_object
+    monkeypatch.setattr(errors, "all_gather_object", lambda own: 2 * gather(own))
+    assert logged(looked_at(tmp_path / "both", toy_data)) == alone
+
+
+def test_the_scalars_stand_beside_the_metrics_at_their_step(tmp_path, toy_data):
+    cfg = box_config(tmp_path, [hook(interval=2)], data_root=toy_data)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    (path,) = tmp_path.rglob("vis_data/scalars.json")
+    lines = list(map(json.loads, path.read_text().splitlines()))
+    validations = [line for line in lines if "coco/bbox_mAP" in line]
+    assert len(validations) == 2
+    first = validations[0]
+    assert first["step"] == 1
+    assert first["errors/hits"] + first["errors/missed"] > 0
+    assert 0 <= first["errors/dap/missed"] <= 1
+    assert all("val.errors." in name for name in pictures(tmp_path))
+    assert len(pictures(tmp_path)) == 2  # of the first validation alone
+
+
+def test_what_cannot_work_is_refused_before_the_run(tmp_path, toy_data):
+    cfg = box_config(tmp_path, [hook(override_loop_pipeline=True)], data_root=toy_data)
+    with pytest.raises(VisConfigError, match="override_loop_pipeline=True"):
+        Runner.from_cfg(cfg)
+    cfg = box_config(tmp_path, [hook()], data_root=toy_data)
+    runner = Runner.from_cfg(cfg)
+    dataset = runner.test_dataloader.dataset
+    get = dataset.get_data_info
+    without = lambda i: {k: v for k, v in get(i).items() if k != "instances"}  # noqa: E731
+    dataset.get_data_info = without
+    with pytest.raises(VisConfigError, match="has no annotated objects"):
+        runner.test()
