@@ -125,6 +125,10 @@ class ErrorPolicy:
         place = (frames[-1].filename, frames[-1].lineno or 0)
         self._add(_Failure((type(error).__name__, *place), report, message))
 
+    def warn(self, text: str) -> None:
+        """Log a line; MMEngine's logger drops one that it has logged before."""
+        self._logger.warning(f"{self._name}: {text}")
+
     def share(self) -> None:
         """Bring the failures of all ranks to rank 0; every rank must call this.
 

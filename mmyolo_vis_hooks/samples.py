@@ -53,12 +53,17 @@ class SampleMaker:
         self._detector = detector
         self._channels = channels
 
-    def prepare(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> None:
-        """Try what can be tried before a run on an image of :func:`network_input`.
+    def prepare(self, loaded: Loaded, placement: Placement) -> Any:
+        """Try before a run, on one image, whether what is asked for can be had.
+
+        Returns:
+            A sample to be drawn, or None. Its weights may know nothing yet.
 
         Raises:
-            VisError: If what is asked for cannot be had of this detector.
+            VisError: If it cannot be had of this detector.
         """
+        with _everything_found(self._detector):
+            return self.run("trial", loaded, placement)
 
     def run(
         self, image_id: str, loaded: Loaded, placement: Placement, *, fp16: bool = False
@@ -153,8 +158,11 @@ class BoxSampleMaker(SampleMaker):
         super().__init__(detector, {}, channels=channels)
         self._mapper = mapper
 
-    def prepare(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> None:
-        """Try the mapper, so that what cannot work fails before the run."""
+    def prepare(self, loaded: Loaded, placement: Placement) -> None:
+        """Try the mapper alone; maps of all boxes would take too long."""
+        inputs, metainfo = network_input(
+            self._detector, placement.pipeline.pack(loaded)
+        )
         with _everything_found(self._detector):
             self._mapper.prepare(inputs, metainfo)
 

@@ -40,7 +40,6 @@ from mmyolo_vis_hooks.data.alignment import (
     Placement,
     choose_alignment,
     first_loaded,
-    network_input,
 )
 from mmyolo_vis_hooks.data.overlap import read_ahead, run_behind
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded
@@ -250,8 +249,7 @@ class Demo:
     def try_on_first(self, maker: SampleMaker, detector: nn.Module) -> None:
         """Let what can never work fail before the first picture."""
         try:
-            data = self.placement.pipeline.pack(next(self.first_images()))
-            maker.prepare(*network_input(detector, data))
+            maker.prepare(next(self.first_images()), self.placement)
         except VisError:
             raise
         except Exception as error:

@@ -17,7 +17,6 @@ from ..data.alignment import (
     Placement,
     choose_alignment,
     first_loaded,
-    network_input,
 )
 from ..data.pipeline import ImagePipeline, flatten_steps, prepare_data
 from ..data.selector import ImageSelector, SelectedImage, leaf_datasets
@@ -183,7 +182,7 @@ class BaseVisHook(Hook):
         state.placements[id(leaf)] = Placement("network", pipeline, proven=False)
         loads = [partial(prepare_data, leaf, i.index, pipeline.load) for i in images]
         _, model = predicting_model(self._detector)
-        trial = None
+        first = None
         look = f"look at the first {state.mode} image"
         with self._policy.guard(look, refusals=VisConfigError):
             placement = choose_alignment(
@@ -201,11 +200,12 @@ class BaseVisHook(Hook):
                 )
             state.placements[id(leaf)] = placement
             first = next(first_loaded(loads))
-            trial = network_input(model, placement.pipeline.pack(first))
-        if trial is not None and maker is not None:
-            attempt = "try an explanation before the run"
+        if first is not None and maker is not None:
+            attempt = "try a picture before the run"
             with self._policy.guard(attempt, refusals=VisError):
-                maker.prepare(*trial)
+                sample = maker.prepare(first, placement)
+                if sample is not None:
+                    state.panel(sample)
 
     # One validation or test run. MMEngine calls these also in a training.
 

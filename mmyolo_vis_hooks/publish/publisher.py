@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from mmengine.visualization import Visualizer
@@ -9,6 +12,9 @@ from mmengine.visualization import Visualizer
 from ..errors import ErrorPolicy
 from ..records import VisImage
 from .backends import BackendAdapter, adapter_for
+
+PATIENCE = 10.0
+"""Seconds after which the log says which backend is being waited for."""
 
 
 class Publisher:
@@ -63,7 +69,8 @@ class Publisher:
             return
         taken = False
         for name, adapter in self._adapters().items():
-            with self._policy.guard(f"publish {tag} through {name}"):
+            action = f"publish {tag} through {name}"
+            with self._policy.guard(action), self._watched(name):
                 taken |= adapter.add(tag, image.image_rgb, step)
         if taken:
             self.num_published += 1
@@ -78,7 +85,8 @@ class Publisher:
         """
         taken: set[str] = set()
         for name, adapter in self._adapters().items():
-            with self._policy.guard(f"publish the pictures of a run through {name}"):
+            action = f"publish the pictures of a run through {name}"
+            with self._policy.guard(action), self._watched(name):
                 taken.update(adapter.finish(commit))
         self.num_published += len(taken & self._waiting)
         self._waiting.clear()
@@ -87,6 +95,21 @@ class Publisher:
         """Open backends again that MMEngine has closed after a run."""
         for adapter in self._adapters().values():
             adapter.reopen()
+
+    @contextlib.contextmanager
+    def _watched(self, backend: str) -> Iterator[None]:
+        """Say so, once a backend, where the run waits for its answer."""
+        text = (
+            f"waiting for {backend}: it has not answered for {PATIENCE:g} s, and the "
+            "run stands still"
+        )
+        timer = threading.Timer(PATIENCE, self._policy.warn, [text])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _adapters(self) -> dict[str, BackendAdapter]:
         """Of the backends that there are now: other hooks may remove some."""

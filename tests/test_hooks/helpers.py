@@ -23,7 +23,8 @@ class _KeepsSamples(BaseVisHook):
         self.samples = []
 
         def explain_and_keep(sample):
-            self.samples.append(sample)
+            if sample.image_id != "trial":
+                self.samples.append(sample)
             return explain(sample)
 
         return explain_and_keep

@@ -9,7 +9,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 
 from mmyolo_vis_hooks.errors import VisError
-from tests.test_hooks.helpers import box_spy, log_of, pictures, vis_hooks
+from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
 from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy_boxes import box_config
 
@@ -30,21 +30,27 @@ def test_all_defaults_work(tmp_path, toy_data):
     assert len(pictures(tmp_path)) == 4
 
 
+CHANNELS = dict(channel_reduction=None)
+
+
 @pytest.mark.parametrize(
-    ("run", "options", "message"),
+    ("run", "hook", "message"),
     [
-        ("train", dict(target_layers=["nekc"]), "near matches: neck"),
-        ("val", dict(image_indices=[6]), "6 images"),
-        ("test", dict(target_layers=["unused"]), "unused did not run.*choose a layer"),
-        ("test", dict(classes=["sqare"]), "classes.*'sqare'.*did you mean 'square'"),
-        ("test", dict(classes=[3]), "classes.*3 is no class.*'square'"),
-        ("test", dict(target="objectness"), "target='objectness'.*'score' or 'logit'"),
+        ("train", box_spy(target_layers=["nekc"]), "near matches: neck"),
+        ("val", box_spy(image_indices=[6]), "6 images"),
+        ("test", box_spy(target_layers=["unused"]), "unused did not run.*choose a lay"),
+        ("test", box_spy(classes=["sqare"]), "classes.*'sqare'.*did you mean 'square'"),
+        ("test", box_spy(classes=[3]), "classes.*3 is no class.*'square'"),
+        ("test", box_spy(target="objectness"), "target='objectness'.*'score' or 'logi"),
+        ("train", spy(target_layers=["unused"]), "unused did not run.*choose a layer"),
+        ("val", spy(topk=-1, **CHANNELS), "'backbone'.*topk=-1.* has 16; set channel_"),
+        ("test", spy(arrangement=(1, 999), **CHANNELS), r"\(1, 999\).*at most 268 mil"),
     ],
 )
 def test_what_does_not_fit_fails_before_the_run(
-    tmp_path, toy_data, monkeypatch, run, options, message
+    tmp_path, toy_data, monkeypatch, run, hook, message
 ):
-    cfg = box_config(tmp_path, [box_spy(**options)], data_root=toy_data)
+    cfg = box_config(tmp_path, [dict(hook, on_error="log")], data_root=toy_data)
     runner = Runner.from_cfg(cfg)
     begun = []
     monkeypatch.setattr(runner, "load_or_resume", lambda: begun.append("loading"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +23,8 @@ from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
 from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy import toy_config, write_dataset
 from tests.toy_boxes import box_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def hook(**options) -> dict:
@@ -203,7 +208,7 @@ def test_image_that_breaks_between_loading_and_drawing(tmp_path):
 def test_failing_layer_in_our_own_forward_ends_nothing(tmp_path, toy_data):
     cfg = toy_config(tmp_path, [hook(num_images=2)], data_root=toy_data)
     runner = Runner.from_cfg(cfg)
-    runner.model.fail_at = 2  # the loop's first forward, then ours
+    runner.model.fail_at = 3  # the trial, the loop's first forward, then ours
     assert runner.test()["coco/bbox_mAP"] > 0
     assert failures(tmp_path) == [1]
     assert len(pictures(tmp_path)) == 1
@@ -315,3 +320,65 @@ def test_a_failing_explanation_is_counted_and_the_run_goes_on(
     with pytest.raises(type(error)):
         runner.test()
     assert hooks_left(runner.model) == []
+
+
+# ------------------------------------------------------------ what is odd, not wrong
+
+
+def fill(value: float):
+    def change(runner: Runner) -> None:
+        with torch.no_grad():
+            for parameter in runner.model.parameters():
+                parameter.fill_(value)
+
+    return change
+
+
+def find_nothing(runner: Runner) -> None:
+    runner.model.bbox_head.test_cfg["score_thr"] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change"),
+    [
+        (None, fill(float("nan"))),
+        (None, fill(float("inf"))),
+        (None, find_nothing),
+        (((1, 1), (1, 60), (60, 1)), find_nothing),
+        pytest.param(((6000, 8000),), None, marks=pytest.mark.nightly),
+    ],
+    ids=["nan", "inf", "no boxes", "one pixel", "8000x6000"],
+)
+@pytest.mark.parametrize("alignment", ["resize", "letterbox"])
+def test_odd_weights_and_images_are_drawn(tmp_path, toy_data, alignment, sizes, change):
+    data_root = toy_data if sizes is None else tmp_path / "data"
+    if sizes is not None:
+        write_dataset(data_root, sizes)
+    options = dict(num_images=3, alignment=alignment, on_error="raise")
+    hooks = [spy(**options), box_spy(**options)]
+    cfg = box_config(tmp_path / "work", hooks, data_root=data_root, batch_size=1)
+    cfg.test_evaluator = []
+    runner = Runner.from_cfg(cfg)
+    if change is not None:
+        change(runner)
+    runner.test()
+    assert len(pictures(tmp_path / "work")) == 2 * len(sizes or "123")
+
+
+def test_a_signal_ends_a_training_and_leaves_what_was_written(tmp_path, toy_data):
+    names = ("SIGINT", "SIGTERM")
+    script = (sys.executable, "-m", "tests.interrupted_run")
+    runs = [
+        subprocess.Popen([*script, str(tmp_path / name), str(toy_data), name], cwd=ROOT)
+        for name in names
+    ]
+    for name, run in zip(names, runs):
+        assert run.wait(120) == -signal.Signals[name]
+        assert sorted(pictures(tmp_path / name)) == [
+            f"val.featmap.{i}_image_{epoch}.png"
+            for i, epoch in ((1, 1), (1, 2), (6, 1))
+        ]
+        for epoch in (1, 2):
+            torch.load(tmp_path / name / f"epoch_{epoch}.pth", weights_only=False)
+        kinds = {path.suffix for path in (tmp_path / name).rglob("*.*")}
+        assert kinds == {".pth", ".png", ".py", ".json", ".log"}

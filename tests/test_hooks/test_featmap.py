@@ -185,7 +185,7 @@ def test_repeated_and_concatenated_datasets(tmp_path, toy_data, hook, alignment)
 def test_override_runs_the_loop_on_the_resize_only_pipeline(tmp_path, toy_data):
     hook = spy(override_loop_pipeline=True, target_layers=["brightness"])
     runner = after_test(toy_config(tmp_path, [hook], data_root=toy_data, batch_size=1))
-    assert runner.model.num_forwards == 6  # nothing besides the loop's own
+    assert runner.model.num_forwards == 1 + 6  # the trial, and the loop's own
     assert "metrics are of that pipeline" in log_of(tmp_path)
     for sample in vis_hooks(runner)[0].samples:
         assert sample.frame.offset_xy == (0.0, 0.0)
@@ -222,7 +222,7 @@ def test_a_second_hook_keeps_the_size_of_an_overridden_pipeline(
 def test_letterbox_and_network_need_no_second_forward(tmp_path, toy_data, alignment):
     cfg = toy_config(tmp_path, [spy(alignment=alignment)], data_root=toy_data)
     num_own = 4 if alignment == "resize" else 0
-    assert after_test(cfg).model.num_forwards == 3 + num_own
+    assert after_test(cfg).model.num_forwards == 1 + 3 + num_own  # with the trial
     assert len(pictures(tmp_path)) == 4
 
 
@@ -304,7 +304,8 @@ def test_train_then_test_in_one_runner(tmp_path, toy_data):
     runner.train()
     runner.test()
     runner.val()
-    assert runner.model.num_forwards == 2 * (3 + 3) + 3 + 3
+    trials = 2  # of the validation's data, and the test's
+    assert runner.model.num_forwards == trials + 2 * (3 + 3) + 3 + 3
     # The last validation is of the second epoch too.
     assert sorted(pictures(tmp_path)) == names_of(
         "test.featmap.1_image_0", "val.featmap.1_image_1", "val.featmap.1_image_2"

@@ -90,7 +90,7 @@ def test_the_loop_is_put_back(tmp_path, toy_data, outcome):
     if outcome is None:
         runner.val()
     else:
-        runner.model.fail_at, runner.model.fail_with = 2, outcome("a layer failed")
+        runner.model.fail_at, runner.model.fail_with = 3 + 2, outcome("a layer failed")
         with pytest.raises(outcome):
             runner.val()
     assert "run_iter" not in vars(loop)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS, VISBACKENDS
 from mmengine.runner import Runner
+from mmengine.visualization import BaseVisBackend
 from torch import nn
 
-from tests.test_hooks.helpers import box_spy, pictures, spy, vis_hooks
+from mmyolo_vis_hooks.publish import publisher
+from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
 from tests.toy import toy_config
 from tests.toy_boxes import box_config
 
@@ -92,10 +96,12 @@ def hooks_left(model: nn.Module) -> list[str]:
     ]
 
 
-def train(work_dir, toy_data, *vis_hooks, custom=(), **options):
+def train(work_dir, toy_data, *vis_hooks, custom=(), before=None, **options):
     hooks = [dict(type="WatchHook"), *custom, *vis_hooks]
     cfg = box_config(work_dir, hooks, data_root=toy_data, **options)
     runner = Runner.from_cfg(cfg)
+    if before is not None:
+        before(runner)
     runner.train()
     (watch,) = [h for h in runner.hooks if isinstance(h, WatchHook)]
     checkpoint = torch.load(work_dir / "epoch_2.pth", weights_only=False)
@@ -189,6 +195,71 @@ def test_no_way_of_explaining_changes_a_training(
     (hook,) = vis_hooks(runner)
     assert len(pictures(tmp_path)) == 4
     assert any(e.maps for s in hook.samples for e in s.explanations)
+    assert_same_run(runner, *found, plain_runs("plain"))
+
+
+@VISBACKENDS.register_module()
+class SlowBackend(BaseVisBackend):
+    """Takes its time for the first picture."""
+
+    experiment = None
+    count = 0
+
+    def _init_env(self):
+        pass
+
+    def add_image(self, name, image, step=0, **kwargs):
+        self.count += 1
+        if self.count == 1:
+            time.sleep(0.5)
+
+
+@VISBACKENDS.register_module()
+class DyingBackend(SlowBackend):
+    """Loses its server after three pictures."""
+
+    def add_image(self, name, image, step=0, **kwargs):
+        self.count += 1
+        if self.count > 3:
+            raise BrokenPipeError(32, "Broken pipe")
+
+
+def fail_to_draw(runner: Runner) -> None:
+    for hook in vis_hooks(runner):
+        hook.build_panel = lambda class_names, palette: lambda sample: 1 / 0
+
+
+def forbid_pictures(runner: Runner) -> None:
+    # Not by its mode: whoever may do anything can write to it all the same.
+    (Path(runner.log_dir) / "vis_data" / "vis_image").write_text("no folder")
+
+
+FAULTS = {
+    "a backend that hangs": ("SlowBackend", None, 8, "waiting for SlowBackend"),
+    "a backend that dies": ("DyingBackend", None, 8, "2 x BrokenPipeError"),
+    "a panel": (None, fail_to_draw, 0, "x ZeroDivisionError"),
+    "the folder": (None, forbid_pictures, 0, "4 x PublishError"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_fault_changes_a_training(
+    tmp_path, toy_data, plain_runs, monkeypatch, fault
+):
+    backend, break_something, num_pictures, says = FAULTS[fault]
+    monkeypatch.setattr(publisher, "PATIENCE", 0.05)
+    names = [backend] * (backend is not None) + ["LocalVisBackend"]
+    options = dict(num_images=2, on_error="log")
+    runner, *found = train(
+        tmp_path,
+        toy_data,
+        spy(**options),
+        box_spy(**options),
+        vis_backends=[dict(type=name) for name in names],
+        before=break_something,
+    )
+    assert len(pictures(tmp_path)) == num_pictures
+    assert says in log_of(tmp_path)
     assert_same_run(runner, *found, plain_runs("plain"))
 
 
