@@ -211,7 +211,7 @@ def make_config(args: argparse.Namespace, data_root: Path) -> Any:
 
 def vis_hooks(config: Any) -> dict[str, Any]:
     """The configs of the hooks that the demo is about, by the name in their tags."""
-    names = {"FeatMapVisHook": "featmap", "BoxAMVisHook": "boxam"}
+    names = dict(FeatMapVisHook="featmap", BoxAMVisHook="boxam", ErrorVisHook="errors")
     hooks = {hook.type: hook for hook in config.custom_hooks}
     return {name: hooks[kind] for kind, name in names.items()}
 

@@ -183,6 +183,7 @@ custom_hooks = [
         "target_layers": ["backbone.stage2", "backbone.stage3", "neck.out_layers[0]"],
     },
     dict(type="BoxAMVisHook", topk=6),
+    dict(type="ErrorVisHook", num_images=1),
 ]
 vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
 visualizer = dict(vis_backends=vis_backends)

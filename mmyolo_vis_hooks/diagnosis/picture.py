@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Colours that people tell apart whatever their sight.
 _HIT, _MISSED, _FALSE = (44, 160, 80), (255, 176, 0), (220, 38, 127)
 _CANDIDATE = (255, 255, 255)
-_OVERVIEW_SIZE, _PANEL_SIZE, _COLUMNS = 1200, 390, 3
+_LEAST_SIZE, _MOST_SIZE, _COLUMNS = 780, 1200, 3
 
 
 def draw_diagnosis(diagnosis: Diagnosis, max_panels: int = 12) -> np.ndarray:
@@ -78,7 +78,7 @@ def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
         tails.append(f" {missed.mechanism}")
         colors.append(_MISSED)
     image_hw = diagnosis.image_rgb.shape[:2]
-    size_hw = cell_size_hw(image_hw, _OVERVIEW_SIZE, _OVERVIEW_SIZE)
+    size_hw = _overview_hw(diagnosis)
     count = len(boxes)
     everything = Detections(
         resized_boxes(np.array(boxes, np.float32).reshape(-1, 4), image_hw, size_hw),
@@ -102,6 +102,11 @@ def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
         diagnosis.note,
     ]
     return Cell(picture, diagnosis.image_id, joined(notes))
+
+
+def _overview_hw(diagnosis: Diagnosis) -> tuple[int, int]:
+    """Size of the picture of all boxes; labels need room."""
+    return cell_size_hw(diagnosis.image_rgb.shape[:2], _MOST_SIZE, _LEAST_SIZE)
 
 
 def _missed(diagnosis: Diagnosis, missed: Missed) -> Cell:
@@ -137,7 +142,9 @@ def _panel(
     around = np.concatenate([corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)])
     x1, y1, x2, y2 = crop_window(around, image_hw)
     crop = image_rgb[y1:y2, x1:x2]
-    size_hw = cell_size_hw(crop.shape[:2], _PANEL_SIZE, _PANEL_SIZE)
+    # Three panels are as wide as the overview, but for its gutters.
+    longest = round(0.975 * _overview_hw(diagnosis)[1] / _COLUMNS)
+    size_hw = cell_size_hw(crop.shape[:2], longest, longest)
     picture = np.array(resize_image(crop, size_hw))
     note = ""
     if error_map is not None:

@@ -54,7 +54,7 @@ def test_it_says_what_came_out_and_where(ran):
     assert "mmengine - INFO" not in output
     assert "mmengine - INFO" in (folder / "out" / "demo.log").read_text()
     named = [Path(word) for word in output.split() if word.startswith("out/")]
-    assert len(named) == 2 * 4 + 2 + 1
+    assert len(named) == 2 * 4 + 1 + 2 + 1
     assert all((folder / path).exists() for path in named)
     assert "tensorboard --logdir out/train/" in output
 
@@ -63,8 +63,8 @@ def test_every_image_is_laid_out_by_epoch(ran):
     sheets = sorted((ran[0] / "out").glob("train/*/*_by_epoch_*.png"))
     assert [sheet.stem for sheet in sheets] == [
         f"{name}_by_epoch_{i + 1}_val_{i:04d}"
-        for name in ("boxam", "featmap")
-        for i in range(4)
+        for name, count in (("boxam", 4), ("errors", 1), ("featmap", 4))
+        for i in range(count)
     ]
     folder = next((ran[0] / "out").glob("train/*/vis_data/vis_image"))
     panels = sorted(folder.glob("*.boxam.*val_0000_*.png"))
@@ -75,13 +75,13 @@ def test_every_image_is_laid_out_by_epoch(ran):
 
 def test_failures_while_drawing_end_the_demo(ran):
     hooks = demo.vis_hooks(results(ran)[0])
-    assert [hook.on_error for hook in hooks.values()] == ["raise", "raise"]
+    assert [hook.on_error for hook in hooks.values()] == ["raise"] * 3
 
 
 def test_missing_and_empty_pictures_are_noticed(ran):
     config, trained, tested = results(ran)
     with Progress(disable=True) as progress:
-        assert len(demo.check_pictures(config, trained, tested, progress)) == 8
+        assert len(demo.check_pictures(config, trained, tested, progress)) == 9
 
         *_, victim = sorted((trained["vis_data"] / "vis_image").glob("*.boxam.*.png"))
         content = victim.read_bytes()
