@@ -41,6 +41,7 @@ WORDS = {"required": "必需", "on": "开", "off": "关", "none": "无"}
 OF_OTHERS = (
     "Weights only load failed",
     "yolov5_collate() got an unexpected keyword argument '_scope_'",
+    "The filesystem tracking backend (e.g., './mlruns') is in maintenance mode",
 )
 # Arguments whose None has a meaning of its own in the tables.
 DECIDED_LATER = {"--out-dir", "--target-layers", "--smooth", "--alignment"}

@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from mmengine.registry import (
     build_functions,
 )
 from mmengine.runner import Runner, autocast
+from packaging.version import parse
 from rich.console import Console
 from rich.measure import Measurement
 
@@ -210,6 +212,7 @@ def innermost_dataset(loader: ConfigDict) -> ConfigDict:
 
 def build_runner(config: Config) -> Runner:
     """Build the Runner, or the one that the config's ``runner_type`` names."""
+    check_mlflow(config)
     with cpu_ranks(config):
         if "runner_type" not in config:
             runner = Runner.from_cfg(config)
@@ -219,6 +222,31 @@ def build_runner(config: Config) -> Runner:
                 runner = RUNNERS.build(config)
     runner.register_hook(CheckpointGuard())
     return runner
+
+
+def check_mlflow(config: Config) -> None:
+    """Refuse what MLflow refuses while the Runner is built, before any hook is there.
+
+    Raises:
+        ToolError: If its data would go to plain files, as MMEngine has it by default.
+    """
+    backends = (config.get("visualizer") or {}).get("vis_backends") or ()
+    in_files = any(
+        str(backend.get("type")).endswith("MLflowVisBackend")
+        and backend.get("tracking_uri") is None
+        for backend in backends
+    )
+    if not in_files or os.environ.get("MLFLOW_ALLOW_FILE_STORE") == "true":
+        return
+    try:
+        version = parse(metadata.version("mlflow"))
+    except metadata.PackageNotFoundError:
+        return
+    if version >= parse("3.13"):
+        raise ToolError(
+            f"MLflowVisBackend: MLflow {version} refuses to keep runs in plain files; "
+            "set tracking_uri='sqlite:///mlflow.db', or the address of a server"
+        )
 
 
 class CheckpointGuard(Hook):

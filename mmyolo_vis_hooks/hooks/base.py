@@ -63,6 +63,7 @@ class BaseVisHook(Hook):
         self.run_options = run
         self.name = run.name or self.default_name
         self._loops: dict[str, VisLoop] = {}
+        self._training = False
 
     def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None
@@ -92,6 +93,7 @@ class BaseVisHook(Hook):
         """
         if not self.run_options.draw:
             return
+        self._training = False
         if not self._loops:
             self._set_up(runner)
         elif any(isinstance(hook, LoggerHook) for hook in runner.hooks):
@@ -137,6 +139,9 @@ class BaseVisHook(Hook):
                 "kept. Set visualizer=dict(vis_backends=[dict(type='LocalVisBackend'"
                 ")]); DetVisualizationHook(show=True) removes all backends."
             )
+        # MMEngine's logger says the same of a second hook once.
+        for notice in self._publisher.notices() if is_main_process() else ():
+            runner.logger.warning(notice)
 
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
         dataset = loop.dataloader.dataset
@@ -209,10 +214,22 @@ class BaseVisHook(Hook):
 
     # One validation or test run. MMEngine calls these also in a training.
 
+    def before_train(self, runner: Runner) -> None:
+        """Note that validations are the training's from now on."""
+        self._training = True
+
     def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
         state = self._loops.get(mode)
-        if state is not None:
-            state.start_run(self.run_options.interval)
+        if state is None:
+            return
+        # Not runner.epoch: it would build the training loop in a pure validation.
+        loop = runner._train_loop
+        number, step = None, 0
+        if mode == "val" and isinstance(loop, BaseLoop):
+            number, step = _validation(loop)
+        state.start_run(
+            self.run_options.interval, number if self._training else None, step
+        )
 
     def _before_iter(
         self,
@@ -249,7 +266,7 @@ class BaseVisHook(Hook):
                 sample = state.make_sample(image, position, outputs[position])
                 picture = VisImage(sample.image_id, state.panel(sample))
                 if is_main_process():
-                    self._publisher.publish(mode, picture, _step(runner, state))
+                    self._publisher.publish(mode, picture, state.step)
                 else:
                     self._spool.add(picture)
         state.record = None
@@ -263,7 +280,7 @@ class BaseVisHook(Hook):
         with self._policy.guard("gather the pictures of all ranks"):
             self._spool.gather()
         if is_main_process():
-            self._publish_gathered(state, _step(runner, state))
+            self._publish_gathered(state)
             self._publisher.finish(commit=self._ends_row(runner, mode))
         state.drawing = False
         self._policy.share()
@@ -284,13 +301,13 @@ class BaseVisHook(Hook):
             runner.logger.info(f"{self.name}: {count} picture(s) {done}")
         self._policy.report()
 
-    def _publish_gathered(self, state: VisLoop, step: int) -> None:
+    def _publish_gathered(self, state: VisLoop) -> None:
         with self._policy.guard("read the pictures of the other ranks"):
             for picture in self._spool.images():
                 # Samplers repeat images so that all ranks have equally many.
                 if picture.image_id not in state.seen:
                     state.seen.add(picture.image_id)
-                    self._publisher.publish(state.mode, picture, step)
+                    self._publisher.publish(state.mode, picture, state.step)
         self._spool.clear()
 
     def _ends_row(self, runner: Runner, mode: str) -> bool:
@@ -309,13 +326,15 @@ class BaseVisHook(Hook):
         return state if state is not None and state.drawing else None
 
 
-def _step(runner: Runner, state: VisLoop) -> int:
-    """Epoch or iteration of a training; elsewhere the number of the run, from 0."""
-    # Not runner.epoch: it would build the training loop in a pure validation.
-    loop = runner._train_loop
-    if state.mode != "val" or not isinstance(loop, BaseLoop):
-        return state.num_runs - 1
-    return loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
+def _validation(loop: BaseLoop) -> tuple[int, int]:
+    """Number of the training's current validation, from 0, and its epoch or iteration.
+
+    Counted by the loop, so that a resumed training goes on as it would have.
+    """
+    now = loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
+    interval = getattr(loop, "val_interval", 1)
+    before_begin = (max(getattr(loop, "val_begin", 1), 1) - 1) // interval
+    return (now - 1) // interval - before_begin, now
 
 
 def _check_packed_keys(dataset: Any, alignment: str | None) -> None:

@@ -38,6 +38,8 @@ class VisLoop:
         build_maker: Gives the sample maker for a model that predicts, with the layers
             as seen from it.
         placements: How the images of each data set are drawn, by its identity.
+        num_runs: How many runs there were, but for those of a training.
+        step: Epoch or iteration of a training; elsewhere the number of the run.
         drawing: Whether the current run is drawn.
         seen: Names of the pictures and images that the current run has met.
         record: Of the forward of the current batch, where a placement needs it.
@@ -52,6 +54,7 @@ class VisLoop:
     build_maker: Callable[[nn.Module, Any], SampleMaker]
     placements: dict[int, Placement] = field(default_factory=dict)
     num_runs: int = 0
+    step: int = -1
     drawing: bool = False
     seen: set[str] = field(default_factory=set)
     record: ForwardRecord | None = None
@@ -84,10 +87,21 @@ class VisLoop:
             # Its batches are padded to one size.
             self.placements[id(leaf)] = replace(placement, alignment="letterbox")
 
-    def start_run(self, interval: int) -> None:
-        """Begin a run, of which every ``interval``-th is drawn."""
-        self.drawing = self.num_runs % interval == 0
-        self.num_runs += 1
+    def start_run(self, interval: int, number: int | None = None, at: int = 0) -> None:
+        """Begin a run, of which every ``interval``-th is drawn.
+
+        Args:
+            number: Of the validation in its training; None outside of one, where runs
+                are counted here.
+            at: The training's epoch or iteration.
+        """
+        if number is None:
+            number = self.num_runs
+            at = max(at, number)
+            self.num_runs += 1
+        self.drawing = number % interval == 0
+        # A validation after a training must not overwrite the training's last.
+        self.step = max(at, self.step + 1)
         self.seen.clear()
         self._pass_number, self._batch = 1, -1
 

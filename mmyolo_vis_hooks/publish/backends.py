@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..errors import PublishError
 
@@ -41,6 +42,10 @@ class BackendAdapter:
         """
         self.backend.add_image(tag, image_rgb, step)
         return True
+
+    def notice(self) -> str:
+        """What its user should know before the run; empty if there is nothing."""
+        return ""
 
     def finish(self, commit: bool) -> list[str]:
         """End a validation or test run; give the tags that the backend took now.
@@ -127,12 +132,98 @@ class WandbAdapter(BackendAdapter):
 
 
 class MLflowAdapter(BackendAdapter):
-    """MLflow takes the name for a file's and knows no steps."""
+    """Gives MLflow's image view its steps: the backend makes a plain artifact."""
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
+        self._run_id: str | None = None
+
+    def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
+        """Log the picture, and wait for that, so that a failure is seen."""
+        mlflow = self.backend.experiment
+        mlflow.log_image(image_rgb, key=tag, step=step, synchronous=True)
+        self._run_id = mlflow.active_run().info.run_id
+        return True
+
+    def reopen(self) -> None:
+        """Go on with the run that was closed."""
+        if self._run_id is not None and self.backend.experiment.active_run() is None:
+            self.backend.experiment.start_run(run_id=self._run_id)
+
+
+class DVCLiveAdapter(BackendAdapter):
+    """Writes ``tag/{step}.png``, which DVC's viewers show with a slider.
+
+    Under one name for all steps, as the backend has it, each overwrites the last.
+    """
 
     def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
         """Put the step into the name."""
-        self.backend.add_image(f"{tag}_{step}.png", image_rgb, step)
+        self.backend.add_image(f"{tag}/{step}", image_rgb, step)
         return True
+
+    def notice(self) -> str:
+        """Say how to get through the end of a run outside of a repository."""
+        live = getattr(self.backend, "_dvclive", None)
+        caches = (self.backend._init_kwargs or {}).get("cache_images")
+        if live is None or getattr(live, "_dvc_repo", live) is not None or not caches:
+            return ""
+        return (
+            "DVCLiveVisBackend: there is no Git or DVC repository here, so closing the "
+            "backend will end the run with \"'NoneType' object has no attribute "
+            "'add'\"; set init_kwargs=dict(save_dvc_exp=False, cache_images=False)"
+        )
+
+    def reopen(self) -> None:
+        """Go on in the folder, which would be emptied otherwise."""
+        super().reopen()
+        own = self.backend._init_kwargs or {}
+        self.backend._init_kwargs = {**own, "resume": True}
+
+
+class NeptuneAdapter(BackendAdapter):
+    """Makes a series per tag: the backend puts all images of a run into one."""
+
+    def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
+        """Append to the tag's series."""
+        self.backend.experiment[tag].append(Image.fromarray(image_rgb), step=step)
+        return True
+
+    def notice(self) -> str:
+        """Say that there is no server any more."""
+        return (
+            "NeptuneVisBackend: Neptune shut its service down in March 2026, so the "
+            "pictures stay in the folder .neptune, which nothing shows; use "
+            "TensorboardVisBackend, MLflowVisBackend, AimVisBackend or WandbVisBackend"
+        )
+
+
+class ClearMLAdapter(BackendAdapter):
+    """Keeps all steps: by default, file names begin anew after the fifth."""
+
+    def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
+        """Report a debug sample, the images of a hook as series of one title."""
+        title, _, series = tag.rpartition("/")
+        self.backend.experiment.Logger.current_logger().report_image(
+            title, series, iteration=step, image=image_rgb, max_image_history=-1
+        )
+        return True
+
+    def reopen(self) -> None:
+        """Begin a second task: in the closed one, files would be overwritten."""
+        super().reopen()
+        own = self.backend._init_kwargs or {}
+        self.backend._init_kwargs = {**own, "reuse_last_task_id": False}
+
+
+class AimAdapter(BackendAdapter):
+    """Goes on with the run that was closed."""
+
+    def reopen(self) -> None:
+        """Name the run to the backend."""
+        super().reopen()
+        if hasattr(self.backend, "_aim_run"):
+            self.backend._init_kwargs["run_hash"] = self.backend._aim_run.hash
 
 
 # By the names of the backends' classes, which need not be importable.
@@ -140,6 +231,10 @@ _ADAPTERS: dict[str, type[BackendAdapter]] = {
     "LocalVisBackend": LocalAdapter,
     "WandbVisBackend": WandbAdapter,
     "MLflowVisBackend": MLflowAdapter,
+    "DVCLiveVisBackend": DVCLiveAdapter,
+    "NeptuneVisBackend": NeptuneAdapter,
+    "ClearMLVisBackend": ClearMLAdapter,
+    "AimVisBackend": AimAdapter,
 }
 
 

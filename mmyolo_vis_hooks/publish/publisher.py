@@ -57,6 +57,11 @@ class Publisher:
         """Whether a picture that is handed over will be seen anywhere."""
         return self._show or bool(self._adapters())
 
+    def notices(self) -> list[str]:
+        """What the user of a backend should know before the run."""
+        texts = [adapter.notice() for adapter in self._adapters().values()]
+        return [text for text in texts if text]
+
     def publish(self, mode: str, image: VisImage, step: int) -> None:
         """Hand one picture of a ``'val'`` or ``'test'`` run to every backend."""
         tag = f"{mode}/{self._name}/{image.image_id}"

@@ -262,6 +262,23 @@ def test_the_same_images_in_every_validation_with_a_rising_step(tmp_path, toy_da
     assert not torch.equal(maps[0], maps[2])  # the training moved
 
 
+def test_a_resumed_training_draws_what_an_uninterrupted_one_would(tmp_path, toy_data):
+    """Intervals count in the training's validations, not in the process's."""
+    begun = dict(by_epoch=True, max_epochs=2, val_interval=1)
+    going_on = dict(
+        resume=True,
+        train_cfg=dict(by_epoch=True, max_epochs=6, val_begin=2, val_interval=2),
+    )
+    for settings in (dict(train_cfg=begun), going_on):
+        hooks = [spy(num_images=1, interval=2)]
+        cfg = toy_config(tmp_path, hooks, data_root=toy_data, **settings)
+        Runner.from_cfg(cfg).train()
+    # Of 1 and 2, the first; of 2, 4 and 6 at the new interval, 2 and 6.
+    assert sorted(pictures(tmp_path)) == names_of(
+        "val.featmap.1_image_1", "val.featmap.1_image_6"
+    )
+
+
 def test_iterations_are_the_step_of_an_iteration_based_training(tmp_path, toy_data):
     cfg = toy_config(
         tmp_path,
@@ -306,9 +323,9 @@ def test_train_then_test_in_one_runner(tmp_path, toy_data):
     runner.val()
     trials = 2  # of the validation's data, and the test's
     assert runner.model.num_forwards == trials + 2 * (3 + 3) + 3 + 3
-    # The last validation is of the second epoch too.
+    # The validation after the training does not overwrite that of its second epoch.
     assert sorted(pictures(tmp_path)) == names_of(
-        "test.featmap.1_image_0", "val.featmap.1_image_1", "val.featmap.1_image_2"
+        "test.featmap.1_image_0", *(f"val.featmap.1_image_{n}" for n in (1, 2, 3))
     )
 
 

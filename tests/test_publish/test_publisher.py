@@ -185,15 +185,6 @@ def test_local_file_that_was_not_written_is_an_error(tmp_path):
     assert publisher.num_published == 1
 
 
-def test_mlflow_gets_file_names_with_steps():
-    class MLflowVisBackend(Keeping):
-        pass
-
-    backend = MLflowVisBackend()
-    make_publisher({"MLflow": backend})[0].publish("val", PICTURE, 3)
-    assert backend.images[0][0] == f"{TAG}_3.png"
-
-
 def test_visualizer_that_stores_pictures_itself():
     class OwnVisualizer(Visualizer):
         def add_image(self, name, image, step=0):

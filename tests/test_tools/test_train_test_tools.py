@@ -20,7 +20,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 
 import train as train_tool
-from _common import ToolError
+from _common import ToolError, check_mlflow
 from digits_dataset import DigitsOptions, make_dataset
 from mmyolo_vis_hooks.checkpoint import load_checkpoint_safely
 from tests.test_hooks.helpers import pictures
@@ -369,3 +369,17 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return str(probe.getsockname()[1])
+
+
+def test_mlflow_in_plain_files_is_refused_before_the_runner(monkeypatch):
+    """MLflow would end the run while the Runner is built, where no hook is yet."""
+    backend = dict(type="MLflowVisBackend")
+    config = Config(dict(visualizer=dict(vis_backends=[backend])))
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    monkeypatch.setattr("_common.metadata.version", lambda name: "3.12.9")
+    check_mlflow(config)
+    monkeypatch.setattr("_common.metadata.version", lambda name: "3.13.0")
+    with pytest.raises(ToolError, match=r"MLflow 3\.13\.0 .*tracking_uri='sqlite:///"):
+        check_mlflow(config)
+    config.visualizer.vis_backends[0].tracking_uri = "sqlite:///mlflow.db"
+    check_mlflow(config)
