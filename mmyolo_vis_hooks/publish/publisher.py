@@ -98,8 +98,9 @@ class Publisher:
 
     def reopen(self) -> None:
         """Open backends again that MMEngine has closed after a run."""
-        for adapter in self._adapters().values():
-            adapter.reopen()
+        for name, adapter in self._adapters().items():
+            with self._policy.guard(f"open {name} again"), self._watched(name):
+                adapter.reopen()
 
     @contextlib.contextmanager
     def _watched(self, backend: str) -> Iterator[None]:

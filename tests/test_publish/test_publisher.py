@@ -96,6 +96,10 @@ class Broken:
     def add_image(self, name, image, step):
         raise OSError("no route to the tracking server")
 
+    @property
+    def _env_initialized(self):
+        raise OSError("no route to the tracking server")
+
 
 class Keeping:
     def __init__(self):
@@ -127,6 +131,8 @@ def test_a_broken_backend_keeps_nothing_from_the_others():
     np.testing.assert_array_equal(image, PICTURE.image_rgb)
     assert policy.num_failures == 1
     assert publisher.num_published == 1
+    publisher.reopen()
+    assert policy.num_failures == 2
     publisher, _ = make_publisher(backends, on_error="raise")
     with pytest.raises(OSError, match="tracking server"):
         publisher.publish("val", PICTURE, 3)
