@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from .errors import UnknownOptionError, VisConfigError
 
+_MAX_SHOWN = 200  # characters of a value in a message
+
 Check = Callable[[str, Any], Any]
 """Gives the value as the package uses it; raises VisConfigError."""
 
@@ -34,7 +36,9 @@ def option(default: Any, check: Check, help: str, **command_line: Any) -> Any:
 
 def refuse(name: str, value: Any, remedy: str) -> VisConfigError:
     """The error for a value that cannot work."""
-    return VisConfigError(f"{name}={value!r} cannot work: {remedy}")
+    text = repr(value)
+    shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+    return VisConfigError(f"{name}={shown} cannot work: {remedy}")
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def choice(values: Sequence[str | None]) -> Check:
 def number(remedy: str, most: float = 1.0, *, above_0: bool = False) -> Check:
     def check(name: str, value: Any) -> float:
         is_real = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_real or not 0 <= float(value) <= most or (above_0 and value == 0):
+        # Not as a float: a number may be too large for one.
+        if not is_real or not 0 <= value <= most or (above_0 and value == 0):
             raise refuse(name, value, remedy)
         return float(value)
 

@@ -163,6 +163,8 @@ class BoxSampleMaker(SampleMaker):
         inputs, metainfo = network_input(
             self._detector, placement.pipeline.pack(loaded)
         )
+        if placement.alignment != "resize" and metainfo.get("flip"):
+            raise _only_flipped()
         with _everything_found(self._detector):
             self._mapper.prepare(inputs, metainfo)
 
@@ -216,12 +218,21 @@ def recorded(
     """Where in a recorded forward an image is kept, its input and its metainfo."""
     if record.error is not None:
         raise record.error
-    if position not in record.keep or record.inputs is None:
+    if record.inputs is None:
+        raise _only_flipped()
+    if position not in record.keep:
         raise VisError(f"the forward of image {image_id} was not recorded")
     slot = record.keep.index(position)
     inputs = record.inputs[slot : slot + 1]
     network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
     return slot, inputs, {**record.metainfos[slot], "batch_input_shape": network_hw}
+
+
+def _only_flipped() -> VisError:
+    return VisError(
+        "the detector did not run on an unflipped image; take flips out of the test "
+        "pipeline, or leave them to test-time augmentation"
+    )
 
 
 def _leads_there(placement: Placement, metainfo: Mapping[str, Any]) -> bool:

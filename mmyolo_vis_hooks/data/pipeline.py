@@ -305,8 +305,9 @@ def _gave_nothing(step: Any, path: Any) -> VisError:
 
 def _no_loader(steps: Sequence[Any]) -> VisConfigError:
     return VisConfigError(
-        "the test pipeline has no step that loads an image, such as "
-        f"LoadImageFromFile, but {', '.join(map(step_name, steps)) or 'no step'}"
+        "the test pipeline has no step that loads an image, but "
+        f"{', '.join(map(step_name, steps)) or 'no step'}; begin it with one such as "
+        "LoadImageFromFile"
     )
 
 
