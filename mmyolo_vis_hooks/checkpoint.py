@@ -25,9 +25,9 @@ from mmengine.logging import print_log
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from .errors import CheckpointError
 from .inert import (
     TORCH_TAKES_STAND_INS,
-    CheckpointError,
     InertObject,
     MapLocation,
     read_inertly,

@@ -18,10 +18,10 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from .checkpoint import CheckpointError, check_fit, weights_of
+from .checkpoint import check_fit, weights_of
 from .data.pipeline import ImagePipeline
 from .data.samples import class_names_of, palette_of
-from .errors import VisConfigError, one_line
+from .errors import CheckpointError, VisConfigError, one_line
 
 
 @dataclass(frozen=True)

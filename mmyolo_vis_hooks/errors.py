@@ -36,6 +36,10 @@ class UnsupportedPipelineError(VisConfigError):
     """A test pipeline has a step whose geometry is not known."""
 
 
+class CheckpointError(VisError, RuntimeError):
+    """A file is no checkpoint, is damaged, or its weights cannot be had."""
+
+
 class FeatureShapeError(VisError, ValueError):
     """A layer's output cannot be laid over an image."""
 

@@ -22,15 +22,11 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from .errors import VisError
+from .errors import CheckpointError
 
 MapLocation = str | torch.device | dict | Callable | None
 TORCH_TAKES_STAND_INS = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
 _NUMPY_TYPE = re.compile(r"[<>|=]?[biufcSU]\d{1,9}")
-
-
-class CheckpointError(VisError, RuntimeError):
-    """A file is no checkpoint, is damaged, or its weights cannot be had."""
 
 
 def some(names: Sequence[str]) -> str:

@@ -24,11 +24,11 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
 from torch import nn
 
 from mmyolo_vis_hooks.checkpoint import (
-    CheckpointError,
     load_checkpoint_safely,
     register_checkpoint_loaders,
 )
 from mmyolo_vis_hooks.detector import load_weights
+from mmyolo_vis_hooks.errors import CheckpointError
 from mmyolo_vis_hooks.inert import TORCH_TAKES_STAND_INS, InertObject
 from tests.toy import toy_config
 

@@ -12,7 +12,6 @@ from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from torch import nn
 
-from mmyolo_vis_hooks.checkpoint import CheckpointError
 from mmyolo_vis_hooks.detector import (
     build_detector,
     check_device,
@@ -21,7 +20,7 @@ from mmyolo_vis_hooks.detector import (
     read_config,
     read_dataset,
 )
-from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.errors import CheckpointError, VisConfigError
 from tests.toy import META_KEYS, ToyDetector
 
 FASTER = (dict(type="Resize", scale=(128, 96), keep_ratio=True),)

@@ -8,7 +8,8 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..checkpoint import CheckpointError, check_fit, weights_of
+from ..checkpoint import check_fit, weights_of
+from ..errors import CheckpointError
 
 
 def check_checkpoint_fits(runner: Runner, checkpoint: Any) -> None:

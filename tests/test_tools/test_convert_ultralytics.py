@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import convert_ultralytics as tool
-from mmyolo_vis_hooks.checkpoint import CheckpointError
 from mmyolo_vis_hooks.detector import build_detector, load_weights, read_config
+from mmyolo_vis_hooks.errors import CheckpointError
 
 V5 = "mmyolo::yolov5/yolov5_n-v61_syncbn_fast_8xb16-300e_coco.py"
 V8 = "mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
