@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _HIT, _MISSED, _FALSE = (44, 160, 80), (255, 176, 0), (220, 38, 127)
 _CANDIDATE = (255, 255, 255)
 _LEAST_SIZE, _MOST_SIZE, _COLUMNS = 780, 1200, 3
+_LINE_WIDTH = 3  # in a panel: a thinner line does not show its colour
 
 
 def draw_diagnosis(diagnosis: Diagnosis, max_panels: int = 12) -> np.ndarray:
@@ -151,8 +152,8 @@ def _panel(
         heat = cv2.resize(error_map.saliency[y1:y2, x1:x2], size_hw[::-1])
         picture = fade_heatmap(heat, picture)
         note = f"map at {error_map.layer}, {error_map.inside:.0%} of it inside"
-    for box, color in boxes:
+    for box, color in reversed(boxes):  # the one that the panel is about on top
         shifted = box - np.array([x1, y1, x1, y1], np.float32)
         placed = resized_boxes(shifted[None], crop.shape[:2], size_hw)
-        outline_boxes(picture, placed, color)
+        outline_boxes(picture, placed, color, _LINE_WIDTH)
     return Cell(picture, title, joined([why, note]))

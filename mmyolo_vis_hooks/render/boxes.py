@@ -175,13 +175,15 @@ def outline_boxes(
     image_rgb: np.ndarray,
     boxes_xyxy: Iterable[np.ndarray],
     color: Color = (255, 255, 255),
+    width: int | None = None,
 ) -> None:
     """Draw boxes, in place: white, which no colour map of heat is, edged in black.
 
-    What is off the image or not finite is left out.
+    What is off the image or not finite is left out. Without ``width``, in pixels, lines
+    are as thin as the image allows.
     """
     image_hw = image_rgb.shape[:2]
-    width = max(1, round(max(image_hw) / 450))
+    width = width or max(1, round(max(image_hw) / 450))
     corners = [c for c in (_pixels(box, image_hw) for box in boxes_xyxy) if c]
     # All edges first: none may cross out the line of a neighbour.
     for line, steps in (((0, 0, 0), (-1, width)), (color, range(width))):
