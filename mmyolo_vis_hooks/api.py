@@ -37,7 +37,7 @@ from .detector import (
 from .diagnosis.diagnose import diagnose_image
 from .diagnosis.maps import ErrorMapper
 from .diagnosis.matching import GroundTruth
-from .errors import VisConfigError
+from .errors import CheckpointError, VisConfigError
 from .network.state import frozen
 from .options import BoxAMOptions, DiagnosisOptions, FeatMapOptions
 from .results import Explanations, FeatureMaps, Gallery
@@ -79,7 +79,10 @@ def load(
     if device is None:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     detector = build_detector(config, check_device(device))
-    metainfo = load_weights(detector, os.fspath(checkpoint))
+    try:
+        metainfo = load_weights(detector, os.fspath(checkpoint))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {checkpoint}") from error
     names, palette = classes_and_palette(metainfo, read_dataset(config).metainfo)
     detector.cfg = config
     detector.dataset_meta = dict(classes=names, palette=palette)  # type: ignore
@@ -191,13 +194,20 @@ def diagnose(
     """
     (given,) = read_options("diagnose", options, DiagnosisOptions)
     scene = _Scene(detector, images, config, given.image_channels)
-    each = list(ground_truth) if scene.several else [ground_truth]
+    each = ground_truth if scene.several else [ground_truth]
+    if not isinstance(each, (list, tuple)):
+        raise VisConfigError(
+            f"ground_truth={type(each).__name__} cannot work with several images: give "
+            "a list, with the objects of each"
+        )
     if len(each) != len(scene.paths):
         raise VisConfigError(
             f"ground_truth has {len(each)} entries for {len(scene.paths)} images: give "
             "one for each"
         )
     truths = [GroundTruth.of(truth) for truth in each]
+    for truth in truths:
+        truth.check(len(scene.class_names))
     mapper = None
     if given.topk:
         how = BoxAMOptions(topk=-1, score_thr=0.0)
@@ -242,6 +252,11 @@ class _Scene:
         config: Any,
         channels: Sequence[int] | None,
     ) -> None:
+        if not isinstance(detector, nn.Module):
+            raise VisConfigError(
+                f"detector={type(detector).__name__} is no detector: use load(config, "
+                "checkpoint), or a torch.nn.Module of your own"
+            )
         self.detector = unwrap_detector(detector)
         _check_parameters(self.detector)
         config = _config_of(self.detector, config)

@@ -35,6 +35,7 @@ from .render.featmap_panel import FeatMapPanel
 
 # A notebook keeps what it shows.
 _SHOWN_QUALITY = 90
+_SUFFIXES = (".npz", ".json", *PICTURE_SUFFIXES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,10 +194,10 @@ class _Result(Sequence):
         suffix = path.suffix.lower()
         if path.is_dir() or not suffix:
             return Gallery([self]).save(path)
-        if suffix not in (".npz", ".json", *PICTURE_SUFFIXES):
+        if suffix not in _SUFFIXES:
             raise VisConfigError(
                 f"path={str(path)!r} cannot work: use a folder, or a name that ends in "
-                f".npz, .json, {', '.join(PICTURE_SUFFIXES)}"
+                f"{', '.join(_SUFFIXES)}"
             )
         make_writable(path.parent)
         if suffix == ".npz":
@@ -361,6 +362,11 @@ class Gallery(list):
         if not self:
             raise VisConfigError("there is no result to save; look at an image first")
         folder, first = Path(folder), self[0]
+        if folder.suffix.lower() in _SUFFIXES and not folder.is_dir():
+            raise VisConfigError(
+                f"folder={str(folder)!r} cannot work: several results need a folder; "
+                "save one of them, such as [0], to a file"
+            )
         page = HtmlPage(
             folder,
             title=first._page_title,

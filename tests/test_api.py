@@ -261,6 +261,10 @@ def test_a_detector_without_a_config_is_given_one(detector, config, photo) -> No
         (lambda d, p: explain(d, np.zeros((4, 4, 3, 1))), r"\(4, 4, 3, 1\)"),
         (lambda d, p: explain(d, p.with_name("none.png")), "none.png"),
         (lambda d, p: explain(d, __file__), r"test_api\.py is no image"),
+        (lambda d, p: explain(d, {p}), "an image of type set"),
+        (lambda d, p: explain(str(p), p), "detector=str is no detector"),
+        (lambda d, p: load(d.cfg, "gone.pth"), "there is no checkpoint gone.pth"),
+        (lambda d, p: explain(d, [p]).save("all.png"), "several results need a folder"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_reason(detector, photo, call, message):

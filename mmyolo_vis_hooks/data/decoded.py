@@ -33,6 +33,11 @@ def array_bgr(image: Any) -> np.ndarray:
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image
     array = np.asarray(image)
+    if array.ndim == 0:
+        raise VisConfigError(
+            f"an image of type {type(image).__name__} cannot work: use a path, an "
+            "address, an array, a Pillow image, or a list of them"
+        )
     if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "uif":
         raise VisConfigError(
             f"an image of shape {array.shape} and {array.dtype} cannot work: use "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
 
 from ..errors import VisConfigError
@@ -59,9 +60,9 @@ class GroundTruth:
                 labels = [instance["bbox_label"] for instance in given]
                 ignored = [bool(i.get("ignore_flag", 0)) for i in given]
             truth = cls(
-                np.asarray(boxes, np.float32).reshape(-1, 4),
-                np.asarray(labels, np.int64).reshape(-1),
-                np.asarray(ignored, bool).reshape(-1),
+                _array(boxes, np.float32).reshape(-1, 4),
+                _array(labels, np.int64).reshape(-1),
+                _array(ignored, bool).reshape(-1),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VisConfigError(
@@ -77,8 +78,42 @@ class GroundTruth:
             )
         return truth
 
+    def check(self, num_classes: int) -> None:
+        """Refuse what no detection could hit; ``num_classes`` is 0 if unknown.
+
+        Raises:
+            VisConfigError: If a box has no area, such as one of x, y, width and height,
+                or a label is of no class. Ignored objects may have any.
+        """
+        real = np.flatnonzero(~self.ignored)
+        x1, y1, x2, y2 = self.boxes_xyxy[real].T
+        for index in real[~((x2 > x1) & (y2 > y1) & np.isfinite(x2 + y2 - x1 - y1))]:
+            box = self.boxes_xyxy[index].tolist()
+            raise VisConfigError(
+                f"ground_truth: box {index} is {box}: give x1, y1, x2, y2 in pixels, "
+                "with x1 < x2 and y1 < y2, or mark the object as ignored"
+            )
+        labels = self.labels[real]
+        for index in real[(labels < 0) | (labels >= (num_classes or np.inf))]:
+            known = f" to {num_classes - 1}" if num_classes else ""
+            raise VisConfigError(
+                f"ground_truth: label {index} is {self.labels[index]}: labels are "
+                f"indices of the detector's classes, 0{known or ' and up'}"
+            )
+
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def _array(values: Any, dtype: type) -> np.ndarray:
+    """Values of NumPy, torch, MMDetection's boxes or lists of numbers."""
+    values = getattr(values, "tensor", values)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+    array = np.asarray(values)
+    if dtype is np.int64 and array.dtype.kind == "f" and (array % 1).any():
+        raise ValueError("labels that are no whole numbers")
+    return array.astype(dtype)
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,8 @@ def test_errors_have_maps_that_lie_on_them_and_are_drawn():
     columns = np.nonzero(amber[:480])[1]
     assert 600 < columns.min() < 700
     assert magenta.any()
+    # Lines of the panels are wide enough to show their colour.
+    assert min(amber[600:].sum(), magenta[600:].sum()) > 500
     assert found._repr_jpeg_()[:2] == b"\xff\xd8"
 
 
@@ -302,3 +304,17 @@ def test_a_real_detector_on_real_images(shared_dir):
     assert counts()["suppressed"] > usual["suppressed"]
     with pytest.raises(VisConfigError, match="15 entries for 16 images"):
         diagnose(detector, paths, instances[1:])
+
+
+@pytest.mark.parametrize(
+    ("image", "given", "message"),
+    [
+        (PHOTO, objects(("cat", (512, 5, 8, 385))), "box 0 is"),
+        (PHOTO, dict(boxes_xyxy=[SQUARE], labels=[80]), "label 0 is 80"),
+        ([PHOTO, PHOTO], None, "NoneType cannot work with several images"),
+        ([PHOTO, PHOTO], objects(*GIVEN), "dict cannot work with several images"),
+    ],
+)
+def test_objects_that_cannot_be_are_refused(image, given, message):
+    with pytest.raises(VisConfigError, match=message):
+        diagnose(coco_detector(), image, given)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from mmdet.structures.bbox import HorizontalBoxes
 from tidecv.data import Data
 from tidecv.quantify import TIDE, TIDERun
 
@@ -105,11 +107,38 @@ def test_without_objects_or_detections():
         dict(boxes_xyxy=[SQUARE], labels=[0, 1]),
         3,
         [dict(bbox=(1, 2, 3), bbox_label=0)],
+        dict(boxes_xyxy=[SQUARE], labels=[0.5]),
+        dict(boxes_xyxy=[SQUARE], labels=["dog"]),
     ],
 )
 def test_ground_truth_that_is_none_is_refused(given):
     with pytest.raises(VisConfigError, match="ground_truth"):
         GroundTruth.of(given)
+
+
+def test_ground_truth_of_torch_and_of_mmdetection():
+    boxes = torch.tensor([SQUARE], dtype=torch.float32, requires_grad=True)
+    for given in (boxes, HorizontalBoxes(boxes)):
+        own = GroundTruth.of(dict(boxes_xyxy=given, labels=torch.tensor([3])))
+        assert own.boxes_xyxy.tolist() == [list(SQUARE)]
+        assert own.labels.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("box", "label", "message"),
+    [
+        ((50, 10, 20, 40), 0, r"box 1 is \[50\.0, 10\.0, 20\.0, 40\.0\]: give x1"),
+        ((10, 10, 10, 50), 0, "box 1"),
+        ((10, 10, np.nan, 50), 0, "box 1"),
+        (SQUARE, 2, r"label 1 is 2: .* 0 to 1$"),
+        (SQUARE, -1, "label 1 is -1"),
+    ],
+)
+def test_objects_that_nothing_could_hit_are_named(box, label, message):
+    with pytest.raises(VisConfigError, match=message):
+        truth((SQUARE, 1), (box, label)).check(num_classes=2)
+    truth((SQUARE, 1), (box, label, "ignored")).check(num_classes=2)
+    truth((SQUARE, 7)).check(num_classes=0)
 
 
 def test_average_precision_by_hand():
