@@ -71,7 +71,8 @@ def labels_of(
             near = difflib.get_close_matches(str(value), names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise VisConfigError(
-                f"classes: {value!r} is no class of the data set; {hint}it has "
+                f"classes: {value!r} is no class of the data set; {hint}"
+                f"{'It' if hint else 'it'} has "
                 f"{', '.join(map(repr, names)) or 'no names: use indices'}"
             )
     return tuple(c if isinstance(c, int) else names.index(c) for c in classes)
