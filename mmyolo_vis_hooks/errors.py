@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from logging import Logger
 from typing import Any
 
-from mmengine.dist import all_gather_object, get_world_size, is_main_process
-
 
 class VisError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -111,6 +109,9 @@ class ErrorPolicy:
             raise
         except Exception as error:
             if self.on_error == "raise":
+                # Not above: this module is needed to say that MMEngine is missing.
+                from mmengine.dist import get_world_size
+
                 if get_world_size() == 1:
                     raise
                 self._waiting = self._waiting or error
@@ -139,6 +140,8 @@ class ErrorPolicy:
         Raises:
             Exception: With ``on_error='raise'``, on every rank, if one has failed.
         """
+        from mmengine.dist import all_gather_object, is_main_process
+
         ranks = all_gather_object(list(self._failures.values()))
         failed = [(rank, f) for rank, failures in enumerate(ranks) for f in failures]
         if is_main_process():
