@@ -20,6 +20,7 @@ from tests.families import (
     FAMILIES,
     Family,
     build_family,
+    map_tensors,
     plain_predict,
 )
 from tests.test_attribution.helpers import (
@@ -31,16 +32,18 @@ from tests.test_attribution.helpers import (
 )
 
 
-def ablated_score(raw: RawOutputs, place: tuple, level: int, channel: int) -> float:
-    """The slow way: a whole forward without one channel of one map."""
+def ablated_score(
+    raw: RawOutputs, place: tuple, channel: int, layer: torch.nn.Module | None = None
+) -> float:
+    """The slow way: a whole forward without a channel of a layer, or of the neck."""
 
     def tap(output: Any) -> Any:
-        changed = [t.clone() for t in output]
-        changed[level][:, channel] = 0
-        return tuple(changed)
+        changed = map_tensors(output, torch.clone)
+        (changed if layer else changed[place[0]])[:, channel] = 0
+        return changed
 
     with torch.no_grad():
-        scores, factors = raw.run((raw.family.detector.neck, tap))
+        scores, factors = raw.run((layer or raw.family.detector.neck, tap))
     return float(raw.score(scores, factors, place))
 
 
@@ -72,9 +75,7 @@ def test_ablation_weighs_by_what_the_box_loses(name, registry):
     neck: list = []
     raw.run((family.detector.neck, lambda output: neck.extend(output)))
     channels = list(range(0, neck[place[0]].shape[1], 5))
-    expected = [
-        (score - ablated_score(raw, place, place[0], c)) / score for c in channels
-    ]
+    expected = [(score - ablated_score(raw, place, c)) / score for c in channels]
     # The best box is the first of its level.
     close = partial(np.allclose, b=expected, rtol=1e-3, atol=1e-5)
     own = next(w for w in weights if close(w[0, channels]))
@@ -82,6 +83,28 @@ def test_ablation_weighs_by_what_the_box_loses(name, registry):
     assert first.maps[0].layer == f"neck[{place[0]}]"
     assert agrees(first.maps[0].saliency, cam.astype(np.float32))
     assert np.abs(expected).max() > 1e-3
+
+
+def test_a_layer_beside_a_tensor_that_is_changed_in_place(registry, caplog):
+    """A ResNet adds a ``downsample`` in place to what was computed before it."""
+    family = build_family("retinanet")
+    raw, layer = RawOutputs(family), "backbone.layer3[0].downsample"
+    method, weights = spy_on(ablationcam)
+    options = dict(method=method, topk=1, ratio_channels_to_ablate=0.03)
+    with caplog.at_level(logging.WARNING, LOGGER.name):
+        _, (explanation,) = explain(family, [layer], **options)
+    module = "backbone.layer3.0.downsample"
+    (said,) = (m for m in caplog.messages if m.startswith("Whole forwards are run"))
+    assert f"on {module}, since" in said
+    assert "it gave other values than in a whole forward" in said
+    ((own,),) = weights
+    channels = np.flatnonzero(own).tolist()
+    assert len(channels) >= 5
+    place = raw.place(explanation.index)
+    score = float(plain_predict(family).scores[explanation.index])
+    block = family.detector.get_submodule(module)
+    lost = [score - ablated_score(raw, place, c, block) for c in channels]
+    assert np.allclose(own[channels] * score, lost, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.25, 4), (0.01, 1)])
