@@ -7,11 +7,13 @@ bright square that was painted into the image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -229,6 +231,8 @@ def test_maps_and_boxes_lie_on_the_square(family, alignment, scene):
     else:
         assert sample.image_rgb.shape[:2] == scene.image_hw
         assert drawn.box_xyxy.tolist() == list(scene.box_xyxy)
+    if alignment == "resize":
+        assert not any(side % max(drawn.strides) for side in drawn.network_hw)
     off = cells_off(drawn)
     assert off.max() <= MAX_CELLS_OFF, f"cells off, per level (x, y):\n{off.round(2)}"
     (box_xyxy,) = sample.detections.boxes_xyxy
@@ -254,6 +258,46 @@ def place(config: Config, image: Any, alignment: str | None) -> Placement:
     detector = make_detector(config)
     pipeline = build_pipeline(config, read_dataset(config))
     return choose_alignment(alignment, pipeline, [pipeline.load(image)], detector)
+
+
+class Changing(nn.Module):
+    """A data preprocessor that does something to the inputs that it does not tell."""
+
+    def __init__(self, plain: nn.Module, change: Callable) -> None:
+        super().__init__()
+        self.plain, self.change = plain, change
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        batch = self.plain(data, training)
+        return {**batch, "inputs": self.change(batch["inputs"])}
+
+
+def test_what_a_data_preprocessor_does_in_silence_is_noticed():
+    """Also where the first image tells nothing of it."""
+    config = family_config("yolov8")
+    detector = make_detector(config)
+    plain = detector.data_preprocessor
+    pipeline = build_pipeline(config, read_dataset(config))
+    spots = np.random.RandomState(0).randint(0, 256, (40, 50, 3)).astype(np.uint8)
+    images = np.full((640, 800, 3), 90, np.uint8), cv2.resize(spots, (800, 640))
+    blank, textured = map(pipeline.load, images)
+    assert choose_alignment("letterbox", pipeline, [blank, textured], detector).proven
+    detector.data_preprocessor = Changing(plain, lambda x: x.roll(8, -1))
+    for alignment in ("letterbox", "resize"):
+        with pytest.raises(VisConfigError, match="do not show the same things"):
+            choose_alignment(alignment, pipeline, [blank, textured], detector)
+    detector.data_preprocessor = Changing(plain, lambda x: nn.functional.pad(x, (0, 8)))
+    with pytest.raises(VisConfigError, match="a step behind the resize to 512x640"):
+        choose_alignment("resize", pipeline, [blank], detector)
+
+
+def test_a_picture_of_another_size_than_was_packed_is_refused():
+    config = family_config("yolov8")
+    pipeline = build_pipeline(config, read_dataset(config))
+    loaded = pipeline.load(np.full((320, 400, 3), 90, np.uint8))
+    loaded.results["ori_shape"] = (640, 800)
+    with pytest.raises(VisConfigError, match="'ori_shape' says 640x800"):
+        choose_alignment("letterbox", pipeline, [loaded], make_detector(config))
 
 
 @pytest.mark.real_data

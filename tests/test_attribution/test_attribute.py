@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from typing import Any
 
@@ -55,10 +56,37 @@ def test_the_map_of_each_box_is_that_of_plain_autograd(name):
     assert shown >= 3
 
 
-@pytest.mark.parametrize("name", ["yolov5", "fcos", "cascade_rcnn", "dino"])
-def test_the_map_of_a_box_side(name):
+class Copying(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1
+
+
+def test_levels_that_lead_to_each_other():
+    """A map that no block gave itself is explained beside the inputs of others."""
+    family = build_family("yolov5")
+    family = dataclasses.replace(family, detector=copy.deepcopy(family.detector))
+    family.detector.neck.out_layers[1] = Copying()
+    _, explanations = explain(family, topk=6)
+    layers = [explanation.maps[0].layer for explanation in explanations]
+    assert "neck[1]" in layers
+    assert "input of neck.top_down_layers[1]" in layers
+    for own, layer, maps in zip(explanations, layers, references(family, 6)):
+        if layer != "neck[1]":
+            assert agrees(own.maps[0].saliency, layercam(*most_influential(maps)))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("yolov5", ("x1", "y2")),
+        ("fcos", ("y1", "x2")),
+        ("cascade_rcnn", ("x1", "y1")),
+        ("dino", ("x2", "y2")),
+    ],
+)
+def test_the_map_of_a_box_side(name, targets):
     family = build_family(name)
-    for target in ("x1", "y2"):
+    for target in targets:
         _, explanations = explain(family, target=target, method="gradcam")
         for explanation, maps in zip(explanations, references(family, 3, target)):
             activation, gradient = most_influential(maps)

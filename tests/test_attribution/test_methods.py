@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from mmyolo_vis_hooks.attribution import methods
 from mmyolo_vis_hooks.attribution.methods import METHODS, validate
-from mmyolo_vis_hooks.attribution.perturb import most_active
+from mmyolo_vis_hooks.attribution.perturb import ablationcam, most_active
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
 
 pytest.importorskip("pytorch_grad_cam")
@@ -127,6 +128,18 @@ class TestByHand:
             [[4.0, 0.0], [2.0, 2.0]],
         ]
         assert methods.weigh_channels(A[0], weights).tolist() == expected
+
+    def test_ablation_is_by_the_size_of_the_target(self):
+        # What each channel adds to three targets: -2, 4 and 0 in all.
+        parts = torch.tensor([[1.0, 3.0, 1.0], [-3.0, 1.0, -1.0]]).double()
+        layer: Any = types.SimpleNamespace(
+            activations=A[0],
+            ratio=1.0,
+            scores=lambda: parts.sum(0),
+            scores_times=lambda factors: factors.double() @ parts,
+        )
+        expected = [[0.5, -1.5], [0.75, 0.25], [1.0, -1.0]]
+        assert ablationcam(layer).tolist() == expected
 
     def test_the_most_active_channels(self):
         activations = torch.tensor([0.5, -3.0, 1.0, 0.0])[:, None, None].expand(4, 2, 2)

@@ -88,16 +88,18 @@ def test_ablation_weighs_by_what_the_box_loses(name, registry):
 def test_a_layer_beside_a_tensor_that_is_changed_in_place(registry, caplog):
     """A ResNet adds a ``downsample`` in place to what was computed before it."""
     family = build_family("retinanet")
-    raw, layer = RawOutputs(family), "backbone.layer3[0].downsample"
+    raw = RawOutputs(family)
+    layers = ["backbone.layer3[0].downsample", "backbone.layer3[1].conv1"]
     method, weights = spy_on(ablationcam)
     options = dict(method=method, topk=1, ratio_channels_to_ablate=0.03)
     with caplog.at_level(logging.WARNING, LOGGER.name):
-        _, (explanation,) = explain(family, [layer], **options)
+        _, (explanation,) = explain(family, layers, **options)
     module = "backbone.layer3.0.downsample"
+    # Not for what comes behind it.
     (said,) = (m for m in caplog.messages if m.startswith("Whole forwards are run"))
     assert f"on {module}, since" in said
     assert "it gave other values than in a whole forward" in said
-    ((own,),) = weights
+    (own,), _ = weights
     channels = np.flatnonzero(own).tolist()
     assert len(channels) >= 5
     place = raw.place(explanation.index)
@@ -156,9 +158,12 @@ def test_drise_scores_at_the_own_anchor(monkeypatch):
     family = build_family("yolox")
     places = [RawOutputs(family).place(index) for index in range(2)]
     total, count = np.zeros((2, *family.inputs.shape[-2:])), 12
+    shares = []
     for (mask,) in rise_masks(count, tuple(family.inputs.shape[-2:]), batch_size=1):
+        shares.append(float(mask.mean()))
         scores = [masked_score(family, mask[None], place) for place in places]
         total += np.array(scores)[:, None, None] * mask[0].numpy()
+    assert abs(np.mean(shares) - 0.5) < 0.05 < np.std(shares) * 5
     # Neither NMS nor anything else follows the raw outputs of masked images.
     calls = []
     head = family.detector.bbox_head

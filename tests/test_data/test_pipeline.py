@@ -62,6 +62,7 @@ YOLOX = (
 )
 PPYOLOE = (dict(type="FixShapeResize", width=640, height=640, keep_ratio=False),)
 FASTER = (dict(type="Resize", scale=(1333, 800), keep_ratio=True),)
+SMALL = (dict(type="mmyolo.LetterResize", scale=(640, 640), allow_scale_up=False),)
 STRETCH = (dict(type="Resize", scale=(1333, 800), keep_ratio=False),)
 SHORTEST = (dict(type="ResizeShortestEdge", scale=800, max_size=1333),)
 
@@ -75,6 +76,8 @@ SHORTEST = (dict(type="ResizeShortestEdge", scale=800, max_size=1333),)
         (FASTER, (640, 427), (1184, 800)),
         (SHORTEST, (640, 427), (1184, 800)),
         (STRETCH, (640, 480), (1344, 800)),
+        (SMALL, (90, 200), (96, 192)),
+        (SMALL, (320, 1280), (160, 640)),
         ((), (333, 500), (320, 512)),
     ],
 )

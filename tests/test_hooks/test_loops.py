@@ -8,8 +8,8 @@ import pytest
 import torch
 from mmcv.transforms import TRANSFORMS, BaseTransform
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS
-from mmengine.runner import Runner
+from mmengine.registry import LOOPS, MODELS
+from mmengine.runner import Runner, ValLoop
 
 from mmyolo_vis_hooks.errors import VisConfigError
 from tests.test_hooks.helpers import log_of, pictures, spy, vis_hooks
@@ -80,6 +80,28 @@ def test_layers_of_one_model_are_drawn_in_its_pass(tmp_path, toy_data):
     wrong = spy(target_layers=["student.nekc"])
     with pytest.raises(VisConfigError, match="nekc"):
         teacher_student(tmp_path / "wrong", toy_data, wrong).val()
+
+
+@LOOPS.register_module()
+class TwoPassLoop(ValLoop):
+    """Passes over the data with two sets of weights, and tells nobody."""
+
+    def run(self):
+        self.runner.call_hook("before_val_epoch")
+        for factor in (1, 3):
+            with torch.no_grad():
+                self.runner.model.neck.shared.weight.mul_(factor)
+            for idx, data_batch in enumerate(self.dataloader):
+                self.run_iter(idx, data_batch)
+        self.runner.call_hook("after_val_epoch", metrics={})
+
+
+def test_passes_of_which_nobody_tells(tmp_path, toy_data):
+    cfg = toy_config(tmp_path, [spy(num_images=1)], data_root=toy_data)
+    cfg.val_cfg = dict(type="TwoPassLoop")
+    Runner.from_cfg(cfg).val()
+    names = ["val.featmap.1_image_0.png", "val.featmap.1_image_pass2_0.png"]
+    assert sorted(pictures(tmp_path)) == names
 
 
 @pytest.mark.parametrize("outcome", [None, RuntimeError, KeyboardInterrupt])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import TRANSFORMS, BaseTransform
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, VISBACKENDS
@@ -20,7 +21,7 @@ from torch import nn
 
 from mmyolo_vis_hooks.publish import publisher
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
-from tests.toy import toy_config
+from tests.toy import LETTERBOX, toy_config
 from tests.toy_boxes import box_config
 
 ALIGNMENTS = ("resize", "letterbox", "network")
@@ -96,7 +97,19 @@ def hooks_left(model: nn.Module) -> list[str]:
     ]
 
 
+@TRANSFORMS.register_module()
+class DrawNumbers(BaseTransform):
+    """Draws random numbers, as a flip does also where it never flips."""
+
+    def transform(self, results):
+        random.random()
+        np.random.rand()
+        torch.rand(())
+        return results
+
+
 def train(work_dir, toy_data, *vis_hooks, custom=(), before=None, **options):
+    options["geometry"] = (*LETTERBOX, dict(type="DrawNumbers"))
     hooks = [dict(type="WatchHook"), *custom, *vis_hooks]
     cfg = box_config(work_dir, hooks, data_root=toy_data, **options)
     runner = Runner.from_cfg(cfg)
