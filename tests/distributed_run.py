@@ -76,6 +76,7 @@ def test(work_dir: Path, data_root: str, alignment: str, fault: str, on_error: s
     cfg.test_dataloader.dataset.indices = 5
     cfg.test_evaluator = []
     cfg.launcher = "pytorch"
+    cfg.log_level = "INFO"
     cfg.model_wrapper_cfg = dict(type="CpuDataParallel")
     runner = Runner.from_cfg(cfg)
     with pytest.MonkeyPatch.context() as patch:

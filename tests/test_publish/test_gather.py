@@ -66,6 +66,8 @@ def test_two_ranks_give_the_pictures_of_one(runs, tmp_path, toy_data, alignment)
     assert found.keys() == expected.keys()
     for name, image in expected.items():
         np.testing.assert_array_equal(found[name], image)
+    log = log_of(runs / f"{alignment}:none:log")
+    assert log.count(": 5 picture(s) published") == 2
 
 
 @pytest.mark.parametrize(
