@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mmengine.visualization import TensorboardVisBackend
+from mmengine.config import Config
+from mmengine.visualization import MLflowVisBackend, TensorboardVisBackend
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
@@ -80,3 +89,70 @@ def shows(browser: Browser, loader: WebElement, tag: str, step: int) -> bool:
     said, level = browser.run(CARD, loader)
     named = re.search(rf"step\s+{step}\b", said)
     return bool(named) and level is not None and abs(level - grey(tag, step)) < 3
+
+
+CHARTS = """
+const images = [...document.querySelectorAll('img')].filter(
+    i => i.src.includes('get-artifact') && i.complete && i.naturalWidth);
+return images.map(image => {
+    const context = document.createElement('canvas').getContext('2d');
+    context.drawImage(image, 0, 0);
+    return [decodeURIComponent(image.src), context.getImageData(9, 9, 1, 1).data[0]];
+});
+"""
+
+
+@pytest.fixture
+def mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a run's charts on MLflow's server, of the same pictures."""
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    store = "sqlite:///mlflow.db"
+    backend = MLflowVisBackend(str(tmp_path), tracking_uri=store)
+    backend.add_config(Config(dict(work_dir=str(tmp_path))))
+    for step in STEPS:
+        for tag in TAGS:
+            image = np.full((60, 90, 3), grey(tag, step), np.uint8)
+            adapter_for(backend).add(tag, image, step)
+    run_id = backend.experiment.active_run().info.run_id
+    backend.close()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "mlflow", "server", "--workers=1"]
+    command += [f"--backend-store-uri={store}", f"--port={address.rpartition(':')[2]}"]
+    with subprocess.Popen(command, start_new_session=True) as server:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/health").close()
+                break
+            time.sleep(0.2)
+        yield f"{address}/#/experiments/0/runs/{run_id}/model-metrics"
+        os.killpg(server.pid, signal.SIGTERM)
+
+
+def test_mlflow_shows_every_step_of_every_hook(chromium: Browser, mlflow_run: str):
+    driver = chromium.driver
+    # High enough for both charts: the page empties those that are out of sight.
+    metrics = dict(width=1400, height=2400, deviceScaleFactor=1, mobile=False)
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    driver.get(mlflow_run)
+    wait = WebDriverWait(driver, 30, poll_frequency=0.2)
+    slider = (By.CSS_SELECTOR, "[role=slider][aria-valuemax='3']")
+    for step in STEPS:
+        wait.until(lambda _: len(driver.find_elements(*slider)) == len(TAGS))
+        for index in range(len(TAGS)):
+            thumb = driver.find_elements(*slider)[index]
+            thumb.send_keys(Keys.ARROW_RIGHT)  # it begins before the first
+        wait.until(lambda _, step=step: charts(chromium) == {(t, step) for t in TAGS})
+
+
+def charts(browser: Browser) -> set[tuple[str, int]]:
+    """Tag and step of the pictures in the charts, whose greys must be theirs."""
+    found = set()
+    for source, level in browser.run(CHARTS):
+        tag, step = re.findall(r"images/([^+]+)\+step\+(\d+)", source)[0]
+        found.add((tag.replace("~", "/"), int(step)))
+        assert abs(level - grey(tag.replace("~", "/"), int(step))) < 4  # it is WebP
+    return found
