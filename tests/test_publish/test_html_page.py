@@ -62,7 +62,7 @@ def test_no_text_breaks_out_of_the_page(tmp_path):
 
 def test_an_entry_knows_its_boxes_in_percent(tmp_path):
     boxes = [
-        ("dog", 0.1, (0, 0, 9, 9)),
+        ("dog", 0.25, (0, 0, 9, 9)),
         DOG,
         ("cat", 0.4, (-50, 0, 320, 960)),
         ("dog", 0.3, (700, 0, 800, 10)),
@@ -71,7 +71,7 @@ def test_an_entry_knows_its_boxes_in_percent(tmp_path):
     levels = smooth_levels()
     maps = [OverlayMap(str(i), "", levels, i) for i in (None, 0, 2)]
     page = new_page(tmp_path)
-    add(page, boxes=boxes, maps=maps, score_thr=0.2)
+    add(page, boxes=boxes, maps=maps, score_thr=0.25)
     add(page, "b", boxes=boxes, score_thr=0.95, note="one channel, grey")
     data = data_of(page.write())
     labels = [(label["name"], label["count"]) for label in data["labels"]]
