@@ -68,7 +68,18 @@ def backend(request, tmp_path, monkeypatch) -> str:
     return name
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+# What these keep in a training and a test is tested in test_publisher.py, too.
+AGAIN = ("tensorboard", "wandb")
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in AGAIN else ())
+        for name in BACKENDS
+    ],
+    indirect=True,
+)
 def test_all_that_is_sent_is_found(backend, tmp_path, toy_data):
     """Each mode, hook, image and step, beside the scalars of MMEngine."""
     cfg = box_config(

@@ -82,6 +82,10 @@ def trained(digits, tmp_path_factory) -> Path:
     return work_dir
 
 
+# By the hooks of the demo's config.
+DRAWN = {"boxam": 4, "errors": 1, "featmap": 4}
+
+
 def drawn_by_hook(work_dir: Path, mode: str) -> dict[str, int]:
     """Number of pictures by the name of the hook; all are of one mode."""
     names = [name.split(".") for name in pictures(work_dir)]
@@ -95,7 +99,7 @@ def test_train_leaves_checkpoint_log_and_pictures(trained):
     assert checkpoint["meta"]["iter"] == 2
     assert checkpoint["meta"]["dataset_meta"]["classes"] == tuple("0123456789")
     assert len(losses(trained)) == 2
-    assert drawn_by_hook(trained, "val") == {"boxam": 4, "featmap": 4}
+    assert drawn_by_hook(trained, "val") == DRAWN
 
 
 def test_test_writes_predictions_pictures_and_results(digits, trained, tmp_path, run):
@@ -109,7 +113,7 @@ def test_test_writes_predictions_pictures_and_results(digits, trained, tmp_path,
     assert "coco/bbox_mAP_50" in json.loads(metrics.read_text())
     shown = sorted(path.name for path in folder.glob("*/boxes/*.png"))
     assert shown == [f"val_{i:04d}.png" for i in range(4)]
-    assert drawn_by_hook(folder, "test") == {"boxam": 4, "featmap": 4}
+    assert drawn_by_hook(folder, "test") == DRAWN
 
 
 def test_tta_runs_the_views_of_the_config(digits, trained, tmp_path, run):
@@ -120,7 +124,7 @@ def test_tta_runs_the_views_of_the_config(digits, trained, tmp_path, run):
     assert len(pickle.loads(out.read_bytes())) == 4
     results = json.loads((tmp_path / "results.bbox.json").read_text())
     assert {result["image_id"] for result in results} <= {1, 2, 3, 4}
-    assert drawn_by_hook(tmp_path / "run", "test") == {"boxam": 4, "featmap": 4}
+    assert drawn_by_hook(tmp_path / "run", "test") == DRAWN
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have AmpOptimWrapper")
@@ -339,7 +343,7 @@ def test_slurm_is_asked_for_a_task_per_gpu(srun):
 
 def assert_ran_on_two_ranks(done: subprocess.CompletedProcess, work_dir, mode) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert drawn_by_hook(work_dir, mode) == {"boxam": 4, "featmap": 4}
+    assert drawn_by_hook(work_dir, mode) == DRAWN
     (log,) = work_dir.glob("*/*.log")
     assert "Distributed launcher" in log.read_text()
     assert "GPU number: 2" in log.read_text()
