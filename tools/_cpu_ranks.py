@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -48,3 +49,11 @@ def cpu_ranks(config: Config) -> Iterator[None]:
         config.model_wrapper_cfg = {**wrapper, "type": f"mmengine.{kind}"}
     with mock.patch.object(torch.cuda, "set_device"):
         yield
+    # Threads of gloo that are still there at the end of a process abort it.
+    atexit.register(leave_group)
+
+
+def leave_group() -> None:
+    """End the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
