@@ -349,6 +349,7 @@ def assert_ran_on_two_ranks(done: subprocess.CompletedProcess, work_dir, mode) -
     assert "GPU number: 2" in log.read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have NCCL")
 def test_without_a_gpu_a_training_runs_on_two_processes(digits, tmp_path):
     work_dir = tmp_path / "run"
