@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -49,11 +48,10 @@ def cpu_ranks(config: Config) -> Iterator[None]:
         config.model_wrapper_cfg = {**wrapper, "type": f"mmengine.{kind}"}
     with mock.patch.object(torch.cuda, "set_device"):
         yield
-    # Threads of gloo that are still there at the end of a process abort it.
-    atexit.register(leave_group)
 
 
 def leave_group() -> None:
-    """End the process group, if there is one."""
-    if torch.distributed.is_initialized():
+    """End gloo's process group together: its threads abort a rank that ends alone."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()

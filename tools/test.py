@@ -17,6 +17,7 @@ from _common import (
     make_parser,
     run_tool,
 )
+from _cpu_ranks import leave_group
 from mmyolo_vis_hooks.publish.window import why_no_window
 
 
@@ -69,6 +70,7 @@ def main() -> None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     with config_mistakes(args.config, while_running=True):
         runner.test()
+    leave_group()
 
 
 def prepare(args: argparse.Namespace) -> Config:

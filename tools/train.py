@@ -18,6 +18,7 @@ from _common import (
     make_parser,
     run_tool,
 )
+from _cpu_ranks import leave_group
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,6 +48,7 @@ def main() -> None:
         runner = build_runner(prepare(args))
     with config_mistakes(args.config, while_running=True):
         runner.train()
+    leave_group()
 
 
 def prepare(args: argparse.Namespace) -> Config:
