@@ -20,7 +20,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from .data.alignment import Placement, choose_alignment
+from .data.alignment import Placement, choose_alignment, own_placement
 from .data.pipeline import Loaded
 from .data.selector import make_image_id, unique_name
 from .declare import read_options, takes_options
@@ -34,8 +34,7 @@ from .detector import (
     read_dataset,
     unwrap_detector,
 )
-from .diagnosis.diagnose import diagnose_image
-from .diagnosis.maps import ErrorMapper
+from .diagnosis.diagnose import Diagnoser
 from .diagnosis.matching import GroundTruth
 from .errors import CheckpointError, VisConfigError
 from .network.state import frozen
@@ -208,26 +207,17 @@ def diagnose(
     truths = [GroundTruth.of(truth) for truth in each]
     for truth in truths:
         truth.check(len(scene.class_names))
-    mapper = None
-    if given.topk:
-        how = BoxAMOptions(topk=-1, score_thr=0.0)
-        mapper = ErrorMapper(scene.detector, how, logger)
+    diagnoser = Diagnoser(scene.detector, given, scene.class_names, logger)
     results = []
+    placement: Placement | None = None
     with _LOOKING, frozen(scene.detector, parameters=False):
         for number, truth in enumerate(truths):
             loaded = scene.load(number)
-            results.append(
-                diagnose_image(
-                    scene.detector,
-                    scene.pipeline.pack(loaded),
-                    scene.name(number),
-                    loaded.image_rgb,
-                    truth,
-                    scene.class_names,
-                    given,
-                    mapper,
-                )
-            )
+            if placement is None:
+                first = scene.from_first(loaded)
+                placement = own_placement(scene.pipeline, first, scene.detector)
+            name = scene.name(number)
+            results.append(diagnoser.look(name, loaded, placement, truth))
     return results if scene.several else results[0]
 
 
@@ -274,6 +264,10 @@ class _Scene:
             self._images[number], img_id=number, img_path=self.paths[number]
         )
 
+    def from_first(self, loaded: Loaded) -> Iterator[Loaded]:
+        """All images, of which the first is loaded already."""
+        return chain([loaded], map(self.load, range(1, len(self.paths))))
+
     def name(self, number: int) -> str:
         path = self.paths[number]
         stem = PurePath(path).stem if path else f"image_{number}"
@@ -293,11 +287,10 @@ def _look(
         for number in range(len(scene.paths)):
             loaded = scene.load(number)
             if placement is None:
-                first = chain([loaded], map(scene.load, range(1, len(scene.paths))))
                 placement = choose_alignment(
                     options.alignment,
                     scene.pipeline,
-                    first,
+                    scene.from_first(loaded),
                     scene.detector,
                     scene.info,
                 )

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from _common import (
     merge_options,
     run_tool,
 )
+from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
 from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
 from mmyolo_vis_hooks.declare import add_arguments, options_from
@@ -43,11 +46,10 @@ from mmyolo_vis_hooks.detector import (
     load_weights,
     read_config,
 )
-from mmyolo_vis_hooks.diagnosis.diagnose import Diagnosis, diagnose_image
-from mmyolo_vis_hooks.diagnosis.maps import ErrorMapper
+from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
 from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
 from mmyolo_vis_hooks.diagnosis.report import ErrorReport, ImageErrors
-from mmyolo_vis_hooks.options import BoxAMOptions, DiagnosisOptions
+from mmyolo_vis_hooks.options import DiagnosisOptions
 from mmyolo_vis_hooks.publish.files import make_writable, write_image, write_whole
 
 logger = logging.getLogger("mmyolo_vis_hooks")
@@ -103,9 +105,8 @@ class Errors:
         self.images = ImageSelector(dataset, -1, None).images
         metainfo = load_weights(self.detector, args.checkpoint)
         self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
-        how = BoxAMOptions(topk=-1, score_thr=0.0)
-        self._mapper = ErrorMapper(self.detector, how, logger)
-        self._pipelines: dict[int, ImagePipeline] = {}
+        self._diagnoser = Diagnoser(self.detector, self.options, self.names, logger)
+        self._placements: dict[int, Placement] = {}
 
     def truth(self, image: SelectedImage) -> GroundTruth:
         info = image.dataset.get_data_info(image.index)
@@ -117,23 +118,23 @@ class Errors:
         return GroundTruth.of(info["instances"])
 
     def diagnose(self, image: SelectedImage, *, maps: bool) -> Diagnosis:
-        leaf = image.dataset
-        pipeline = self._pipelines.get(id(leaf))
-        if pipeline is None:
-            channels = self.options.image_channels
-            pipeline = ImagePipeline(leaf.pipeline, channels=channels)
-            self._pipelines[id(leaf)] = pipeline
-        loaded = prepare_data(leaf, image.index, pipeline.load)
-        return diagnose_image(
-            self.detector,
-            pipeline.pack(loaded),
-            image.image_id,
-            loaded.image_rgb,
-            self.truth(image),
-            self.names,
-            self.options,
-            self._mapper if maps else None,
-        )
+        placement = self._placements.get(id(image.dataset))
+        if placement is None:
+            placement = self._placements[id(image.dataset)] = self._place(image.dataset)
+        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        truth = self.truth(image)
+        name = image.image_id
+        return self._diagnoser.look(name, loaded, placement, truth, maps=maps)
+
+    def _place(self, dataset: Any) -> Placement:
+        """Find out on its first images whether maps of a data set lie right."""
+        pipeline = ImagePipeline(dataset.pipeline, channels=self.options.image_channels)
+        own = [image for image in self.images if image.dataset is dataset]
+        loads = [partial(prepare_data, dataset, i.index, pipeline.load) for i in own]
+        placement = own_placement(pipeline, first_loaded(loads), self.detector)
+        if not placement.proven:
+            logger.warning(f"no maps will be drawn: {placement.reason}")
+        return placement
 
 
 def look(errors: Errors, kept: Path, settings: dict[str, Any]) -> list[ImageErrors]:
@@ -168,14 +169,26 @@ def read_kept(kept: Path, settings: dict[str, Any]) -> dict[str, ImageErrors]:
         return {}
     if json.loads(first) != settings:
         raise ToolError(
-            f"{kept.parent} holds errors of another call, with other settings than "
-            "this one; name another --out-dir, or remove it"
+            f"{kept.parent} holds errors of another call, with other weights, settings "
+            "or objects than this one; name another --out-dir, or remove it"
         )
     found = [ImageErrors.from_json(line) for line in lines if line.endswith("}")]
     # What was cut off is written again.
     whole = "".join(f"{own.to_json()}\n" for own in found)
     write_whole(kept, f"{first}\n{whole}".encode())
     return {own.image: own for own in found}
+
+
+def digest(*parts: bytes) -> str:
+    """What tells a call from one of other weights, settings or objects."""
+    total = hashlib.sha1(usedforsecurity=False)
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().numpy().tobytes()
 
 
 def print_report(report: ErrorReport) -> None:
@@ -204,17 +217,16 @@ def main() -> None:
         errors = Errors(args, config)
     make_writable(out_dir)
     options = errors.options
+    truths = [errors.truth(image) for image in errors.images]
     settings = dict(
-        config=args.config,
-        checkpoint=args.checkpoint,
-        split=args.split,
+        config=digest(repr(config.to_dict()).encode()),
+        weights=digest(*map(_bytes_of, errors.detector.state_dict().values())),
+        objects=digest(*(part for truth in truths for part in truth.parts())),
         score_thr=options.score_thr,
         iou_thr=options.iou_thr,
-        cfg_options=repr(args.cfg_options),
     )
     found = look(errors, out_dir / "images.jsonl", settings)
 
-    truths = [errors.truth(image) for image in errors.images]
     objects: Counter[int] = Counter()
     for truth in truths:
         objects.update(truth.labels[~truth.ignored].tolist())

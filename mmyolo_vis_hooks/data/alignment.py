@@ -8,7 +8,7 @@ packed; ``'network'`` draws on that input itself, which is always right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, tee
 from typing import Any
 
@@ -34,7 +34,8 @@ class Placement:
         alignment: One of ``ALIGNMENTS``.
         pipeline: What an image goes through; with ``'resize'`` the Resize-only copy.
         proven: Whether the packed frame leads from the picture to the network's input.
-        reason: Why it is not ``'resize'`` although none was asked for by name.
+        reason: Why it is not ``'resize'`` although none was asked for by name, or why
+            the packed frame is not proven.
     """
 
     alignment: str
@@ -107,13 +108,24 @@ def choose_alignment(
             return placement
         if wanted is not None:
             raise UnsupportedPipelineError(_refusal("resize", reason))
-    own = Placement("letterbox", pipeline, True)
-    own_reason = _disagreement(own, for_own, detector)
+    own = own_placement(pipeline, for_own, detector)
     if wanted == "letterbox":
-        if own_reason:
-            raise UnsupportedPipelineError(_refusal("letterbox", own_reason))
+        if not own.proven:
+            raise UnsupportedPipelineError(_refusal("letterbox", own.reason))
         return own
-    return Placement("network", pipeline, not own_reason, reason)
+    return Placement("network", pipeline, own.proven, reason)
+
+
+def own_placement(
+    pipeline: ImagePipeline, images: Iterable[Loaded], detector: nn.Module
+) -> Placement:
+    """Maps put back through the frame that a pipeline packs, and whether that is right.
+
+    Arguments are those of :func:`choose_alignment`.
+    """
+    own = Placement("letterbox", pipeline, True)
+    reason = _disagreement(own, islice(images, _MAX_IMAGES), detector)
+    return replace(own, proven=not reason, reason=reason)
 
 
 def first_loaded(loads: Iterable[Callable[[], Loaded]]) -> Iterator[Loaded]:

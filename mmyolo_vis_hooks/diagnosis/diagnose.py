@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from logging import Logger
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,16 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import nn
 
-from ..data.alignment import network_input
+from ..data.alignment import Placement, network_input
+from ..data.pipeline import Loaded
 from ..data.samples import detections_of
+from ..errors import VisError
 from ..network.state import frozen
 from ..options import DiagnosisOptions
 from ..publish.files import encode
 from ..records import Detections
 from ..render.boxes import class_name
+from ..render.panel import joined
 from .maps import ErrorMap, ErrorMapper, above
 from .matching import DUPLICATE, FalseAlarm, GroundTruth, Matches, match
 from .mechanisms import MissedObject, sentence, why_missed
@@ -128,132 +132,158 @@ class Diagnosis:
         )
 
 
-def diagnose_image(
-    detector: nn.Module,
-    data: Mapping[str, Any],
-    image_id: str,
-    image_rgb: np.ndarray,
-    truth: GroundTruth,
-    class_names: Sequence[str],
-    options: DiagnosisOptions,
-    mapper: ErrorMapper | None = None,
-) -> Diagnosis:
-    """Run a detector twice, as its settings are and opened, and match.
+class Diagnoser:
+    """Says of images what a detector missed and invented.
 
     Args:
         detector (nn.Module): The detector, without wrappers.
-        data (Mapping): The image as the test pipeline packs it.
-        image_id (str): Its name.
-        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB, the original frame.
-        truth (GroundTruth): Its objects, in the same frame.
-        class_names (Sequence[str]): Names of the classes.
         options (DiagnosisOptions): What counts, and how many errors get a map.
-        mapper (ErrorMapper, optional): Makes the maps. Defaults to None: none.
+        class_names (Sequence[str]): Names of the classes.
+        logger (Logger): Told what a user should know.
     """
-    inputs, metainfo = network_input(detector, data)
-    final = predict(detector, inputs, metainfo)
-    return diagnose_detections(
-        detector,
-        final,
-        inputs,
-        metainfo,
-        image_id,
-        image_rgb,
-        truth,
-        class_names,
-        options,
-        mapper,
-    )
 
+    def __init__(
+        self,
+        detector: nn.Module,
+        options: DiagnosisOptions,
+        class_names: Sequence[str],
+        logger: Logger,
+    ) -> None:
+        self._detector = detector
+        self._options = options
+        self._names = tuple(class_names)
+        self._mapper = ErrorMapper(detector, logger) if options.topk else None
 
-def predict(
-    detector: nn.Module, inputs: torch.Tensor, metainfo: Mapping[str, Any]
-) -> Detections:
-    """The detections of one image, in its original frame."""
-    sample = DetDataSample(metainfo=dict(metainfo))
-    with frozen(detector, parameters=False), torch.no_grad():
-        (output,) = detector(inputs, [sample], mode="predict")
-    return detections_of(output)
+    def look(
+        self,
+        image_id: str,
+        loaded: Loaded,
+        placement: Placement,
+        truth: GroundTruth,
+        *,
+        maps: bool = True,
+    ) -> Diagnosis:
+        """Run the detector on an image, and diagnose what it finds.
 
+        Args:
+            image_id (str): Name of the image.
+            loaded (Loaded): The image.
+            placement (Placement): Of the pipeline that evaluates, as
+                :func:`own_placement` gives it.
+            truth (GroundTruth): The objects of the image, in its own pixels.
+            maps (bool): Make maps, as far as the options ask for them.
+        """
+        data = placement.pipeline.pack(loaded)
+        inputs, metainfo = network_input(self._detector, data)
+        final = self._predict(inputs, metainfo)
+        return self.diagnose(
+            image_id, loaded, placement, truth, final, inputs, metainfo, maps=maps
+        )
 
-def diagnose_detections(
-    detector: nn.Module,
-    final: Detections,
-    inputs: torch.Tensor,
-    metainfo: Mapping[str, Any],
-    image_id: str,
-    image_rgb: np.ndarray,
-    truth: GroundTruth,
-    class_names: Sequence[str],
-    options: DiagnosisOptions,
-    mapper: ErrorMapper | None = None,
-) -> Diagnosis:
-    """Match final detections that are there already; see :func:`diagnose_image`.
+    def diagnose(
+        self,
+        image_id: str,
+        loaded: Loaded,
+        placement: Placement,
+        truth: GroundTruth,
+        final: Detections,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        *,
+        maps: bool = True,
+    ) -> Diagnosis:
+        """Match detections that are there already with the objects.
 
-    Args:
-        final (Detections): All that the detector found, in the original frame.
-        inputs (Tensor): ``(1, 3, H, W)``, in which it found them.
-        metainfo (Mapping): Of its data sample.
-    """
-    with opened(detector) as was_closed:
-        candidates = predict(detector, inputs, metainfo) if was_closed else final
-    detections, kept = above(final, options.score_thr)
-    matches = match(detections, truth, iou_thr=options.iou_thr)
-    records = why_missed(
-        matches,
-        detections,
-        candidates,
-        truth,
-        score_thr=options.score_thr,
-        iou_thr=options.iou_thr,
-    )
-    alarms = matches.false_alarms
-    of_detections: dict[int, ErrorMap] = {}
-    of_candidates: dict[int, ErrorMap] = {}
-    if mapper is not None and options.topk:
+        Args:
+            final (Detections): All that the detector found, in pixels of the image.
+            inputs (Tensor): ``(1, 3, H, W)``, in which it found them.
+            metainfo (Mapping): Of its data sample.
+
+        The others are those of :meth:`look`.
+        """
+        options, names = self._options, self._names
+        with opened(self._detector) as was_closed:
+            candidates = self._predict(inputs, metainfo) if was_closed else final
+        detections, kept = above(final, options.score_thr)
+        matches = match(detections, truth, iou_thr=options.iou_thr)
+        records = why_missed(
+            matches,
+            detections,
+            candidates,
+            truth,
+            score_thr=options.score_thr,
+            iou_thr=options.iou_thr,
+        )
+        notes = [] if was_closed else ["the candidates are the final detections"]
+        of_detections: dict[int, ErrorMap] = {}
+        of_candidates: dict[int, ErrorMap] = {}
+        if maps and self._mapper is not None and not placement.proven:
+            notes.append(f"no maps: {placement.reason}")
+        elif maps and self._mapper is not None:
+            wanted = self._explained(matches, records, candidates, kept)
+            try:
+                of_detections, of_candidates = self._mapper.maps(
+                    inputs, metainfo, loaded.image_rgb.shape[:2], *wanted
+                )
+            except VisError as error:  # what was missed is known all the same
+                notes.append(f"no maps: {error}")
+        missed = tuple(
+            Missed(
+                class_name(truth.labels[record.truth], names),
+                truth.boxes_xyxy[record.truth],
+                record.mechanism,
+                sentence(record, detections, truth, names, options.score_thr),
+                of_candidates.get(-1 if record.candidate is None else record.candidate),
+                record,
+            )
+            for record in records
+        )
+        false_positives = tuple(
+            FalsePositive(
+                class_name(detections.labels[alarm.detection], names),
+                float(detections.scores[alarm.detection]),
+                detections.boxes_xyxy[alarm.detection],
+                alarm.kind,
+                _why_false(alarm, matches, detections, truth, names),
+                of_detections.get(int(kept[alarm.detection])),
+                alarm,
+            )
+            for alarm in matches.false_alarms
+        )
+        return Diagnosis(
+            image_id,
+            loaded.image_rgb,
+            detections,
+            truth,
+            candidates,
+            matches,
+            missed,
+            false_positives,
+            names,
+            joined(notes),
+        )
+
+    def _predict(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> Detections:
+        sample = DetDataSample(metainfo=dict(metainfo))
+        with frozen(self._detector, parameters=False), torch.no_grad():
+            (output,) = self._detector(inputs, [sample], mode="predict")
+        return detections_of(output)
+
+    def _explained(
+        self,
+        matches: Matches,
+        records: Sequence[MissedObject],
+        candidates: Detections,
+        kept: np.ndarray,
+    ) -> tuple[list[int], list[int]]:
+        """Which final detections and which candidates get a map."""
         reached = [r.candidate for r in records if r.candidate is not None]
         reached.sort(key=lambda index: -candidates.scores[index])
-        wrong = [int(kept[alarm.detection]) for alarm in alarms]
-        most = None if options.topk < 0 else options.topk
-        left = None if most is None else max(most - len(reached), 0)
-        of_detections, of_candidates = mapper.maps(
-            inputs, metainfo, image_rgb.shape[:2], wrong[:left], reached[:most]
-        )
-    missed = tuple(
-        Missed(
-            class_name(truth.labels[record.truth], class_names),
-            truth.boxes_xyxy[record.truth],
-            record.mechanism,
-            sentence(record, detections, truth, class_names, options.score_thr),
-            of_candidates.get(-1 if record.candidate is None else record.candidate),
-            record,
-        )
-        for record in records
-    )
-    false_positives = tuple(
-        FalsePositive(
-            class_name(detections.labels[alarm.detection], class_names),
-            float(detections.scores[alarm.detection]),
-            detections.boxes_xyxy[alarm.detection],
-            alarm.kind,
-            _why_false(alarm, matches, detections, truth, class_names),
-            of_detections.get(int(kept[alarm.detection])),
-            alarm,
-        )
-        for alarm in alarms
-    )
-    return Diagnosis(
-        image_id,
-        image_rgb,
-        detections,
-        truth,
-        candidates,
-        matches,
-        missed,
-        false_positives,
-        tuple(class_names),
-        "" if was_closed else "the candidates are the final detections",
-    )
+        wrong = [int(kept[alarm.detection]) for alarm in matches.false_alarms]
+        most = self._options.topk
+        if most < 0:
+            return wrong, reached
+        return wrong[: max(most - len(reached), 0)], reached[:most]
 
 
 def _why_false(

@@ -55,16 +55,13 @@ class ErrorMapper:
 
     Args:
         detector (nn.Module): The detector, without wrappers.
-        options (BoxAMOptions): How a map is made.
         logger (Logger): Told what a user should know.
     """
 
-    def __init__(
-        self, detector: nn.Module, options: BoxAMOptions, logger: Logger
-    ) -> None:
+    def __init__(self, detector: nn.Module, logger: Logger) -> None:
         self._detector = detector
-        self._options = options
-        self._attributor = _Named(detector, options, logger=logger)
+        self._options = BoxAMOptions()
+        self._attributor = _Named(detector, self._options, logger=logger)
 
     def maps(
         self,

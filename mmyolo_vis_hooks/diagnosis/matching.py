@@ -101,6 +101,11 @@ class GroundTruth:
                 f"indices of the detector's classes, 0{known or ' and up'}"
             )
 
+    def parts(self) -> tuple[bytes, ...]:
+        """All that it holds, for a digest."""
+        arrays = self.boxes_xyxy, self.labels, self.ignored
+        return tuple(array.tobytes() for array in arrays)
+
     def __len__(self) -> int:
         return len(self.labels)
 

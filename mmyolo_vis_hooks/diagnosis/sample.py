@@ -13,10 +13,9 @@ from ..data.pipeline import Loaded
 from ..data.samples import detections_of
 from ..errors import VisError
 from ..network.recorder import ForwardRecord
-from ..options import BoxAMOptions, DiagnosisOptions
+from ..options import DiagnosisOptions
 from ..samples import SampleMaker, recorded
-from .diagnose import Diagnosis, diagnose_detections
-from .maps import ErrorMapper
+from .diagnose import Diagnoser, Diagnosis
 from .matching import GroundTruth
 
 
@@ -38,12 +37,7 @@ class DiagnosisMaker(SampleMaker):
         logger: Logger,
     ) -> None:
         super().__init__(detector, {}, channels=options.image_channels)
-        self._options = options
-        self._names = class_names
-        self._mapper = None
-        if options.topk:
-            how = BoxAMOptions(topk=-1, score_thr=0.0)
-            self._mapper = ErrorMapper(detector, how, logger)
+        self._diagnoser = Diagnoser(detector, options, class_names, logger)
 
     def from_record(
         self,
@@ -58,15 +52,8 @@ class DiagnosisMaker(SampleMaker):
         if loaded is None:
             raise VisError(f"the image {image_id} was not loaded")
         _, inputs, metainfo = recorded(record, image_id, position)
-        return diagnose_detections(
-            self._detector,
-            detections_of(output),
-            inputs,
-            metainfo,
-            image_id,
-            loaded.image_rgb,
-            GroundTruth.of(loaded.results["instances"]),
-            self._names,
-            self._options,
-            self._mapper,
+        truth = GroundTruth.of(loaded.results["instances"])
+        final = detections_of(output)
+        return self._diagnoser.diagnose(
+            image_id, loaded, placement, truth, final, inputs, metainfo
         )

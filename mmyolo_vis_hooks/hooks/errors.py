@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from logging import Logger
 from typing import Any
 
@@ -12,8 +13,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from ..data.alignment import Placement
-from ..data.pipeline import ImagePipeline
+from ..data.alignment import Placement, first_loaded, own_placement
+from ..data.pipeline import ImagePipeline, prepare_data
 from ..data.samples import detections_of
 from ..data.selector import ImageSelector, SelectedImage
 from ..declare import takes_options
@@ -27,7 +28,9 @@ from ..options import DiagnosisOptions, RunOptions
 from ..records import Detections
 from ..samples import SampleMaker
 from .base import BaseVisHook
-from .vis_loop import VisLoop
+from .vis_loop import VisLoop, predicting_model
+
+_Counted = tuple[Detections, GroundTruth]
 
 
 def draw_errors(
@@ -45,8 +48,9 @@ class ErrorVisHook(BaseVisHook):
     The final detections of the loop are matched with the objects of the data set. All
     images are counted: ``errors/missed``, ``errors/false/confused`` and so on, and
     ``errors/dap/...``, the AP that mending a kind would gain, are logged beside the
-    metrics. ``num_images`` images are drawn, with the reason of each miss and the
-    evidence of each error. Add it to a config:
+    metrics, in every validation, whatever ``interval`` says. ``num_images`` images are
+    drawn, with the reason of each miss and the evidence of each error. Add it to a
+    config:
 
     .. code-block:: python
 
@@ -78,7 +82,8 @@ class ErrorVisHook(BaseVisHook):
                 "looks at what the loop itself finds; leave it False"
             )
         self._everything: dict[str, ImageSelector] = {}
-        self._found: dict[str, tuple[Detections, GroundTruth]] = {}
+        # Of the current run, by the name of the pass and of the image.
+        self._found: dict[str, dict[str, _Counted]] = {}
 
     def build_maker(
         self, model: nn.Module, options: Any, class_names: Sequence[str], logger: Logger
@@ -106,10 +111,25 @@ class ErrorVisHook(BaseVisHook):
                 "objects; take ErrorVisHook out of a test run without annotations"
             )
         pipeline = ImagePipeline(leaf.pipeline, channels=self.options.image_channels)
-        state.placements[id(leaf)] = Placement("letterbox", pipeline, proven=True)
+        placement = Placement("letterbox", pipeline, proven=False, reason="not tried")
+        loads = [partial(prepare_data, leaf, i.index, pipeline.load) for i in images]
+        _, model = predicting_model(self._detector)
+        with self._policy.guard(f"look at the first {state.mode} image"):
+            placement = own_placement(pipeline, first_loaded(loads), model)
+            if not placement.proven:
+                runner.logger.warning(
+                    f"{self.name}: errors of the {state.mode} data set "
+                    f"{type(leaf).__name__} get no maps: {placement.reason}"
+                )
+        state.placements[id(leaf)] = placement
 
     def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
-        self._found.clear()
+        if mode in self._loops:
+            self._found.clear()
+            # The log repeats what is still there.
+            scalars = runner.message_hub.log_scalars
+            for name in [n for n in scalars if n.startswith(f"{mode}/{self.name}/")]:
+                del scalars[name]
         super()._before_epoch(runner, mode)
 
     def _after_iter(
@@ -120,32 +140,38 @@ class ErrorVisHook(BaseVisHook):
         outputs: Any = None,
         mode: str = "train",
     ) -> None:
-        if self._drawn(mode) is not None:
+        if mode in self._loops:
             for output in outputs or ():
                 with self._policy.guard(f"count the errors of a {mode} image"):
-                    self._keep(mode, output)
+                    self._keep(self._loops[mode], output)
         super()._after_iter(runner, batch_idx, data_batch, outputs, mode)
 
-    def _keep(self, mode: str, output: Any) -> None:
-        image = self._everything[mode].find(output.metainfo)
+    def _keep(self, state: VisLoop, output: Any) -> None:
+        image = self._everything[state.mode].find(output.metainfo)
         if image is not None:
             truth = image.dataset.get_data_info(image.index)["instances"]
             found, _ = above(detections_of(output), self.options.score_thr)
-            self._found[image.image_id] = found, GroundTruth.of(truth)
+            of_pass = self._found.setdefault(state.pass_name, {})
+            of_pass[image.image_id] = found, GroundTruth.of(truth)
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
-        if self._drawn(mode) is not None:
+        if mode in self._loops:
             # Samplers repeat images so that all ranks have equally many.
-            everything: dict[str, tuple[Detections, GroundTruth]] = {}
-            for found in all_gather_object(self._found):
-                everything.update(found)
+            everything: dict[str, dict[str, _Counted]] = {}
+            for of_rank in all_gather_object(self._found):
+                for name, found in of_rank.items():
+                    everything.setdefault(name, {}).update(found)
             with self._policy.guard("add the errors up"):
-                self._log(runner, mode, everything)
+                for name, found in everything.items():
+                    parts = mode, self.name, name
+                    self._log(runner, "/".join(filter(None, parts)), found)
+            if self._drawn(mode) is None:
+                self._policy.share()
         super()._after_epoch(runner, mode)
 
-    def _log(self, runner: Runner, mode: str, everything: dict[str, Any]) -> None:
+    def _log(self, runner: Runner, start: str, images: dict[str, _Counted]) -> None:
         cost = ErrorCost()
-        for found, truth in everything.values():
+        for found, truth in images.values():
             cost.update(match(found, truth, iou_thr=self.options.iou_thr), found, truth)
         summary = cost.compute()
         scalars: dict[str, float] = dict(summary["counts"])
@@ -154,6 +180,4 @@ class ErrorVisHook(BaseVisHook):
                 scalars[f"{group}/{kind.replace(' ', '_')}"] = value
         # MMEngine's LoggerHook logs them with the metrics, at their step.
         for name, value in scalars.items():
-            runner.message_hub.update_scalar(
-                f"{mode}/{self.name}/{name}", np.float64(value)
-            )
+            runner.message_hub.update_scalar(f"{start}/{name}", np.float64(value))

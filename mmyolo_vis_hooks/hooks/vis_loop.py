@@ -11,6 +11,7 @@ import numpy as np
 from mmengine.dataset import Compose
 from mmengine.model import BaseTTAModel
 from mmengine.runner import BaseLoop
+from mmengine.runner.amp import autocast
 from torch import nn
 
 from ..data.alignment import Placement
@@ -168,11 +169,17 @@ class VisLoop:
             self._makers[key] = self.build_maker(model, options)
         return self._makers[key]
 
-    def picture_id(self, image: SelectedImage) -> str:
-        """Name of an image's picture, another one in each pass."""
+    @property
+    def pass_name(self) -> str:
+        """Name of the pass over the data; empty in a loop that makes one."""
         name, _ = predicting_model(self.detector)
         if not name and self._pass_number > 1:
             name = f"pass{self._pass_number}"
+        return name
+
+    def picture_id(self, image: SelectedImage) -> str:
+        """Name of an image's picture, another one in each pass."""
+        name = self.pass_name
         return f"{image.image_id}_{name}" if name else image.image_id
 
     def wanted(self, data_samples: Sequence[Any]) -> list[tuple[int, SelectedImage]]:
@@ -200,17 +207,18 @@ class VisLoop:
         loaded: Any = None
         if placement.alignment != "network":
             loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        fp16 = bool(getattr(self.loop, "fp16", False))
         if placement.alignment == "resize":
-            fp16 = bool(getattr(self.loop, "fp16", False))
             return self.maker.run(picture_id, loaded, placement, fp16=fp16)
         if self.record is None:
             raise VisError(
                 f"the forward of {image.image_id} was not recorded; its data sample "
                 "has other metainfo before the forward than after it"
             )
-        return self.maker.from_record(
-            picture_id, loaded, placement, self.record, position, output
-        )
+        with autocast(enabled=fp16):  # what is asked again answers as it did
+            return self.maker.from_record(
+                picture_id, loaded, placement, self.record, position, output
+            )
 
 
 def predicting_model(detector: nn.Module) -> tuple[str, nn.Module]:

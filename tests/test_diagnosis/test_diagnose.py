@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import BaseTransform
 from mmdet.datasets import CocoDataset
 from mmdet.models.layers import multiclass_nms
 from mmdet.structures import DetDataSample
@@ -18,9 +21,9 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmyolo_vis_hooks import diagnose, load
-from mmyolo_vis_hooks.diagnosis.diagnose import Diagnosis, diagnose_image
+from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
 from mmyolo_vis_hooks.diagnosis.opening import opened
-from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.errors import VisConfigError, VisError
 from mmyolo_vis_hooks.options import DiagnosisOptions
 from tests.families import FAMILIES, build_family
 
@@ -58,15 +61,11 @@ class Scripted(nn.Module):
 
 
 def look(detector: nn.Module, *objects: tuple, score_thr: float = 0.3) -> Diagnosis:
-    return diagnose_image(
-        detector,
-        {},
-        "image",
-        np.zeros((100, 100, 3), np.uint8),
-        truth(*objects),
-        NAMES,
-        DiagnosisOptions(score_thr=score_thr),
-    )
+    options = DiagnosisOptions(score_thr=score_thr, topk=0)
+    diagnoser = Diagnoser(detector, options, NAMES, logging.getLogger("test"))
+    loaded: Any = SimpleNamespace(image_rgb=np.zeros((100, 100, 3), np.uint8))
+    placement: Any = SimpleNamespace(pipeline=SimpleNamespace(pack=lambda _: {}))
+    return diagnoser.look("image", loaded, placement, truth(*objects))
 
 
 @pytest.mark.parametrize(
@@ -253,6 +252,35 @@ def test_errors_have_maps_that_lie_on_them_and_are_drawn():
     # Lines of the panels are wide enough to show their colour.
     assert min(amber[600:].sum(), magenta[600:].sum()) > 500
     assert found._repr_jpeg_()[:2] == b"\xff\xd8"
+
+
+class Swap(BaseTransform):
+    """Moves pixels and tells nobody: the right half to the left."""
+
+    def transform(self, results: dict) -> dict:
+        results["img"] = np.roll(results["img"], results["img"].shape[1] // 2, axis=1)
+        return results
+
+
+def test_no_map_is_drawn_where_the_pipeline_moves_pixels_in_silence(caplog):
+    detector = coco_detector()
+    pipeline = detector.cfg.test_dataloader.dataset.pipeline
+    pipeline.insert(1, dict(type=Swap))
+    found = diagnose(detector, PHOTO, objects(*GIVEN), score_thr=0.3)
+    assert found.note.startswith("no maps: the image and the network's input do not")
+    errors = [*found.missed, *found.false_positives]
+    assert errors
+    assert all(error.map is None for error in errors)
+
+
+def test_what_cannot_be_explained_is_diagnosed_all_the_same(monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise VisError("the scores carry no gradients")
+
+    monkeypatch.setattr("mmyolo_vis_hooks.diagnosis.maps.ErrorMapper.maps", refuse)
+    found = diagnose(coco_detector(), PHOTO, objects(*GIVEN), score_thr=0.75)
+    assert len(found.missed) == 2
+    assert found.note == "no maps: the scores carry no gradients"
 
 
 def test_how_many_errors_get_a_map():

@@ -15,6 +15,8 @@ from mmyolo_vis_hooks import diagnose
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.hooks import errors
 from tests.test_hooks.helpers import pictures
+from tests.test_hooks.test_loops import teacher_student
+from tests.toy import SIZES
 from tests.toy_boxes import box_config
 
 
@@ -78,13 +80,40 @@ def test_the_scalars_stand_beside_the_metrics_at_their_step(tmp_path, toy_data):
     (path,) = tmp_path.rglob("vis_data/scalars.json")
     lines = list(map(json.loads, path.read_text().splitlines()))
     validations = [line for line in lines if "coco/bbox_mAP" in line]
-    assert len(validations) == 2
-    first = validations[0]
-    assert first["step"] == 1
-    assert first["errors/hits"] + first["errors/missed"] > 0
-    assert 0 <= first["errors/dap/missed"] <= 1
+    assert [line["step"] for line in validations] == [1, 2]
+    for line in validations:  # whatever is drawn
+        assert line["errors/hits"] + line["errors/missed"] == len(SIZES)
+        assert 0 <= line["errors/dap/missed"] <= 1
+    ours = [
+        {k: v for k, v in line.items() if k.startswith("errors/")}
+        for line in validations
+    ]
+    assert ours[0] != ours[1]  # each of its own weights
     assert all("val.errors." in name for name in pictures(tmp_path))
     assert len(pictures(tmp_path)) == 2  # of the first validation alone
+
+
+def test_no_count_of_an_earlier_run_is_logged_again(tmp_path, toy_data, monkeypatch):
+    runner = looked_at(tmp_path, toy_data, on_error="log")
+    assert logged(runner)
+
+    def fail(*_):
+        raise RuntimeError("cannot count")
+
+    monkeypatch.setattr(errors.ErrorVisHook, "_log", fail)
+    runner.test()
+    assert logged(runner) == {}
+
+
+def test_each_pass_of_a_loop_is_counted_by_itself(tmp_path, toy_data):
+    runner = teacher_student(tmp_path, toy_data, hook(num_images=1))
+    runner.val()
+    counts = logged(runner, "val")
+    for part in ("teacher", "student"):
+        assert counts[f"{part}/hits"] + counts[f"{part}/missed"] == len(SIZES)
+    assert "hits" not in counts
+    names = {name.split(".")[2] for name in pictures(tmp_path)}
+    assert names == {"1_image_teacher_0", "1_image_student_0"}
 
 
 def test_what_cannot_work_is_refused_before_the_run(tmp_path, toy_data):

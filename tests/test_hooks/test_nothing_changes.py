@@ -177,7 +177,7 @@ def test_training_is_bit_identical(tmp_path, toy_data, plain_runs, variant, alig
     assert_same_run(runner, *found, plain_runs(variant))
 
 
-@pytest.mark.parametrize("variant", ["plain", "ema"])
+@pytest.mark.parametrize("variant", ["ema", "amp"])
 def test_counting_errors_changes_no_training(tmp_path, toy_data, plain_runs, variant):
     hook = dict(type="ErrorVisHook", on_error="raise", num_images=2, score_thr=0.2)
     runner, notes, checkpoint, metrics = train(

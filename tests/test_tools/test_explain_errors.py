@@ -11,6 +11,7 @@ from typing import Any
 
 import cv2
 import pytest
+import torch
 from mmdet.datasets import CocoDataset
 
 import explain_errors
@@ -55,8 +56,8 @@ def call(tmp_path, monkeypatch):
     settings = [f"val_dataloader.dataset.{name}={v}" for name, v in data.items()]
     out_dir = tmp_path / "errors"
 
-    def run(*words: Any) -> Path:
-        line = [CONFIG, WEIGHTS, "--out-dir", out_dir, "--device", "cpu", *words]
+    def run(*words: Any, weights: Path = WEIGHTS) -> Path:
+        line = [CONFIG, weights, "--out-dir", out_dir, "--device", "cpu", *words]
         words = "explain_errors", *line, "--cfg-options", *settings
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         explain_errors.run_tool(explain_errors.main)
@@ -103,7 +104,7 @@ def test_a_call_goes_on_where_it_was(call, monkeypatch):
     whole = kept.read_text()
     (out_dir / "errors.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(explain_errors, "diagnose_image", None)  # nothing is looked at
+        patch.setattr(explain_errors.Errors, "diagnose", None)  # nothing is looked at
         call("--num-pictures", 0)
     assert (out_dir / "errors.json").read_text() == before
     kept.write_text(whole[: len(whole) * 2 // 3])  # cut off in its only image
@@ -125,6 +126,19 @@ def test_what_cannot_work_ends_in_one_line(call, capsys):
     assert "holds errors of another call" in error("--score-thr", 0.5)
     (out_dir / "images.jsonl").unlink()
     assert "not of an earlier call" in error()
+
+
+def test_other_weights_under_the_same_name_are_noticed(call, tmp_path, capsys):
+    """A best.pth that was trained on since must not show the errors of the old one."""
+    weights = torch.load(WEIGHTS, weights_only=True)
+    path = tmp_path / "best.pth"
+    torch.save(weights, path)
+    call("--num-pictures", 0, weights=path)
+    next(iter(weights["state_dict"].values())).mul_(1.1)
+    torch.save(weights, path)
+    with pytest.raises(SystemExit):
+        call("--num-pictures", 0, weights=path)
+    assert "with other weights" in capsys.readouterr().err
 
 
 @pytest.mark.real_data
