@@ -20,6 +20,9 @@ _UNDECIDED = 0.01
 _SMALL_STEP = 4
 _FULL_SHARE_FROM = np.float32(0.5)
 
+DIVERGING = "bwr"
+"""Colours of signed maps: blue is against, white nothing, red for."""
+
 
 def colormap_lut(colormap: str | int = "jet") -> np.ndarray:
     """Look up a colour map by name; one that both libraries have is OpenCV's.
@@ -156,3 +159,34 @@ def fade_heatmap(
     base = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB).astype(np.float32)
     blended = base + (heat_rgb.astype(np.float32) - base) * cv2.merge([share] * 3)
     return cv2.convertScaleAbs(blended)
+
+
+def diverge_heatmap(
+    values: np.ndarray,
+    image_rgb: np.ndarray,
+    *,
+    limit: float | None = None,
+    alpha: float = 0.75,
+    colormap: str | int = DIVERGING,
+) -> np.ndarray:
+    """Lay a signed map on the grey image: red speaks for, blue against, zero is white.
+
+    The share of the colours is the same everywhere, so that equal numbers look equal.
+    Their bar is ``colorbar(height, ColorScale(DIVERGING, -limit, limit, label))``.
+
+    Args:
+        values (np.ndarray): ``(H, W)`` floating point, finite, of any sign.
+        image_rgb (np.ndarray): Of the same size.
+        limit (float, optional): The value of the full red, and minus that of the full
+            blue; what is beyond is cut off. Defaults to None, the largest size of a
+            value. Maps that shall be compared need one of all of them.
+        alpha (float): Share of the colours in the blend. Defaults to 0.75.
+        colormap (str | int): See :func:`colormap_lut`; its middle is zero.
+    """
+    limit = float(np.abs(values).max(initial=0)) if limit is None else limit
+    signed = values / limit if limit else np.zeros_like(values)
+    levels = np.rint(127.5 * (1 + np.clip(signed, -1, 1))).astype(np.uint8)
+    heat_rgb = cv2.applyColorMap(levels, colormap_lut(colormap))
+    grey = cv2.cvtColor(image_rgb, cv2.COLOR_RGB2GRAY)
+    base = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(base, 1 - alpha, heat_rgb, alpha, 0)

@@ -10,6 +10,7 @@ from mmengine.visualization.utils import convert_overlay_heatmap
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.render.heatmap import (
     colormap_lut,
+    diverge_heatmap,
     fade_heatmap,
     heat_levels,
     overlay_heatmap,
@@ -114,3 +115,40 @@ def test_without_heat_it_is_the_grey_image():
     for saliency, alpha in ((np.zeros((5, 6)), 1.0), (np.ones((5, 6)), 0.0)):
         drawn = fade_heatmap(saliency.astype(np.float32), photo(5, 6), alpha=alpha)
         assert np.array_equal(drawn, np.dstack([grey] * 3))
+
+
+class TestDiverging:
+    def test_for_is_red_against_blue_and_nothing_white(self):
+        signed = np.array([[-2.0, -1.0, 0.0, 1.0, 2.0]], np.float32)
+        given = signed.copy()
+        white = np.full((1, 5, 3), 255, np.uint8)
+        drawn = diverge_heatmap(signed, white, alpha=1).astype(int)[0]
+        expected = [
+            (0, 0, 255), (127, 127, 255), (255, 255, 255), (255, 127, 127), (255, 0, 0)
+        ]  # fmt: skip
+        assert np.abs(drawn - expected).max() <= 1
+        assert np.array_equal(signed, given)
+        # The image shows through as a grey one, alike everywhere.
+        green = np.full((1, 5, 3), (0, 255, 0), np.uint8)  # luminance 150
+        drawn = diverge_heatmap(signed, green, alpha=0.6).astype(int)[0]
+        blend = 0.6 * np.array(expected) + 0.4 * 150
+        assert np.abs(drawn - blend).max() <= 1
+
+    def test_one_limit_makes_maps_comparable(self):
+        weak, strong = np.float32([[1, 0]]), np.float32([[4, 0]])
+        image = plain(1, 2, 90)
+        assert np.array_equal(
+            diverge_heatmap(weak, image), diverge_heatmap(strong, image)
+        )
+        assert not np.array_equal(
+            diverge_heatmap(weak, image, limit=4), diverge_heatmap(strong, image)
+        )
+        assert np.array_equal(  # cut off, not wrapped
+            diverge_heatmap(strong, image, limit=1), diverge_heatmap(weak, image)
+        )
+
+    def test_a_map_of_zeros_is_the_image_under_a_white_veil(self):
+        image = photo(4, 6)
+        drawn = diverge_heatmap(np.zeros((4, 6), np.float32), image, alpha=0.5)
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(float)
+        assert np.abs(drawn - (grey + 255) / 2).max() <= 1
