@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.stats import spearmanr
 
 from ..errors import FeatureShapeError, VisError
+from .metric import Subject, Values, register_metric
 
 
 def pointing_hit(saliency: np.ndarray, region: np.ndarray) -> bool:
@@ -44,6 +47,44 @@ def energy_inside(saliency: np.ndarray, region: np.ndarray) -> float:
     inside = _inside(saliency, region)
     total = saliency.sum(dtype=np.float64)
     return float(saliency[inside].sum(dtype=np.float64) / total) if total else 0.0
+
+
+@register_metric(
+    "pointing", summary="whether the peak of the map lies in the object's box and mask"
+)
+def pointing(saliency: np.ndarray, subject: Subject) -> Values:
+    return _in_regions("pointing", pointing_hit, saliency, subject)
+
+
+@register_metric("energy", summary="share of the map in the object's box and mask")
+def energy(saliency: np.ndarray, subject: Subject) -> Values:
+    return _in_regions("energy", energy_inside, saliency, subject)
+
+
+@register_metric(
+    "sparsity", summary="Gini index of the map: 0 is even, 1 a single pixel"
+)
+def sparsity(saliency: np.ndarray, subject: Subject) -> Values:
+    """Chalasani et al. 2020, "Concise explanations of neural networks"."""
+    values = np.sort(saliency.clip(min=0), axis=None).astype(np.float64)
+    total = values.sum()
+    if not total:
+        return {"sparsity": 0.0}
+    ranks = np.arange(1, values.size + 1)
+    weights = (values.size - ranks + 0.5) / values.size
+    return {"sparsity": float(1 - 2 * (values / total * weights).sum())}
+
+
+def _in_regions(
+    name: str, measure: Callable, saliency: np.ndarray, subject: Subject
+) -> Values:
+    """Of the object where it is known, else of the box that was found."""
+    box = subject.box_xyxy if subject.truth_xyxy is None else subject.truth_xyxy
+    rectified = saliency.clip(min=0)
+    values = {f"{name}_box": float(measure(rectified, box))}
+    if subject.mask is not None:
+        values[f"{name}_mask"] = float(measure(rectified, subject.mask))
+    return values
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,0 +1,261 @@
+"""Whether the detection lives on the pixels that a map marks.
+
+*Insertion* shows the pixels of a neutral image one after the other, those that the map
+ranks first before the others; *deletion* takes them away from the image in the same
+order (Petsiuk et al. 2018, "RISE"). Each gives the area under the curve of the score,
+as a share of the score on the whole image, over the share of the pixels; the first
+should be large, the second small. Over the image most of what they measure is the order
+of the surroundings, so the field's protocol has a sister here that leaves these as they
+are and replaces pixels of the box alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+from torch import nn
+
+from ..attribution.blackbox import final_scores
+from ..data.alignment import packed_frame
+from .metric import Subject, Values, register_metric
+
+_BLUR_SIGMA = 20.0  # pixels of the network's input
+_INSIDE_STEPS, _IMAGE_STEPS, _VPS_STEPS = 12, 16, 49
+_FIELD_SIGMA = 5.0
+
+
+def subjects_of(
+    detector: nn.Module,
+    inputs: torch.Tensor,
+    metainfo: Mapping[str, Any],
+    predictions: InstanceData,
+    chosen: Sequence[int],
+    *,
+    score: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    batch_size: int = 8,
+) -> list[Subject]:
+    """The subjects of some detections of an image, without its objects.
+
+    Args:
+        detector (nn.Module): In eval mode; nothing else of it may change meanwhile.
+        inputs (Tensor): ``(1, C, H, W)``, what the network saw.
+        metainfo (Mapping): Of the image's data sample, with ``batch_input_shape``.
+        predictions (InstanceData): Its detections, in the original frame.
+        chosen (Sequence[int]): Which of them.
+        score (Callable, optional): What scores them, ``(n, K)``, on images
+            ``(n, C, H, W)``. Defaults to None: the greatest product of IoU and score
+            among the final detections of the class.
+        batch_size (int): How many images run at once. Defaults to 8.
+    """
+    score = score or final_scores(detector, predictions, list(chosen), metainfo)
+    image = _ChangedImage(detector, inputs, score, batch_size)
+    height, width = metainfo["ori_shape"][:2]
+    network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
+    frame = packed_frame((int(height), int(width)), network_hw, metainfo)
+    boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)[list(chosen)]
+    return [
+        Subject(box, score=functools.partial(image.scores_of, number))
+        for number, box in enumerate(frame.boxes_to_network(boxes.cpu().numpy()))
+    ]
+
+
+class _ChangedImage:
+    """An image of which parts are replaced, and what its boxes score then."""
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        inputs: torch.Tensor,
+        score: Callable[[torch.Tensor], torch.Tensor],
+        batch_size: int,
+    ) -> None:
+        self._preprocessor = getattr(detector, "data_preprocessor", None)
+        self._inputs = inputs.detach()
+        self._score = score
+        self._batch_size = batch_size
+        self._neutral: dict[str, torch.Tensor] = {}
+
+    @functools.cached_property
+    def _whole(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self._score(self._inputs)[0].double()
+
+    def scores_of(self, number: int, shown: np.ndarray, neutral: str) -> np.ndarray:
+        if neutral not in self._neutral:
+            make = {"blur": blurred, "black": black_like}[neutral]
+            self._neutral[neutral] = make(self._inputs, self._preprocessor)
+        found = []
+        for start in range(0, len(shown), self._batch_size):
+            part = shown[start : start + self._batch_size, None]
+            keep = torch.from_numpy(part).to(self._inputs.device)
+            with torch.no_grad():
+                images = torch.where(keep, self._inputs, self._neutral[neutral])
+                found.append(self._score(images)[:, number].double())
+        shares = torch.cat(found) / self._whole[number].clamp(min=1e-6)
+        return shares.cpu().numpy()
+
+
+def blurred(inputs: torch.Tensor, preprocessor: Any = None) -> torch.Tensor:
+    """``(1, C, H, W)`` smoothed by a Gaussian with a sigma of 20 pixels."""
+    image = inputs[0].float().permute(1, 2, 0).cpu().numpy()
+    smooth = cv2.GaussianBlur(image, (0, 0), _BLUR_SIGMA).reshape(image.shape)
+    return torch.from_numpy(smooth).permute(2, 0, 1)[None].to(inputs)
+
+
+def black_like(inputs: torch.Tensor, preprocessor: Any = None) -> torch.Tensor:
+    """What the data preprocessor makes of a black image; broadcasts to ``inputs``."""
+    black = inputs.new_zeros(1, inputs.shape[1], 1, 1)
+    if getattr(preprocessor, "_enable_normalize", False):
+        black -= (preprocessor.mean / preprocessor.std).view(1, -1, 1, 1).to(inputs)
+    return black
+
+
+def ranks_of(saliency: np.ndarray, box_xyxy: np.ndarray) -> np.ndarray:
+    """In which order a map marks the pixels, ``(H, W)`` int64: 0 is the first.
+
+    Pixels of one value are taken by their distance from the box, those in it in the
+    order of a smooth random field, the same in every run: the order of the zeros of a
+    map would decide most of a curve.
+    """
+    x1, y1, x2, y2 = box_xyxy
+    ys, xs = (np.arange(size) + 0.5 for size in saliency.shape)
+    off_y = np.maximum(np.maximum(y1 - ys, ys - y2), 0)
+    off_x = np.maximum(np.maximum(x1 - xs, xs - x2), 0)
+    distance = np.hypot(off_y[:, None], off_x[None])
+    field = random_field(saliency.shape)
+    order = np.lexsort((field.ravel(), distance.ravel(), -saliency.ravel()))
+    ranks = np.empty(saliency.size, np.int64)
+    ranks[order] = np.arange(saliency.size)
+    return ranks.reshape(saliency.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def random_field(size_hw: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """Smooth random numbers ``(H, W)`` float32, 0 to 1."""
+    noise = np.random.default_rng(seed).random(size_hw, np.float32)
+    field = cv2.GaussianBlur(noise, (0, 0), _FIELD_SIGMA)
+    return (field - field.min()) / max(float(np.ptp(field)), 1e-12)
+
+
+def box_region(box_xyxy: np.ndarray, size_hw: Sequence[int]) -> np.ndarray:
+    """The pixels whose centres lie in a box, ``(H, W)`` bool."""
+    ys, xs = (np.arange(size) + 0.5 for size in size_hw)
+    x1, y1, x2, y2 = box_xyxy
+    return ((ys >= y1) & (ys < y2))[:, None] & ((xs >= x1) & (xs < x2))
+
+
+def curves_of(
+    ranks: np.ndarray,
+    region: np.ndarray,
+    shares: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores while a region is shown and hidden, two curves ``(n,)``.
+
+    Args:
+        ranks (np.ndarray): ``(H, W)``, as of :func:`ranks_of`.
+        region (np.ndarray): ``(H, W)`` bool, the pixels that are replaced.
+        shares (np.ndarray): ``(n,)`` from 0 to 1: how many of them, at each step.
+        score (Callable): From shown pixels ``(m, H, W)`` bool to scores ``(m,)``, 1 for
+            the whole image.
+    """
+    own = np.empty(int(region.sum()), np.int64)
+    own[ranks[region].argsort()] = np.arange(len(own))
+    counts = np.rint(shares * len(own)).astype(np.int64)
+    shown = np.ones((2 * len(counts) - 3, *ranks.shape), bool)
+    # Nothing shown is all deleted; nothing deleted is the image itself.
+    shown[: len(counts) - 1, region] = own < counts[:-1, None]
+    shown[len(counts) - 1 :, region] = own >= counts[1:-1, None]
+    found = score(shown)
+    inserted, left = found[: len(counts) - 1], found[len(counts) - 1 :]
+    return np.append(inserted, 1.0), np.concatenate([[1.0], left, inserted[:1]])
+
+
+def area_under(curve: np.ndarray, shares: np.ndarray) -> float:
+    """The area under a curve over shares that grow from 0 to 1."""
+    return float(((curve[1:] + curve[:-1]) / 2 * np.diff(shares)).sum())
+
+
+def _measured(
+    name: str,
+    saliency: np.ndarray,
+    subject: Subject,
+    region: np.ndarray,
+    shares: np.ndarray,
+    neutral: str = "blur",
+) -> Values:
+    ask = subject.score
+    if ask is None or region.sum() < len(shares):
+        return {}
+    ranks = ranks_of(saliency, subject.box_xyxy)
+    inserted, deleted = curves_of(ranks, region, shares, lambda s: ask(s, neutral))
+    insertion, deletion = area_under(inserted, shares), area_under(deleted, shares)
+    return {
+        name: insertion - deletion,
+        f"{name}_ins": insertion,
+        f"{name}_del": deletion,
+        f"{name}_ins_curve": inserted,
+        f"{name}_del_curve": deleted,
+    }
+
+
+@register_metric(
+    "inside",
+    summary="insertion minus deletion of the pixels of the box, whose surroundings "
+    "stay, in 12 equal steps; the others are blurred",
+    asks=True,
+)
+def inside(
+    saliency: np.ndarray, subject: Subject, name: str = "inside", neutral: str = "blur"
+) -> Values:
+    region = box_region(subject.box_xyxy, saliency.shape)
+    shares = np.linspace(0, 1, _INSIDE_STEPS + 1)
+    return _measured(name, saliency, subject, region, shares, neutral)
+
+
+@register_metric(
+    "inside_black", summary="the same with black pixels for the others", asks=True
+)
+def inside_black(saliency: np.ndarray, subject: Subject) -> Values:
+    return inside(saliency, subject, "inside_black", "black")
+
+
+@register_metric(
+    "image",
+    summary="insertion minus deletion over the whole image, in 16 steps that grow "
+    "quadratically; the others are blurred",
+    asks=True,
+)
+def image(
+    saliency: np.ndarray, subject: Subject, name: str = "image", neutral: str = "blur"
+) -> Values:
+    shares = np.linspace(0, 1, _IMAGE_STEPS + 1) ** 2
+    region = np.ones(saliency.shape, bool)
+    return _measured(name, saliency, subject, region, shares, neutral)
+
+
+@register_metric(
+    "image_black", summary="the same with black pixels for the others", asks=True
+)
+def image_black(saliency: np.ndarray, subject: Subject) -> Values:
+    return image(saliency, subject, "image_black", "black")
+
+
+@register_metric(
+    "vps",
+    summary="insertion minus deletion over the whole image as VPS measures it: 49 "
+    "equal steps, black pixels",
+    asks=True,
+)
+def vps(saliency: np.ndarray, subject: Subject) -> Values:
+    """Chen et al. 2025, "Interpreting Object-level Foundation Models via Visual
+    Precision Search"."""
+    shares = np.linspace(0, 1, _VPS_STEPS + 1)
+    region = np.ones(saliency.shape, bool)
+    return _measured("vps", saliency, subject, region, shares, "black")

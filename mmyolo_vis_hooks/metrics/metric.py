@@ -1,0 +1,114 @@
+"""The registry of metrics: what a map of a detection is worth, as numbers.
+
+A metric is a function with a decorator. It is given a map ``(H, W)``, over the
+network's input and perhaps with negative values, and the :class:`Subject` of the map;
+it gives named numbers, and curves of one length, or nothing where it does not apply:
+
+    @register_metric('peak', summary='the greatest value')
+    def peak(saliency, subject):
+        return {'peak': saliency.max()}
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import VisConfigError
+
+Values = Mapping[str, Any]
+"""Numbers, and curves ``(n,)``, by name."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The detection that a map explains; all in pixels of the network's input.
+
+    Attributes:
+        box_xyxy: ``(4,)``, as it was found.
+        truth_xyxy: ``(4,)``, the object that it hits; None where that is not known.
+        mask: ``(H, W)`` bool, the object's outline; None where that is not known.
+        score: From which pixels are shown, ``(n, H, W)`` bool, and the name of what
+            replaces the others, ``'blur'`` or ``'black'``, to the share of the
+            detection's score that is left, ``(n,)``. None where nobody can ask.
+    """
+
+    box_xyxy: np.ndarray
+    truth_xyxy: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    score: Callable[[np.ndarray, str], np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class MetricKind:
+    """A registered metric; ``asks`` says that it needs forwards of the detector."""
+
+    name: str
+    function: Callable[[np.ndarray, Subject], Values]
+    summary: str
+    asks: bool = False
+
+
+METRICS: dict[str, MetricKind] = {}
+
+
+def register_metric(name: str, *, summary: str, asks: bool = False) -> Callable:
+    """Make a function a metric that can be asked for by name."""
+
+    def register(function: Callable[[np.ndarray, Subject], Values]) -> Callable:
+        METRICS[name] = MetricKind(name, function, summary, asks)
+        return function
+
+    return register
+
+
+def validate_metric(name: Any) -> MetricKind:
+    """Look up a metric.
+
+    Raises:
+        VisConfigError: If there is none of this name.
+    """
+    if isinstance(name, str) and name in METRICS:
+        return METRICS[name]
+    near = difflib.get_close_matches(str(name).lower(), METRICS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise VisConfigError(
+        f"metrics: {name!r} is unknown; {hint}Choose of {', '.join(METRICS)}"
+    )
+
+
+class Metric:
+    """A metric over many maps: means of what it gives for each.
+
+    Args:
+        name (str): One of ``METRICS``.
+
+    Examples:
+        >>> metric = Metric('energy')
+        >>> metric.update(saliency, Subject(box_xyxy))
+        >>> metric.compute()
+        {'energy_box': 0.91}
+    """
+
+    def __init__(self, name: str) -> None:
+        self.kind = validate_metric(name)
+        self.reset()
+
+    def update(self, saliency: np.ndarray, subject: Subject) -> Values:
+        """Measure one map ``(H, W)``; gives its own values."""
+        values = self.kind.function(saliency, subject)
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
+        return values
+
+    def compute(self) -> dict[str, Any]:
+        """Mean of each value over the maps that have it."""
+        return {name: np.mean(own, axis=0) for name, own in self._values.items()}
+
+    def reset(self) -> None:
+        """Forget all maps."""
+        self._values: dict[str, list[Any]] = {}
