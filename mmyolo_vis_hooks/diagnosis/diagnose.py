@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import Logger
 from typing import Any
 
@@ -201,67 +201,32 @@ class Diagnoser:
 
         The others are those of :meth:`look`.
         """
-        options, names = self._options, self._names
         with opened(self._detector) as was_closed:
             candidates = self._predict(inputs, metainfo) if was_closed else final
-        detections, kept = above(final, options.score_thr)
-        matches = match(detections, truth, iou_thr=options.iou_thr)
-        records = why_missed(
-            matches,
-            detections,
+        notes = [] if was_closed else ["the candidates are the final detections"]
+        found = judge(
+            image_id,
+            loaded.image_rgb,
+            final,
             candidates,
             truth,
-            score_thr=options.score_thr,
-            iou_thr=options.iou_thr,
+            self._options,
+            self._names,
         )
-        notes = [] if was_closed else ["the candidates are the final detections"]
-        of_detections: dict[int, ErrorMap] = {}
-        of_candidates: dict[int, ErrorMap] = {}
         if maps and self._mapper is not None and not placement.proven:
             notes.append(f"no maps: {placement.reason}")
         elif maps and self._mapper is not None:
-            wanted = self._explained(matches, records, candidates, kept)
+            _, kept = above(final, self._options.score_thr)
+            wanted = self._explained(found, kept)
             try:
                 of_detections, of_candidates = self._mapper.maps(
                     inputs, metainfo, loaded.image_rgb.shape[:2], *wanted
                 )
             except VisError as error:  # what was missed is known all the same
                 notes.append(f"no maps: {error}")
-        missed = tuple(
-            Missed(
-                class_name(truth.labels[record.truth], names),
-                truth.boxes_xyxy[record.truth],
-                record.mechanism,
-                sentence(record, detections, truth, names, options.score_thr),
-                of_candidates.get(-1 if record.candidate is None else record.candidate),
-                record,
-            )
-            for record in records
-        )
-        false_positives = tuple(
-            FalsePositive(
-                class_name(detections.labels[alarm.detection], names),
-                float(detections.scores[alarm.detection]),
-                detections.boxes_xyxy[alarm.detection],
-                alarm.kind,
-                _why_false(alarm, matches, detections, truth, names),
-                of_detections.get(int(kept[alarm.detection])),
-                alarm,
-            )
-            for alarm in matches.false_alarms
-        )
-        return Diagnosis(
-            image_id,
-            loaded.image_rgb,
-            detections,
-            truth,
-            candidates,
-            matches,
-            missed,
-            false_positives,
-            names,
-            joined(notes),
-        )
+            else:
+                found = _with_maps(found, kept, of_detections, of_candidates)
+        return replace(found, note=joined(notes))
 
     def _predict(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> Detections:
         sample = DetDataSample(metainfo=dict(metainfo))
@@ -270,20 +235,103 @@ class Diagnoser:
         return detections_of(output)
 
     def _explained(
-        self,
-        matches: Matches,
-        records: Sequence[MissedObject],
-        candidates: Detections,
-        kept: np.ndarray,
+        self, found: Diagnosis, kept: np.ndarray
     ) -> tuple[list[int], list[int]]:
         """Which final detections and which candidates get a map."""
-        reached = [r.candidate for r in records if r.candidate is not None]
-        reached.sort(key=lambda index: -candidates.scores[index])
-        wrong = [int(kept[alarm.detection]) for alarm in matches.false_alarms]
+        reached = [m.record.candidate for m in found.missed]
+        candidates = [index for index in reached if index is not None]
+        candidates.sort(key=lambda index: -found.candidates.scores[index])
+        wrong = [int(kept[own.record.detection]) for own in found.false_positives]
         most = self._options.topk
         if most < 0:
-            return wrong, reached
-        return wrong[: max(most - len(reached), 0)], reached[:most]
+            return wrong, candidates
+        return wrong[: max(most - len(candidates), 0)], candidates[:most]
+
+
+def judge(
+    image_id: str,
+    image_rgb: np.ndarray,
+    final: Detections,
+    candidates: Detections,
+    truth: GroundTruth,
+    options: DiagnosisOptions,
+    class_names: Sequence[str] = (),
+) -> Diagnosis:
+    """Diagnose detections and candidates that are known, without a detector or maps.
+
+    Args:
+        image_id (str): Name of the image.
+        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB.
+        final (Detections): All that were found, in pixels of the image.
+        candidates (Detections): Boxes of all classes before threshold and NMS.
+        truth (GroundTruth): The objects.
+        options (DiagnosisOptions): What counts.
+        class_names (Sequence[str]): Names of the classes.
+    """
+    names = tuple(class_names)
+    detections, _ = above(final, options.score_thr)
+    matches = match(detections, truth, iou_thr=options.iou_thr)
+    missed = [
+        Missed(
+            class_name(truth.labels[record.truth], names),
+            truth.boxes_xyxy[record.truth],
+            record.mechanism,
+            sentence(record, detections, truth, names, options.score_thr),
+            None,
+            record,
+        )
+        for record in why_missed(
+            matches,
+            detections,
+            candidates,
+            truth,
+            score_thr=options.score_thr,
+            iou_thr=options.iou_thr,
+        )
+    ]
+    false_positives = [
+        FalsePositive(
+            class_name(detections.labels[alarm.detection], names),
+            float(detections.scores[alarm.detection]),
+            detections.boxes_xyxy[alarm.detection],
+            alarm.kind,
+            _why_false(alarm, matches, detections, truth, names),
+            None,
+            alarm,
+        )
+        for alarm in matches.false_alarms
+    ]
+    return Diagnosis(
+        image_id,
+        image_rgb,
+        detections,
+        truth,
+        candidates,
+        matches,
+        tuple(missed),
+        tuple(false_positives),
+        names,
+    )
+
+
+def _with_maps(
+    found: Diagnosis,
+    kept: np.ndarray,
+    of_detections: Mapping[int, ErrorMap],
+    of_candidates: Mapping[int, ErrorMap],
+) -> Diagnosis:
+    """A diagnosis with maps, by final detection and by candidate."""
+    missed = [
+        replace(own, map=of_candidates.get(own.record.candidate))
+        if own.record.candidate is not None
+        else own
+        for own in found.missed
+    ]
+    false_positives = [
+        replace(own, map=of_detections.get(int(kept[own.record.detection])))
+        for own in found.false_positives
+    ]
+    return replace(found, missed=tuple(missed), false_positives=tuple(false_positives))
 
 
 def _why_false(
