@@ -175,7 +175,7 @@ class Diagnoser:
         """
         data = placement.pipeline.pack(loaded)
         inputs, metainfo = network_input(self._detector, data)
-        final = self._predict(inputs, metainfo)
+        final = self.predict(inputs, metainfo)
         return self.diagnose(
             image_id, loaded, placement, truth, final, inputs, metainfo, maps=maps
         )
@@ -202,7 +202,7 @@ class Diagnoser:
         The others are those of :meth:`look`.
         """
         with opened(self._detector) as was_closed:
-            candidates = self._predict(inputs, metainfo) if was_closed else final
+            candidates = self.predict(inputs, metainfo) if was_closed else final
         notes = [] if was_closed else ["the candidates are the final detections"]
         found = judge(
             image_id,
@@ -228,7 +228,8 @@ class Diagnoser:
                 found = _with_maps(found, kept, of_detections, of_candidates)
         return replace(found, note=joined(notes))
 
-    def _predict(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> Detections:
+    def predict(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> Detections:
+        """What the detector finds in an input, with its settings of the moment."""
         sample = DetDataSample(metainfo=dict(metainfo))
         with frozen(self._detector, parameters=False), torch.no_grad():
             (output,) = self._detector(inputs, [sample], mode="predict")

@@ -56,11 +56,15 @@ class ErrorMapper:
     Args:
         detector (nn.Module): The detector, without wrappers.
         logger (Logger): Told what a user should know.
+        options (BoxAMOptions, optional): Method, target and layers. Defaults to None:
+            those of ``BoxAMOptions``.
     """
 
-    def __init__(self, detector: nn.Module, logger: Logger) -> None:
+    def __init__(
+        self, detector: nn.Module, logger: Logger, options: BoxAMOptions | None = None
+    ) -> None:
         self._detector = detector
-        self._options = BoxAMOptions()
+        self._options = options or BoxAMOptions()
         self._attributor = _Named(detector, self._options, logger=logger)
 
     def maps(

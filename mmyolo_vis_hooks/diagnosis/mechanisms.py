@@ -91,7 +91,7 @@ def why_missed(
             )
         iou, same = matches.iou[:, index], detections.labels == truth.labels[index]
         if best is not None and reached.score > score_thr:
-            other, overlap = _winner(candidates, best, detections)
+            other, overlap = winner(candidates, best, detections)
             found.append(_because(reached, SUPPRESSED, other, overlap))
             continue
         wrong = ~same & (iou >= iou_thr), CONFUSED
@@ -122,10 +122,13 @@ def _are_final(candidates: Detections, detections: Detections) -> np.ndarray:
     return alike.any(axis=1)
 
 
-def _winner(
+def winner(
     candidates: Detections, index: int, detections: Detections
 ) -> tuple[int | None, float]:
-    """The detection of the same class that lies most on a candidate, or of any."""
+    """The detection with at least its score that lies most on a candidate, and its IoU.
+
+    One of the candidate's class comes first; None and 0 where no detection does.
+    """
     overlap = box_iou(candidates.boxes_xyxy[index : index + 1], detections.boxes_xyxy)
     if not overlap.size or not overlap.max():
         return None, 0.0
