@@ -21,8 +21,9 @@ import mmcv_builder, mmyolo_vis_hooks
 from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
 for module in (mmcv_builder, mmyolo_vis_hooks):
     assert module.__file__.startswith(sys.argv[1]), module.__file__
-page = resources.files("mmyolo_vis_hooks.publish") / "index_template.html"
-assert "<html" in page.read_text("utf-8")
+page = resources.files("mmyolo_vis_hooks.publish")
+for name in ("index_template.html", "errors_template.html", "common.css", "common.js"):
+    assert len((page / name).read_text("utf-8")) > 1000
 print(mmyolo_vis_hooks.__version__)
 """
 

@@ -2,57 +2,53 @@
 
     python tools/explain_errors.py CONFIG CHECKPOINT --out-dir errors
 
-It writes ``summary.json``, ``errors.json`` and ``errors.csv``, and pictures of the
-images that lose most. What was diagnosed stays in ``images.jsonl``, so that an
-interrupted call goes on where it was.
+It writes ``summary.json``, ``errors.json`` and ``errors.csv``, a page ``index.html`` of
+all errors, and pictures of the images that lose most. What was diagnosed stays in
+``images.jsonl``, so that an interrupted call goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
-import io
 import json
-import logging
 from collections import Counter
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from _common import (
     ToolError,
-    add_cfg_options,
     check_checkpoint,
     config_mistakes,
     merge_options,
     run_tool,
 )
-from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
-from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
-from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
-from mmyolo_vis_hooks.declare import add_arguments, options_from
-from mmyolo_vis_hooks.detector import (
-    build_detector,
-    check_device,
-    classes_and_palette,
-    load_weights,
-    read_config,
+from _errors import Errors, Kept, add_shared_arguments, open_out_dir, progress
+from mmyolo_vis_hooks.detector import read_config
+from mmyolo_vis_hooks.diagnosis.diagnose import FalsePositive, Missed
+from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS
+from mmyolo_vis_hooks.diagnosis.mechanisms import MECHANISMS
+from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS
+from mmyolo_vis_hooks.diagnosis.report import MISSED, SIZES, ErrorRecord, ErrorReport
+from mmyolo_vis_hooks.publish.errors_page import (
+    ASSETS,
+    PageError,
+    PageImages,
+    PageMap,
+    write_errors_page,
 )
-from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
-from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
-from mmyolo_vis_hooks.diagnosis.report import ErrorReport, ImageErrors
-from mmyolo_vis_hooks.options import DiagnosisOptions
-from mmyolo_vis_hooks.publish.files import make_writable, write_image, write_whole
+from mmyolo_vis_hooks.publish.files import OwnFiles, write_image, write_whole
 
-logger = logging.getLogger("mmyolo_vis_hooks")
+KINDS = [f"{MISSED}: {why}" for why in MECHANISMS]
+KINDS += [f"false: {kind}" for kind in FALSE_KINDS]
+ROLES = dict(
+    missed="missed object",
+    found="found object",
+    detection="detection",
+    candidate="best candidate of a missed object",
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,132 +59,8 @@ def parse_args() -> argparse.Namespace:
         "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
     )
     parser.add_argument("checkpoint", help="its weights, a path or an address")
-    parser.add_argument(
-        "--split",
-        choices=["val", "test"],
-        default="val",
-        help="whose data set is looked at (default: val)",
-    )
-    parser.add_argument(
-        "--out-dir",
-        default="./errors",
-        help="folder of what is written (default: ./errors)",
-    )
-    parser.add_argument(
-        "--num-pictures",
-        type=int,
-        default=20,
-        help="pictures of so many images, those that lose most (default: 20)",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda:0" if torch.cuda.is_available() else "cpu",
-        help="where the network runs: cuda:0 is the first GPU",
-    )
-    add_arguments(parser, DiagnosisOptions)
-    add_cfg_options(parser)
+    add_shared_arguments(parser, "./errors")
     return parser.parse_args()
-
-
-class Errors:
-    """Looks at the images of a data set."""
-
-    def __init__(self, args: argparse.Namespace, config: Config) -> None:
-        self.options = options_from(args, DiagnosisOptions)
-        self.detector = build_detector(config, check_device(args.device))
-        loader = config.get(f"{args.split}_dataloader")
-        if not loader:
-            raise ToolError(f"--split {args.split}: the config has no such dataloader")
-        scope = DefaultScope.overwrite_default_scope(config.get("default_scope"))
-        with scope, contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-            dataset = DATASETS.build(loader.dataset)
-        self.images = ImageSelector(dataset, -1, None).images
-        metainfo = load_weights(self.detector, args.checkpoint)
-        self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
-        self._diagnoser = Diagnoser(self.detector, self.options, self.names, logger)
-        self._placements: dict[int, Placement] = {}
-
-    def truth(self, image: SelectedImage) -> GroundTruth:
-        info = image.dataset.get_data_info(image.index)
-        if "instances" not in info:
-            raise ToolError(
-                f"the data set {type(image.dataset).__name__} has no annotated objects "
-                f"(image {image.image_id}); --split val or --cfg-options name one"
-            )
-        return GroundTruth.of(info["instances"])
-
-    def diagnose(self, image: SelectedImage, *, maps: bool) -> Diagnosis:
-        placement = self._placements.get(id(image.dataset))
-        if placement is None:
-            placement = self._placements[id(image.dataset)] = self._place(image.dataset)
-        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        truth = self.truth(image)
-        name = image.image_id
-        return self._diagnoser.look(name, loaded, placement, truth, maps=maps)
-
-    def _place(self, dataset: Any) -> Placement:
-        """Find out on its first images whether maps of a data set lie right."""
-        pipeline = ImagePipeline(dataset.pipeline, channels=self.options.image_channels)
-        own = [image for image in self.images if image.dataset is dataset]
-        loads = [partial(prepare_data, dataset, i.index, pipeline.load) for i in own]
-        placement = own_placement(pipeline, first_loaded(loads), self.detector)
-        if not placement.proven:
-            logger.warning(f"no maps will be drawn: {placement.reason}")
-        return placement
-
-
-def look(errors: Errors, kept: Path, settings: dict[str, Any]) -> list[ImageErrors]:
-    """Diagnose the images that an earlier call did not come to."""
-    known = read_kept(kept, settings)
-    with open(kept, "a", encoding="utf-8") as file:
-        if not known:
-            file.seek(0)
-            file.truncate()
-            file.write(json.dumps(settings) + "\n")
-        waiting = [image for image in errors.images if image.image_id not in known]
-        console = Console(stderr=True)
-        for image in track(waiting, "images", console=console):
-            own = ImageErrors.of(errors.diagnose(image, maps=False))
-            known[image.image_id] = own
-            file.write(own.to_json() + "\n")
-            file.flush()
-    return [known[image.image_id] for image in errors.images]
-
-
-def read_kept(kept: Path, settings: dict[str, Any]) -> dict[str, ImageErrors]:
-    """What an earlier call found; its last line may have been cut off."""
-    if not kept.exists():
-        if any(kept.parent.iterdir()):
-            raise ToolError(
-                f"{kept.parent} holds files that are not of an earlier call; name "
-                "another --out-dir"
-            )
-        return {}
-    first, *lines = kept.read_text(encoding="utf-8").split("\n")
-    if not first:
-        return {}
-    if json.loads(first) != settings:
-        raise ToolError(
-            f"{kept.parent} holds errors of another call, with other weights, settings "
-            "or objects than this one; name another --out-dir, or remove it"
-        )
-    found = [ImageErrors.from_json(line) for line in lines if line.endswith("}")]
-    # What was cut off is written again.
-    whole = "".join(f"{own.to_json()}\n" for own in found)
-    write_whole(kept, f"{first}\n{whole}".encode())
-    return {own.image: own for own in found}
-
-
-def digest(*parts: bytes) -> str:
-    """What tells a call from one of other weights, settings or objects."""
-    total = hashlib.sha1(usedforsecurity=False)
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.cpu().numpy().tobytes()
 
 
 def print_report(report: ErrorReport) -> None:
@@ -205,34 +77,116 @@ def print_report(report: ErrorReport) -> None:
     Console(width=100).print(table)
 
 
+def draw(
+    errors: Errors, names: list[str], out_dir: Path, images: PageImages, kept: Kept
+) -> None:
+    """Draw pictures and maps of images, worst first, that are not there yet."""
+    for rank, name in enumerate(progress(names, "pictures"), 1):
+        if key_of(errors, name) in kept and picture_of(rank, name, out_dir).exists():
+            continue
+        diagnosis = errors.diagnose(name, maps=True)
+        maps: list[dict | None] = []
+        wrong: list[Missed | FalsePositive] = [*diagnosis.missed]
+        wrong += diagnosis.false_positives
+        for number, own in enumerate(wrong):
+            maps.append(None)
+            if own.map is not None:
+                note = f"{own.map.layer}, {own.map.inside:.0%} of it inside"
+                page_map = PageMap(str(number), f"Map of {own.class_name}", note)
+                images.write_map(name, page_map, own.map.saliency)
+                maps[-1] = asdict(page_map)
+        write_image(str(picture_of(rank, name, out_dir)), diagnosis.draw())
+        kept.add(key_of(errors, name), maps)
+
+
+def key_of(errors: Errors, name: str) -> str:
+    return f"{name}, {errors.options.topk} maps"
+
+
+def picture_of(rank: int, name: str, out_dir: Path) -> Path:
+    return out_dir / f"{rank:03d}_{name}.jpg"
+
+
+def write_page(
+    title: str,
+    errors: Errors,
+    report: ErrorReport,
+    worst: list[str],
+    drawn: Kept,
+    files: OwnFiles,
+) -> None:
+    """Write the page of all errors, with the maps that were drawn."""
+    ranks = {name: rank for rank, name in enumerate(worst, 1)}
+    positions: Counter[str] = Counter()
+    shown = []
+    for record in report.records:
+        number = positions[record.image]
+        positions[record.image] += 1
+        maps = drawn.known.get(key_of(errors, record.image), ())
+        # A detector that is not deterministic may have found other errors by then.
+        found = maps[number] if number < len(maps) else None
+        note = f"No map: of more than {errors.options.topk} errors (--topk)"
+        if record.mechanism and "candidate" not in dict(record.others):
+            note = "No map: there was no candidate"
+        elif record.image not in ranks:
+            note = f"No map: not of the {len(worst)} images that lose most"
+        shown.append(page_error(record, found and PageMap(**found), note))
+    summary = report.summary()
+    missed, false = sum(summary["missed"].values()), sum(summary["false"].values())
+    write_errors_page(
+        files,
+        shown,
+        title=title,
+        lead=f"{missed} objects missed and {false} false positives in "
+        f"{summary['images']} images; {summary['hits']} objects found, AP "
+        f"{summary['ap']:.3f}.",
+        noun=("error", "errors"),
+        images={name: report.sizes[name] for name in positions},
+        pictures={n: picture_of(r, n, Path()).name for n, r in ranks.items()},
+        groups={"Kind": KINDS, "Class": errors.names, "Size": SIZES},
+        roles={ROLES[role]: color for role, color in ROLE_COLORS.items()},
+        colors={k: ROLE_COLORS[_role(k)] for k in KINDS},
+    )
+
+
+def page_error(record: ErrorRecord, page_map: PageMap | None, note: str) -> PageError:
+    kind = f"{MISSED}: {record.mechanism}"
+    if record.kind != MISSED:
+        kind = f"false: {record.kind}"
+    boxes = (_role(kind), record.box_xyxy), *record.others
+    return PageError(
+        record.image,
+        f"{record.class_name}: {record.mechanism or record.kind}",
+        record.why,
+        (kind, record.class_name, record.size),
+        record.score,
+        record.lost,
+        tuple((ROLES[role], box) for role, box in boxes),
+        () if page_map is None else (page_map,),
+        note,
+    )
+
+
+def _role(kind: str) -> str:
+    return MISSED if kind.startswith(MISSED) else "detection"
+
+
 def main() -> None:
     args = parse_args()
-    if args.num_pictures < 0:
-        raise ToolError(f"--num-pictures {args.num_pictures}: use 0 or more")
+    if args.num_pictures < -1:
+        raise ToolError(f"--num-pictures {args.num_pictures}: use 0 or more, or -1")
     check_checkpoint(args.checkpoint, "CHECKPOINT")
     config = read_config(args.config)
     merge_options(config, args.cfg_options)
     out_dir = Path(args.out_dir)
     with config_mistakes(args.config):
-        errors = Errors(args, config)
-    make_writable(out_dir)
-    options = errors.options
-    truths = [errors.truth(image) for image in errors.images]
-    settings = dict(
-        config=digest(repr(config.to_dict()).encode()),
-        weights=digest(*map(_bytes_of, errors.detector.state_dict().values())),
-        objects=digest(*(part for truth in truths for part in truth.parts())),
-        score_thr=options.score_thr,
-        iou_thr=options.iou_thr,
-    )
-    found = look(errors, out_dir / "images.jsonl", settings)
-
-    objects: Counter[int] = Counter()
-    for truth in truths:
-        objects.update(truth.labels[~truth.ignored].tolist())
-    report = ErrorReport(errors.names, objects, iou_thr=options.iou_thr)
-    for own, truth in zip(found, truths):
-        report.add(own, truth)
+        errors = Errors(args, config, args.checkpoint)
+    open_out_dir(out_dir, "images.jsonl")
+    settings = errors.settings()
+    kept = Kept(out_dir / "images.jsonl", settings)
+    files = OwnFiles(out_dir, ASSETS)
+    images = PageImages(files)
+    report = errors.report(errors.look(kept, images))
     for name, text in (
         ("summary.json", json.dumps(report.summary(), indent=1)),
         ("errors.json", report.errors_json()),
@@ -241,11 +195,12 @@ def main() -> None:
         write_whole(out_dir / name, text.encode())
     print_report(report)
 
-    by_name = {image.image_id: image for image in errors.images}
-    for rank, name in enumerate(report.worst_images(args.num_pictures), 1):
-        picture = errors.diagnose(by_name[name], maps=True).draw()
-        write_image(str(out_dir / f"{rank:03d}_{name}.jpg"), picture)
-    print(f"{out_dir}: summary.json, errors.json, errors.csv and pictures by rank")
+    worst = report.worst_images(args.num_pictures)
+    drawn = Kept(out_dir / "maps.jsonl", settings)
+    draw(errors, worst, out_dir, images, drawn)
+    title = f"Errors of {Path(args.checkpoint).name}"
+    write_page(title, errors, report, worst, drawn, files)
+    print(f"{out_dir}: index.html, summary.json, errors.json, errors.csv, pictures")
 
 
 if __name__ == "__main__":

@@ -296,7 +296,7 @@ def judge(
             float(detections.scores[alarm.detection]),
             detections.boxes_xyxy[alarm.detection],
             alarm.kind,
-            _why_false(alarm, matches, detections, truth, names),
+            why_false(alarm, matches, detections, truth, names),
             None,
             alarm,
         )
@@ -335,13 +335,14 @@ def _with_maps(
     return replace(found, missed=tuple(missed), false_positives=tuple(false_positives))
 
 
-def _why_false(
+def why_false(
     alarm: FalseAlarm,
     matches: Matches,
     detections: Detections,
     truth: GroundTruth,
     class_names: Sequence[str],
 ) -> str:
+    """Which object a detection should have found, in one line."""
     if alarm.truth is None:
         return f"greatest IoU with any object {alarm.iou:.2f}"
     name = class_name(truth.labels[alarm.truth], class_names)

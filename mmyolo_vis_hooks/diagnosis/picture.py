@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Colours that people tell apart whatever their sight.
 _HIT, _MISSED, _FALSE = (44, 160, 80), (255, 176, 0), (220, 38, 127)
 _CANDIDATE = (255, 255, 255)
+ROLE_COLORS = dict(missed=_MISSED, found=_HIT, detection=_FALSE, candidate=_CANDIDATE)
+"""Colours of boxes, by what :class:`~.report.ErrorRecord` says that they are."""
 _LEAST_SIZE, _MOST_SIZE, _COLUMNS = 780, 1200, 3
 _LINE_WIDTH = 3  # in a panel: a thinner line does not show its colour
 

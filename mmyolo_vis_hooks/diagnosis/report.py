@@ -14,9 +14,9 @@ import numpy as np
 
 from ..records import Detections
 from .cost import ErrorCost
-from .diagnose import Diagnosis
+from .diagnose import Diagnosis, why_false
 from .matching import FALSE_KINDS, GroundTruth, match
-from .mechanisms import MECHANISMS, MissedObject
+from .mechanisms import MECHANISMS, MissedObject, sentence
 
 SIZES = ("small", "medium", "large")
 _LIMITS = (32**2, 96**2)  # COCO's, in square pixels
@@ -37,6 +37,10 @@ class ErrorRecord:
         size: ``'small'``, ``'medium'`` or ``'large'``, as COCO has it.
         lost: Roughly what it costs: of a missed object the share of its class, of a
             false positive that times its score.
+        why: What was missing, or which object it should have found, in one line.
+        others: Boxes that belong to it, with what they are: a missed object's best
+            ``'candidate'`` and the ``'detection'`` in its way, or the ``'found'`` or
+            ``'missed'`` object that a false positive lies on.
     """
 
     image: str
@@ -47,6 +51,8 @@ class ErrorRecord:
     box_xyxy: tuple[float, ...]
     size: str
     lost: float
+    why: str
+    others: tuple[tuple[str, tuple[float, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class ImageErrors:
     """What is kept of a diagnosis: enough to count it again without the detector."""
 
     image: str
+    image_hw: tuple[int, int]
     detections: tuple[tuple[float, ...], ...]
     missed: tuple[dict[str, Any], ...]
 
@@ -64,21 +71,26 @@ class ImageErrors:
         missed = []
         for own in diagnosis.missed:
             kept = asdict(own.record)
-            kept.pop("box_xyxy")
+            if own.record.box_xyxy is not None:
+                kept["box_xyxy"] = own.record.box_xyxy.tolist()
             missed.append(kept)
         return cls(
             diagnosis.image_id,
+            diagnosis.image_rgb.shape[:2],
             tuple(tuple(map(float, row)) for row in rows),
             tuple(missed),
         )
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     @classmethod
-    def from_json(cls, line: str) -> ImageErrors:
-        known = json.loads(line)
-        return cls(known["image"], tuple(known["detections"]), tuple(known["missed"]))
+    def from_dict(cls, known: Mapping[str, Any]) -> ImageErrors:
+        """Of what ``asdict`` and JSON made of one."""
+        found, missed = tuple(known["detections"]), tuple(known["missed"])
+        return cls(known["image"], tuple(known["image_hw"]), found, missed)
+
+    def found(self) -> Detections:
+        """The detections that count."""
+        rows = np.array(self.detections, np.float32).reshape(-1, 6)
+        return Detections(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
 
 
 class ErrorReport:
@@ -87,7 +99,12 @@ class ErrorReport:
     Args:
         class_names (Sequence[str]): Names of the classes.
         num_objects (Mapping[int, int]): How many objects that count a class has.
-        iou_thr (float): As of the diagnoses.
+        score_thr, iou_thr (float): As of the diagnoses.
+
+    Attributes:
+        cost (ErrorCost): Counts, and what mending gains.
+        records (list[ErrorRecord]): All errors: of each image missed objects first.
+        sizes (dict): Height and width of the images.
     """
 
     def __init__(
@@ -95,44 +112,42 @@ class ErrorReport:
         class_names: Sequence[str],
         num_objects: Mapping[int, int],
         *,
+        score_thr: float,
         iou_thr: float,
     ) -> None:
         self._names = class_names
         self._num_objects = num_objects
+        self._score_thr = score_thr
         self._iou_thr = iou_thr
         self.cost = ErrorCost(mechanisms=True)
         self.records: list[ErrorRecord] = []
+        self.sizes: dict[str, tuple[int, int]] = {}
 
     def add(self, errors: ImageErrors, truth: GroundTruth) -> None:
         """Count one image."""
-        rows = np.array(errors.detections, np.float32).reshape(-1, 6)
-        found = Detections(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
+        self.sizes[errors.image] = errors.image_hw
+        found, boxes = errors.found(), truth.boxes_xyxy
         matches = match(found, truth, iou_thr=self._iou_thr)
         missed = [MissedObject(**kept) for kept in errors.missed]
         self.cost.update(matches, found, truth, missed)
         for own in missed:
-            label = int(truth.labels[own.truth])
-            self._record(
-                errors.image,
-                MISSED,
-                own.mechanism,
-                label,
-                own.score,
-                truth.boxes_xyxy[own.truth],
-                1.0,
-            )
+            others = [("candidate", own.box_xyxy)] if own.box_xyxy is not None else []
+            if own.other is not None:
+                others.append(("detection", found.boxes_xyxy[own.other]))
+            why = sentence(own, found, truth, self._names, self._score_thr)
+            label, box = int(truth.labels[own.truth]), boxes[own.truth]
+            what = errors.image, MISSED, own.mechanism
+            self._record(*what, label, own.score, box, 1.0, why, others)
         for alarm in matches.false_alarms:
-            index = alarm.detection
+            index, others = alarm.detection, []
+            if alarm.truth is not None:
+                state = "missed" if alarm.truth in matches.missed else "found"
+                others = [(state, boxes[alarm.truth])]
+            why = why_false(alarm, matches, found, truth, self._names)
+            label, box = int(found.labels[index]), found.boxes_xyxy[index]
             score = float(found.scores[index])
-            self._record(
-                errors.image,
-                alarm.kind,
-                "",
-                int(found.labels[index]),
-                score,
-                found.boxes_xyxy[index],
-                score,
-            )
+            what = errors.image, alarm.kind, ""
+            self._record(*what, label, score, box, score, why, others)
 
     def _record(
         self,
@@ -143,23 +158,30 @@ class ErrorReport:
         score: float,
         box_xyxy: np.ndarray,
         weight: float,
+        why: str,
+        others: Sequence[tuple[str, np.ndarray]],
     ) -> None:
         width, height = box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1]
-        size = SIZES[int(np.searchsorted(_LIMITS, width * height, side="right"))]
-        known = 0 <= label < len(self._names)
-        name = self._names[label] if known else f"class {label}"
-        lost = weight / max(1, self._num_objects.get(label, 0))
-        box = tuple(round(float(v), 1) for v in box_xyxy)
-        self.records.append(
-            ErrorRecord(image, kind, mechanism, name, round(score, 4), box, size, lost)
+        record = ErrorRecord(
+            image,
+            kind,
+            mechanism,
+            name_of(label, self._names),
+            round(score, 4),
+            _rounded(box_xyxy),
+            SIZES[int(np.searchsorted(_LIMITS, width * height, side="right"))],
+            weight / max(1, self._num_objects.get(label, 0)),
+            why,
+            tuple((role, _rounded(box)) for role, box in others),
         )
+        self.records.append(record)
 
     def worst_images(self, count: int) -> list[str]:
-        """Names of the images that lose most."""
+        """Names of the images that lose most; -1 for all that lose anything."""
         lost: Counter[str] = Counter()
         for record in self.records:
             lost[record.image] += record.lost  # type: ignore[assignment]
-        return [name for name, _ in lost.most_common(count)]
+        return [name for name, _ in lost.most_common(None if count < 0 else count)]
 
     def summary(self) -> dict[str, Any]:
         """Counts under ``hits``, ``missed``, ``false``; AP, and what mending gains."""
@@ -206,3 +228,13 @@ class ErrorReport:
         writer.writerow(["kind", "mechanism", "class", "size", "count"])
         writer.writerows([*key, count] for key, count in sorted(rows.items()))
         return text.getvalue()
+
+
+def name_of(label: int, class_names: Sequence[str]) -> str:
+    """Name of a class; of one that has none, its number."""
+    known = 0 <= label < len(class_names)
+    return class_names[label] if known else f"class {label}"
+
+
+def _rounded(box_xyxy: np.ndarray) -> tuple[float, ...]:
+    return tuple(round(float(v), 1) for v in box_xyxy)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
@@ -16,23 +13,20 @@ from urllib.parse import quote
 import numpy as np
 
 from ..records import Sample
-from ..render.boxes import Color, class_color, class_name, contrast_color
+from ..render.boxes import class_color, class_name
 from ..render.heatmap import colormap_lut
 from ..render.montage import cell_size_hw, resize_image
 from .files import OwnFiles, encode
+from .template import FADING_SHARE, UNIFORM_SHARE, fill_page, label, outline
 
 _PAGE = "index.html"
 _ASSETS = "index_files"
 _TEMPLATE = "index_template.html"
-_SLOT = re.compile(r"\{\{(\w+)\}\}")
 _IMAGE_SIZE = 960
 # Levels are looked up in the colour map, which makes a small error a visible one.
 _LEVELS_QUALITY = 95
 _IMAGE_QUALITY = 88
 _PICTURE_QUALITY = 92
-# Values at equal distances between level 0 and 255; straight lines join them.
-_FADING_SHARE = "0 1 1"
-_UNIFORM_SHARE = "1 1"
 
 
 def open_folder(folder: str | Path) -> OwnFiles:
@@ -138,7 +132,7 @@ class HtmlPage:
             [
                 class_name(int(found.labels[i]), panel.class_names),
                 round(float(found.scores[i]), 5),
-                _outline(found.boxes_xyxy[i], (image_h, image_w)),
+                outline(found.boxes_xyxy[i], (image_h, image_w)),
             ]
             for i in shown
         ]
@@ -173,18 +167,10 @@ class HtmlPage:
         Raises:
             PublishError: If it was not written whole; the one before is still there.
         """
-        template = resources.files("mmyolo_vis_hooks.publish") / _TEMPLATE
-        colors = [" ".join(f"{v / 255:.4g}" for v in c) for c in self._lut.T]
-        slots = {
-            "title": html.escape(self.title),
-            **dict(zip(("red", "green", "blue"), colors)),
-            "share": _FADING_SHARE if self.fade else _UNIFORM_SHARE,
-            "data": self._json(sorted(self._records, key=_sort_key)),
-        }
-        # One pass: what is put in may itself look like a slot.
-        page = _SLOT.sub(lambda m: slots[m[1]], template.read_text(encoding="utf-8"))
-        # A title made from a file name that is no text may hold half characters.
-        path = self.files.write(_PAGE, page.encode("utf-8", "xmlcharrefreplace"))
+        share = FADING_SHARE if self.fade else UNIFORM_SHARE
+        data = self._data(sorted(self._records, key=_sort_key))
+        page = fill_page(_TEMPLATE, self.title, {"colours": (self._lut, share)}, data)
+        path = self.files.write(_PAGE, page)
         self.files.close()
         return path
 
@@ -192,50 +178,28 @@ class HtmlPage:
         # A name holds no dot, so the files of two images cannot collide.
         self.files.write(f"{_ASSETS}/{name}.jpg", encode(".jpg", picture, quality))
 
-    def _json(self, records: Sequence[dict[str, Any]]) -> str:
-        """All that the page's script needs, safe inside a script element."""
+    def _data(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """All that the page's script needs."""
         counts = Counter(box[0] for record in records for box in record["boxes"])
         # The first colours are the easiest to tell apart: for the commonest classes.
         names = sorted(counts, key=lambda name: (-counts[name], name))
         place = {name: i for i, name in enumerate(names)}
         bar = b64encode(encode(".png", self._lut[None])).decode()
-        data = {
+        return {
             "title": self.title,
             "fade": self.fade,
             "alpha": self.alpha,
             "assets": _ASSETS,
             "bar": f"data:image/png;base64,{bar}",
-            "labels": [_label(i, name, counts[name]) for i, name in enumerate(names)],
+            "labels": [
+                label(name, class_color(i), counts[name])
+                for i, name in enumerate(names)
+            ],
             "entries": [
                 {**record, "boxes": [[place[b[0]], *b[1:]] for b in record["boxes"]]}
                 for record in records
             ],
         }
-        text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-        # Neither '</script' nor '<!--' may end the element early.
-        return text.replace("<", "\\u003c")
-
-
-def _label(index: int, name: str, count: int) -> dict[str, Any]:
-    color = class_color(index)
-    ink = contrast_color(color)
-    return {"name": name, "count": count, "fill": _css(color), "ink": _css(ink)}
-
-
-def _css(color: Color) -> str:
-    red, green, blue = color
-    return f"rgb({red} {green} {blue})"
-
-
-def _outline(box_xyxy: np.ndarray, image_hw: tuple[int, int]) -> list[float] | None:
-    """Left, top, width and height in percent of the image, or None if unseen."""
-    if not np.isfinite(box_xyxy).all():
-        return None
-    sizes = np.array(image_hw[::-1] * 2)
-    x1, y1, x2, y2 = np.clip(box_xyxy.astype(float) / sizes * 100, 0, 100).tolist()
-    if x2 <= x1 or y2 <= y1:
-        return None
-    return [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
 
 
 def _sort_key(record: dict[str, Any]) -> tuple[int, list[tuple[int, int, str]], str]:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from base64 import b64decode
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from selenium import webdriver
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.wait import WebDriverWait
 
 from mmyolo_vis_hooks.records import OverlayMap
 from mmyolo_vis_hooks.render.heatmap import colormap_lut
+from tests.test_publish.browser import Browser
 from tests.test_publish.pages import (
     COLOR,
     HOSTILE,
@@ -32,110 +27,6 @@ from tests.test_publish.pages import (
 
 FULL, NONE, WEAK = (0.25, 0.75), (0.75, 0.75), (0.5, 0.25)
 """Places on the map, as shares of width and height, with level 255, 0 and 64."""
-
-
-class Browser:
-    """Chromium, with words for what the tests do."""
-
-    def __init__(self, driver: str, chromium: str, profile: Path) -> None:
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        for argument in (
-            "headless=new",
-            "no-sandbox",  # containers refuse what it needs; the pages are ours
-            "disable-dev-shm-usage",
-            "hide-scrollbars",
-            "force-device-scale-factor=1",
-            "force-color-profile=srgb",
-            f"user-data-dir={profile}",
-        ):
-            options.add_argument(f"--{argument}")
-        logs = {"browser": "ALL", "performance": "ALL"}
-        options.set_capability("goog:loggingPrefs", logs)
-        service = webdriver.ChromeService(executable_path=driver)
-        self.driver = webdriver.Chrome(options, service)
-
-    def open(self, path: Path, size: tuple[int, int] = (1400, 900)) -> None:
-        metrics = dict(width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.get(path.as_uri())
-        self.wait_for(
-            "[...document.querySelectorAll('.frame img')].filter("
-            "i => i.getBoundingClientRect().top < innerHeight && i.offsetParent)"
-            ".every(i => i.complete)"
-        )
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def texts(self, selector: str) -> list[str]:
-        """Of what is not hidden."""
-        return self.run(
-            "return [...document.querySelectorAll(arguments[0])]"
-            ".filter(e => !e.closest('[hidden]')).map(e => e.textContent)",
-            selector,
-        )
-
-    def wait_for(self, condition: str) -> None:
-        wait = WebDriverWait(self.driver, 20, poll_frequency=0.05)
-        wait.until(lambda _: self.run(f"return {condition}"), condition)
-
-    def press(self, *keys: str) -> None:
-        webdriver.ActionChains(self.driver, duration=0).send_keys(*keys).perform()
-
-    def click(self, selector: str) -> None:
-        self.driver.find_element(By.CSS_SELECTOR, selector).click()
-
-    def set(self, control: str, value: float) -> None:
-        """Move a slider."""
-        self.run(
-            "const c = document.getElementById(arguments[0]); c.value = arguments[1];"
-            "c.dispatchEvent(new Event('input', {bubbles: true}));",
-            control,
-            value,
-        )
-
-    def screenshot(self) -> np.ndarray:
-        """``(h, w, 3)`` uint8, RGB: what is on the screen."""
-        # The script returns once the frame before it is drawn.
-        self.driver.execute_async_script(
-            "const done = arguments[0];"
-            "requestAnimationFrame(() => requestAnimationFrame(() => done()))"
-        )
-        png = b64decode(self.driver.get_screenshot_as_base64())
-        return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-
-    def requests(self) -> set[str]:
-        """What pages asked for since the last call; Chromium's own tabs ask, too."""
-        log = self.driver.get_log("performance")
-        messages = [json.loads(line["message"])["message"] for line in log]
-        return {
-            m["params"]["request"]["url"]
-            for m in messages
-            if m["method"] == "Network.requestWillBeSent"
-            and m["params"]["documentURL"].startswith("file:")
-        }
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    binary = shutil.which("chromium") or shutil.which("chromium-browser")
-    driver = shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("needs chromium and chromedriver in PATH")
-    opened = Browser(driver, binary, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.driver.quit()
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Iterator[Browser]:
-    """After each test: no message in the console, and no request for the net."""
-    yield chromium
-    assert chromium.driver.get_log("browser") == []
-    urls = chromium.requests()
-    assert any(url.startswith("file:") for url in urls)
-    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
 
 
 def make_page(folder: Path, **options: Any) -> Path:

@@ -24,9 +24,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from mmyolo_vis_hooks.publish.backends import adapter_for
-from tests.test_publish.test_page_in_browser import Browser, chromium
-
-__all__ = ["chromium"]  # a fixture
+from tests.test_publish.browser import Browser
 
 TAGS = ("val/boxam/1_x", "val/featmap/1_x")
 STEPS = (1, 2, 3)

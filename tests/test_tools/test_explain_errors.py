@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
 
 import explain_errors
+from tests.test_publish.pages import data_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "examples" / "yolox_nano_coco.py"
@@ -85,12 +87,28 @@ def test_what_is_written_of_a_photo(call, capsys):
     assert table["box_xyxy"] == list(OBJECTS["dining table"])
     assert (spoon["mechanism"], spoon["size"]) == ("not seen", "large")
     assert (cup["kind"], cup["class_name"], cup["mechanism"]) == ("both", "cup", "")
+    assert table["why"] == "0.69 for 'dining table', threshold 0.75"
+    [(role, candidate)] = table["others"]
+    assert role == "candidate"
+    np.testing.assert_allclose(candidate, OBJECTS["dining table"], atol=40)
 
     rows = list(csv.reader((out_dir / "errors.csv").open()))
     assert ["missed", "not seen", "spoon", "large", "1"] in rows
     picture = cv2.imread(str(out_dir / "001_1_cat.jpg"))
     assert picture is not None
     assert picture.shape[1] > 1200
+    page = data_of(out_dir / "index.html")
+    assert [entry[4] for entry in page["entries"]] == [
+        "dining table: below threshold",
+        "spoon: not seen",
+        "cup: both",
+    ]
+    assert page["images"] == [["1_cat", 1200, 400, "001_1_cat.jpg"]]
+    maps, notes = zip(*((entry[8], entry[9]) for entry in page["entries"]))
+    assert [len(own) for own in maps] == [1, 0, 1]
+    assert "no candidate" in notes[1]
+    for part in ("image", "0", "2"):
+        assert (out_dir / "index_files" / f"1_cat.{part}.jpg").exists()
     printed = capsys.readouterr().out
     assert "1 images, 1 objects found" in printed
     assert "loading annotations" not in printed
@@ -106,6 +124,12 @@ def test_a_call_goes_on_where_it_was(call, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(explain_errors.Errors, "diagnose", None)  # nothing is looked at
         call("--num-pictures", 0)
+    call("--num-pictures", 1)
+    page = (out_dir / "index.html").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(explain_errors.Errors, "diagnose", None)  # nor drawn
+        call("--num-pictures", -1)
+    assert (out_dir / "index.html").read_text() == page
     assert (out_dir / "errors.json").read_text() == before
     kept.write_text(whole[: len(whole) * 2 // 3])  # cut off in its only image
     call("--num-pictures", 0)
@@ -121,7 +145,7 @@ def test_what_cannot_work_ends_in_one_line(call, capsys):
         return capsys.readouterr().err
 
     assert "score_thr=2.0" in error("--score-thr", 2)
-    assert "--num-pictures -1" in error("--num-pictures", -1)
+    assert "--num-pictures -2" in error("--num-pictures", -2)
     out_dir = call("--num-pictures", 0)
     assert "holds errors of another call" in error("--score-thr", 0.5)
     (out_dir / "images.jsonl").unlink()

@@ -1,0 +1,222 @@
+"""What the programs share that look for the errors of a whole data set."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+from rich.console import Console
+from rich.progress import track
+
+from _common import ToolError, add_cfg_options
+from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
+from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
+from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
+from mmyolo_vis_hooks.declare import add_arguments, options_from
+from mmyolo_vis_hooks.detector import (
+    build_detector,
+    check_device,
+    classes_and_palette,
+    load_weights,
+)
+from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
+from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
+from mmyolo_vis_hooks.diagnosis.report import ErrorReport, ImageErrors
+from mmyolo_vis_hooks.options import DiagnosisOptions
+from mmyolo_vis_hooks.publish.errors_page import PageImages
+from mmyolo_vis_hooks.publish.files import make_writable, write_whole
+
+logger = logging.getLogger("mmyolo_vis_hooks")
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser, out_dir: str) -> None:
+    """Add the arguments that these programs have alike."""
+    parser.add_argument(
+        "--split",
+        choices=["val", "test"],
+        default="val",
+        help="whose data set is looked at (default: val)",
+    )
+    parser.add_argument(
+        "--out-dir",
+        default=out_dir,
+        help=f"folder of what is written (default: {out_dir})",
+    )
+    parser.add_argument(
+        "--num-pictures",
+        type=int,
+        default=100,
+        help="maps and pictures of so many images, those that lose most; -1 all "
+        "(default: 100)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda:0" if torch.cuda.is_available() else "cpu",
+        help="where the network runs: cuda:0 is the first GPU",
+    )
+    add_arguments(parser, DiagnosisOptions)
+    add_cfg_options(parser)
+
+
+class Errors:
+    """Looks at the images of a data set with one checkpoint."""
+
+    def __init__(
+        self, args: argparse.Namespace, config: Config, checkpoint: str
+    ) -> None:
+        self.options = options_from(args, DiagnosisOptions)
+        self.detector = build_detector(config, check_device(args.device))
+        loader = config.get(f"{args.split}_dataloader")
+        if not loader:
+            raise ToolError(f"--split {args.split}: the config has no such dataloader")
+        scope = DefaultScope.overwrite_default_scope(config.get("default_scope"))
+        with scope, contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            dataset = DATASETS.build(loader.dataset)
+        images = ImageSelector(dataset, -1, None).images
+        self.images = {image.image_id: image for image in images}
+        metainfo = load_weights(self.detector, checkpoint)
+        self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
+        self.truths = {name: self._truth(image) for name, image in self.images.items()}
+        self._config = config
+        self._diagnoser = Diagnoser(self.detector, self.options, self.names, logger)
+        self._placements: dict[int, Placement] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """What tells a call from one of other weights, settings or objects."""
+        weights = self.detector.state_dict().values()
+        truths = self.truths.values()
+        return dict(
+            config=_digest([repr(self._config.to_dict()).encode()]),
+            weights=_digest(tensor.cpu().numpy().tobytes() for tensor in weights),
+            objects=_digest(part for truth in truths for part in truth.parts()),
+            score_thr=self.options.score_thr,
+            iou_thr=self.options.iou_thr,
+        )
+
+    def _truth(self, image: SelectedImage) -> GroundTruth:
+        info = image.dataset.get_data_info(image.index)
+        if "instances" not in info:
+            raise ToolError(
+                f"the data set {type(image.dataset).__name__} has no annotated objects "
+                f"(image {image.image_id}); --split val or --cfg-options name one"
+            )
+        return GroundTruth.of(info["instances"])
+
+    def diagnose(self, name: str, *, maps: bool) -> Diagnosis:
+        """Look at one image."""
+        image = self.images[name]
+        placement = self._placements.get(id(image.dataset))
+        if placement is None:
+            placement = self._placements[id(image.dataset)] = self._place(image.dataset)
+        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        truth = self.truths[name]
+        return self._diagnoser.look(name, loaded, placement, truth, maps=maps)
+
+    def _place(self, dataset: Any) -> Placement:
+        """Find out on its first images whether maps of a data set lie right."""
+        pipeline = ImagePipeline(dataset.pipeline, channels=self.options.image_channels)
+        own = [image for image in self.images.values() if image.dataset is dataset]
+        loads = [partial(prepare_data, dataset, i.index, pipeline.load) for i in own]
+        placement = own_placement(pipeline, first_loaded(loads), self.detector)
+        if not placement.proven:
+            logger.warning(f"no maps will be drawn: {placement.reason}")
+        return placement
+
+    def look(self, kept: Kept, shown: PageImages) -> list[ImageErrors]:
+        """Diagnose the images that an earlier call did not come to."""
+        for name in progress((n for n in self.images if n not in kept), "images"):
+            diagnosis = self.diagnose(name, maps=False)
+            if diagnosis.missed or diagnosis.false_positives:
+                shown.write_image(name, diagnosis.image_rgb)
+            kept.add(name, asdict(ImageErrors.of(diagnosis)))
+        return [ImageErrors.from_dict(kept.known[name]) for name in self.images]
+
+    def report(self, found: Iterable[ImageErrors]) -> ErrorReport:
+        """Add up what was found."""
+        objects: Counter[int] = Counter()
+        for truth in self.truths.values():
+            objects.update(truth.labels[~truth.ignored].tolist())
+        thresholds = {
+            "score_thr": self.options.score_thr,
+            "iou_thr": self.options.iou_thr,
+        }
+        report = ErrorReport(self.names, objects, **thresholds)
+        for own in found:
+            report.add(own, self.truths[own.image])
+        return report
+
+
+def open_out_dir(out_dir: Path, kept: str) -> None:
+    """Make the folder; refuse one that has files but not that of an earlier call."""
+    make_writable(out_dir)
+    if any(out_dir.iterdir()) and not (out_dir / kept).exists():
+        raise ToolError(
+            f"{out_dir} holds files that are not of an earlier call; name another "
+            "--out-dir"
+        )
+
+
+class Kept:
+    """Results by name in a file, which an interrupted call goes on with.
+
+    Args:
+        path (Path): Lines of JSON: the settings, then a name and its result each.
+        settings (dict): Of this call.
+
+    Raises:
+        ToolError: If the file is of a call with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        self.known: dict[str, Any] = {}
+        first, *lines = [""]
+        if path.exists():
+            first, *lines = path.read_text(encoding="utf-8").split("\n")
+        if first and json.loads(first) != settings:
+            raise ToolError(
+                f"{path.parent} holds errors of another call, with other weights, "
+                "settings or objects than this one; name another --out-dir, or remove "
+                "it"
+            )
+        # The last line may have been cut off.
+        whole = [line for line in lines if line.endswith("]")]
+        self.known = dict(map(json.loads, whole))
+        text = "".join(f"{line}\n" for line in (json.dumps(settings), *whole))
+        write_whole(path, text.encode())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.known
+
+    def add(self, name: str, result: Any) -> None:
+        """Keep a result, whatever happens next."""
+        self.known[name] = result
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([name, result]) + "\n")
+
+
+def progress(names: Iterable[str], what: str) -> Iterator[str]:
+    """Go through names, with a bar where there are any."""
+    waiting = list(names)
+    if waiting:
+        yield from track(waiting, what, console=Console(stderr=True))
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    total = hashlib.sha1(usedforsecurity=False)
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
