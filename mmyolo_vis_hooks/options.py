@@ -416,6 +416,12 @@ class RunOptions(Options):
         "part of the tags; `None` is `'featmap'` or `'boxam'`, and a second hook of "
         "one name gets a number",
     )
+    table: bool = option(
+        False,
+        flag,
+        "a `wandb.Table` of each run, with image, boxes, scores, layers and maps; "
+        "needs a `'WandbVisBackend'`",
+    )
     show: bool = option(False, flag, "show pictures in a window and publish none")
     wait_time: float = option(
         0.0,
@@ -428,3 +434,11 @@ class RunOptions(Options):
         "`'log'`: a failure while drawing is logged and counted, and the run goes on; "
         "`'raise'` ends it",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.show and self.table:
+            raise VisConfigError(
+                "table=True cannot work with show=True, which publishes nothing; leave "
+                "one of them False"
+            )

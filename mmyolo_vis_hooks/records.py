@@ -78,6 +78,11 @@ class VisSample(Sample):
 
     activations: tuple[Activation, ...]
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the maps."""
+        return tuple(activation.title for activation in self.activations)
+
 
 @dataclass(frozen=True)
 class LayerMap:
@@ -132,13 +137,46 @@ class BoxSample(Sample):
 
     explanations: tuple[BoxExplanation, ...]
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that have a map, each once."""
+        maps = (found for explained in self.explanations for found in explained.maps)
+        return tuple(dict.fromkeys(layer_map.layer for layer_map in maps))
+
+
+@dataclass(frozen=True)
+class BoxedImage:
+    """An image and its boxes, for viewers that draw them by themselves.
+
+    Attributes:
+        image_rgb: ``(H, W, 3)`` uint8, RGB, without boxes.
+        predictions: In pixels of ``image_rgb``.
+        truth: The annotated objects, in the same pixels, with scores of 1; None where
+            nothing is known of them.
+        class_names: Names of the classes; may be empty.
+        layers: Whose maps the picture of the image shows.
+    """
+
+    image_rgb: np.ndarray
+    predictions: Detections
+    truth: Detections | None = None
+    class_names: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class VisImage:
-    """One finished picture, ``(H, W, 3)`` uint8, RGB, with the name of its image."""
+    """One finished picture with the name of its image.
+
+    Attributes:
+        image_id: Name of the image.
+        image_rgb: ``(H, W, 3)`` uint8, RGB: the picture.
+        boxed: The image alone, where a backend draws boxes by itself.
+    """
 
     image_id: str
     image_rgb: np.ndarray
+    boxed: BoxedImage | None = None
 
 
 @dataclass(frozen=True)

@@ -106,12 +106,12 @@ class SampleMaker:
         slot, inputs, metainfo = recorded(record, image_id, position)
         activations = record.activations(slot)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
-        if placement.alignment == "network" and not _leads_there(placement, metainfo):
+        if placement.alignment == "network" and not leads_there(placement, metainfo):
             # Ask the detector again, for boxes in the frame of its input.
             sample = DetDataSample(metainfo=_network_metainfo(metainfo))
             with frozen(self._detector, parameters=False), torch.no_grad():
                 (output,) = self._detector(inputs, [sample], mode="predict")
-        detections = _on_picture(detections_of(output), placement, metainfo)
+        detections = on_picture(detections_of(output), placement, metainfo)
         return VisSample(image_id, image_rgb, frame, detections, activations, note=note)
 
     def _picture(
@@ -199,13 +199,13 @@ class BoxSampleMaker(SampleMaker):
         metainfo: Mapping[str, Any],
     ) -> BoxSample:
         asked = metainfo
-        if placement.alignment == "network" and not _leads_there(placement, metainfo):
+        if placement.alignment == "network" and not leads_there(placement, metainfo):
             asked = _network_metainfo(metainfo)
         # Autocast of the loop would round gradients away.
         with torch.autocast(inputs.device.type, enabled=False):
             predictions, explanations = self._mapper.explain(inputs, asked)
         found = detections_of(DetDataSample(pred_instances=predictions))
-        detections = _on_picture(found, placement, metainfo)
+        detections = on_picture(found, placement, metainfo)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
         return BoxSample(
             image_id, image_rgb, frame, detections, explanations, note=note
@@ -235,16 +235,16 @@ def _only_flipped() -> VisError:
     )
 
 
-def _leads_there(placement: Placement, metainfo: Mapping[str, Any]) -> bool:
+def leads_there(placement: Placement, metainfo: Mapping[str, Any]) -> bool:
     """Whether boxes in the original frame can be put into that of the input."""
     return placement.proven and "ori_shape" in metainfo
 
 
-def _on_picture(
+def on_picture(
     detections: Detections, placement: Placement, metainfo: Mapping[str, Any]
 ) -> Detections:
     """Detections of the original frame, or of the input's where nothing leads there."""
-    on_image = placement.alignment != "network" or not _leads_there(placement, metainfo)
+    on_image = placement.alignment != "network" or not leads_there(placement, metainfo)
     if on_image or not len(detections):
         return detections
     height, width = metainfo["ori_shape"][:2]

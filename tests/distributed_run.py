@@ -71,10 +71,14 @@ def damage(fault: str, runner: Runner, patch: pytest.MonkeyPatch) -> None:
 def test(work_dir: Path, data_root: str, alignment: str, fault: str, on_error: str):
     """Test a toy with both hooks on five images."""
     options = dict(alignment=alignment, num_images=-1, on_error=on_error)
+    options["table"] = fault == "table"
     hooks = [spy(**options), box_spy(**options)]
     cfg = box_config(work_dir, hooks, data_root=Path(data_root), batch_size=1)
     cfg.test_dataloader.dataset.indices = 5
     cfg.test_evaluator = []
+    if fault == "table":
+        wandb = dict(type="WandbVisBackend", init_kwargs=dict(mode="offline"))
+        cfg.visualizer.vis_backends = [wandb]
     cfg.launcher = "pytorch"
     cfg.log_level = "INFO"
     cfg.model_wrapper_cfg = dict(type="CpuDataParallel")
@@ -83,6 +87,7 @@ def test(work_dir: Path, data_root: str, alignment: str, fault: str, on_error: s
         damage(fault, runner, patch)
         try:
             runner.test()
+            runner.visualizer.close()
         except Exception as error:
             # Said by every rank: none may wait for one that is gone.
             ended = f"ended by {type(error).__name__}: {error}"

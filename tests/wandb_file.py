@@ -28,6 +28,28 @@ def history_rows(work_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def boxes(file: Path, row: dict[str, Any], tag: str) -> dict[str, list[dict]]:
+    """Boxes of an image of a row, by their groups; ``file`` is the run's."""
+    found = {}
+    for key, path in row.items():
+        if key.startswith(f"{tag}.boxes.") and key.endswith(".path"):
+            data = json.loads((file.parent / "files" / path).read_text())
+            found[key.split(".")[-2]] = data["box_data"]
+    return found
+
+
+def tables(work_dir: Path) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Tables of the only run below a folder in their order, with rows by column."""
+    found = []
+    for record in _finished_records(work_dir):
+        for entry in record.artifact.manifest.contents:
+            if entry.path.endswith(".table.json"):
+                table = json.loads(Path(entry.local_path).read_text())
+                rows = [dict(zip(table["columns"], row)) for row in table["data"]]
+                found.append((entry.path.removesuffix(".table.json"), rows))
+    return found
+
+
 def _finished_records(work_dir: Path) -> list[Any]:
     """All records, once W&B's own process has written the last one."""
     deadline = time.monotonic() + 30

@@ -111,6 +111,13 @@ class Diagnosis:
     class_names: tuple[str, ...] = ()
     note: str = ""
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that have a map, each once."""
+        maps = [missed.map for missed in self.missed]
+        maps += [found.map for found in self.false_positives]
+        return tuple(dict.fromkeys(found.layer for found in maps if found is not None))
+
     def draw(self, max_panels: int = 12) -> np.ndarray:
         """The image with hits, misses and false positives, and a panel per error.
 

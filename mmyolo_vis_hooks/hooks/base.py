@@ -31,6 +31,7 @@ from ..publish.publisher import Publisher
 from ..publish.window import why_no_window
 from ..records import VisImage
 from ..samples import SampleMaker, make_sample_maker
+from .boxed import boxed_image
 from .loading import check_checkpoint_fits
 from .vis_loop import Panel, VisLoop, predicting_model
 
@@ -132,7 +133,14 @@ class BaseVisHook(Hook):
             policy=self._policy,
             show=show,
             wait_time=self.run_options.wait_time,
+            table=self.run_options.table,
         )
+        if self.run_options.table and not self._publisher.wants_boxes:
+            raise VisConfigError(
+                "table=True cannot work: none of the visualizer's backends makes "
+                "tables; add dict(type='WandbVisBackend') to vis_backends, or leave "
+                "it False"
+            )
         if not self._publisher.has_destination:
             runner.logger.warning(
                 f"{self.name}: the visualizer has no backend, so no picture will be "
@@ -154,6 +162,7 @@ class BaseVisHook(Hook):
             ImageSelector(dataset, run.num_images, run.image_indices),
             self.build_panel(names, palette),
             self.options,
+            tuple(map(str, names)),
             partial(self.build_maker, class_names=names, logger=runner.logger),
         )
         # What does not fit the detector fails here.
@@ -263,8 +272,12 @@ class BaseVisHook(Hook):
             picture_id = state.picture_id(image)
             state.seen.update((image.image_id, picture_id))
             with self._policy.guard(f"draw {picture_id}"), preserve_rng_state():
-                sample = state.make_sample(image, position, outputs[position])
-                picture = VisImage(sample.image_id, state.panel(sample))
+                output, boxed = outputs[position], None
+                sample = state.make_sample(image, position, output)
+                if self._publisher.wants_boxes:
+                    with self._policy.guard(f"find the boxes of {picture_id}"):
+                        boxed = boxed_image(state, sample, image, output)
+                picture = VisImage(sample.image_id, state.panel(sample), boxed)
                 if is_main_process():
                     self._publisher.publish(mode, picture, state.step)
                 else:

@@ -36,6 +36,7 @@ class VisLoop:
         mode: ``'val'`` or ``'test'``.
         detector: The detector, without wrappers.
         options: What is drawn; ``target_layers`` as seen from the detector.
+        class_names: Names of the data set's classes.
         build_maker: Gives the sample maker for a model that predicts, with the layers
             as seen from it.
         placements: How the images of each data set are drawn, by its identity.
@@ -52,6 +53,7 @@ class VisLoop:
     selector: ImageSelector
     panel: Panel
     options: Any
+    class_names: tuple[str, ...]
     build_maker: Callable[[nn.Module, Any], SampleMaker]
     placements: dict[int, Placement] = field(default_factory=dict)
     num_runs: int = 0

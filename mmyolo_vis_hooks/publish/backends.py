@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import PublishError
+from ..records import BoxedImage, Detections, VisImage
 
 _PNG_END = b"IEND\xaeB`\x82"
 
@@ -22,7 +23,12 @@ class BackendAdapter:
     Args:
         backend (BaseVisBackend): Of MMEngine's visualizer, or anything with
             ``add_image(name, image, step)``.
+
+    Attributes:
+        draws_boxes: Whether it takes images with their boxes, and tables of them.
     """
+
+    draws_boxes = False
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
@@ -42,6 +48,12 @@ class BackendAdapter:
         """
         self.backend.add_image(tag, image_rgb, step)
         return True
+
+    def add_boxed(self, tag: str, image: VisImage, step: int, table: bool) -> None:
+        """Hand over the image behind a picture, with boxes that can be switched off.
+
+        Only where ``draws_boxes``. ``table``: also as a row of the run's table.
+        """
 
     def notice(self) -> str:
         """What its user should know before the run; empty if there is nothing."""
@@ -103,9 +115,13 @@ class WandbAdapter(BackendAdapter):
     ``WandbVisBackend.add_image`` ignores the step and ends a row for each picture.
     """
 
+    draws_boxes = True
+    COLUMNS = ("image id", "image", "boxes", "classes", "scores", "layers", "maps")
+
     def __init__(self, backend: Any) -> None:
         super().__init__(backend)
         self._row: dict[str, Any] = {}
+        self._tables: dict[str, list[list[Any]]] = {}
         self._run_id: str | None = None
 
     def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
@@ -114,11 +130,52 @@ class WandbAdapter(BackendAdapter):
         self._row[tag] = self.backend.experiment.Image(image_rgb, caption=caption)
         return False
 
+    def add_boxed(self, tag: str, image: VisImage, step: int, table: bool) -> None:
+        """Let W&B draw predictions and objects, two groups that can be switched off.
+
+        The image is kept as JPEG: of a photograph, a PNG is several times as large.
+        """
+        boxed = image.boxed
+        assert boxed is not None
+        found, names = boxed.predictions, _names_of_labels(boxed)
+        picture = Image.fromarray(boxed.image_rgb)
+        groups = {"predictions": _box_data(found, names, picture.size, True)}
+        if boxed.truth is not None:
+            objects = _box_data(boxed.truth, names, picture.size, False)
+            groups["ground_truth"] = objects
+        shown = self.backend.experiment.Image(
+            picture,
+            caption=f"{tag}/boxes @ {step}",
+            file_type="jpg",
+            boxes={
+                group: dict(box_data=data, class_labels=names)
+                for group, data in groups.items()
+            },
+            classes=[dict(id=label, name=name) for label, name in names.items()],
+        )
+        self._row[f"{tag}/boxes"] = shown
+        if table:
+            title = tag.rpartition("/")[0]
+            self._tables.setdefault(f"{title}/table", []).append(
+                [
+                    image.image_id,
+                    shown,
+                    found.boxes_xyxy.astype(float).round(1).tolist(),
+                    [names[int(label)] for label in found.labels],
+                    found.scores.astype(float).round(4).tolist(),
+                    list(boxed.layers),
+                    self._row[tag],
+                ]
+            )
+
     def finish(self, commit: bool) -> list[str]:
         """Log the row; it stays open for metrics that come later."""
         row, self._row = self._row, {}
+        tables, self._tables = self._tables, {}
         if row:
             experiment = self.backend.experiment
+            for tag, data in tables.items():
+                row[tag] = experiment.Table(columns=list(self.COLUMNS), data=data)
             self._run_id = getattr(experiment.run, "id", None)
             own_commit = getattr(self.backend, "_commit", True)
             experiment.log(row, commit=commit and own_commit)
@@ -129,6 +186,32 @@ class WandbAdapter(BackendAdapter):
         super().reopen()
         if self._run_id is not None:
             self.backend._init_kwargs.update(id=self._run_id, resume="allow")
+
+
+def _names_of_labels(boxed: BoxedImage) -> dict[int, str]:
+    """Name of every class and of every label."""
+    labels = [boxed.predictions.labels]
+    labels += [] if boxed.truth is None else [boxed.truth.labels]
+    names = {int(label): f"class {label}" for label in np.concatenate(labels)}
+    # W&B refuses a table of images without any class.
+    return {**names, **dict(enumerate(boxed.class_names or ["class 0"]))}
+
+
+def _box_data(
+    found: Detections, names: dict[int, str], size_wh: tuple[int, int], scored: bool
+) -> list[dict[str, Any]]:
+    """Boxes as W&B takes them: whole pixels within the image."""
+    boxes = found.boxes_xyxy.round().clip(0, size_wh * 2).astype(int).tolist()
+    return [
+        dict(
+            position=dict(zip(("minX", "minY", "maxX", "maxY"), box)),
+            domain="pixel",
+            class_id=int(label),
+            box_caption=names[int(label)] + (f" {score:.2f}" if scored else ""),
+            scores=dict(score=float(score)),
+        )
+        for box, label, score in zip(boxes, found.labels, found.scores)
+    ]
 
 
 class MLflowAdapter(BackendAdapter):

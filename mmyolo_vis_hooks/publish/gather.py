@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from mmengine.dist import (
 )
 
 from ..errors import VisError, one_line
-from ..records import VisImage
+from ..records import BoxedImage, Detections, VisImage
 from .files import encode
 
 
@@ -33,7 +35,7 @@ class RankSpool:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._file: IO[bytes] | None = None
-        # Image id, offset and size of each PNG in the file.
+        # Image id, offset and size of each picture in the file.
         self._places: list[tuple[str, int, int]] = []
 
     def __len__(self) -> int:
@@ -46,7 +48,7 @@ class RankSpool:
         Raises:
             VisError: If it cannot be written.
         """
-        self._keep(image.image_id, encode(".png", image.image_rgb))
+        self._keep(image.image_id, _packed(image))
 
     def gather(self) -> None:
         """Bring the pictures of all ranks to rank 0; every rank must call this.
@@ -85,14 +87,11 @@ class RankSpool:
         lost: list[VisError] = []
         for i in range(len(self)):
             try:
-                image_id, png = self._read(i)
-                bgr = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
-                if bgr is None:
-                    raise VisError(f"the picture {image_id} came back damaged")
+                image = _unpacked(*self._read(i))
             except VisError as error:
                 lost.append(error)
                 continue
-            yield VisImage(image_id, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
+            yield image
         if lost:
             raise VisError(f"{len(lost)} kept picture(s) were lost: {lost[0]}")
 
@@ -102,7 +101,7 @@ class RankSpool:
             self._file.close()
         self._file, self._places = None, []
 
-    def _keep(self, image_id: str, png: bytes) -> None:
+    def _keep(self, image_id: str, data: bytes) -> None:
         try:
             if self._file is None:
                 os.makedirs(self._folder, exist_ok=True)
@@ -112,17 +111,17 @@ class RankSpool:
             # Behind the last whole picture.
             offset = sum(self._places[-1][1:]) if self._places else 0
             self._file.seek(offset)
-            written = self._file.write(png)
-            if written != len(png):
-                raise OSError(f"{written} of {len(png)} bytes were written")
+            written = self._file.write(data)
+            if written != len(data):
+                raise OSError(f"{written} of {len(data)} bytes were written")
         except OSError as error:
             raise VisError(
                 f"the picture {image_id} cannot be kept in {self._folder} ({error})"
             ) from error
-        self._places.append((image_id, offset, len(png)))
+        self._places.append((image_id, offset, len(data)))
 
     def _read(self, index: int) -> tuple[str, bytes]:
-        """An image's id and its PNG file.
+        """An image's id and what was kept of it.
 
         Raises:
             VisError: If it is not there whole.
@@ -131,14 +130,67 @@ class RankSpool:
         assert self._file is not None
         try:
             self._file.seek(offset)
-            png = self._file.read(size)
-            if len(png) != size:
-                raise OSError(f"{len(png)} of {size} bytes were read")
+            data = self._file.read(size)
+            if len(data) != size:
+                raise OSError(f"{len(data)} of {size} bytes were read")
         except OSError as error:
             raise VisError(
                 f"the picture {image_id} could not be read again ({error})"
             ) from error
-        return image_id, png
+        return image_id, data
+
+
+def _packed(image: VisImage) -> bytes:
+    """A picture as the ``.npz`` of its parts; images as PNG."""
+    parts: dict[str, Any] = {"picture": _png(image.image_rgb)}
+    boxed = image.boxed
+    if boxed is not None:
+        parts |= dict(
+            image=_png(boxed.image_rgb),
+            class_names=np.array(boxed.class_names, str),
+            layers=np.array(boxed.layers, str),
+        )
+        groups = ("predictions", boxed.predictions), ("truth", boxed.truth)
+        for name, found in groups:
+            if found is not None:
+                parts |= {
+                    f"{name}.{part}": array for part, array in vars(found).items()
+                }
+    file = io.BytesIO()
+    np.savez(file, **parts)
+    return file.getvalue()
+
+
+def _unpacked(image_id: str, data: bytes) -> VisImage:
+    """The picture again."""
+    with np.load(io.BytesIO(data)) as parts:
+        groups = {
+            name: Detections(
+                *(parts[f"{name}.{f.name}"] for f in dataclasses.fields(Detections))
+            )
+            for name in ("predictions", "truth")
+            if f"{name}.scores" in parts
+        }
+        boxed = None
+        if groups:
+            boxed = BoxedImage(
+                _decoded(parts["image"]),
+                **groups,
+                class_names=tuple(parts["class_names"].tolist()),
+                layers=tuple(parts["layers"].tolist()),
+            )
+        return VisImage(image_id, _decoded(parts["picture"]), boxed)
+
+
+def _png(image_rgb: np.ndarray) -> np.ndarray:
+    return np.frombuffer(encode(".png", image_rgb), np.uint8)
+
+
+def _decoded(png: np.ndarray) -> np.ndarray:
+    bgr = cv2.imdecode(png, cv2.IMREAD_COLOR)
+    if bgr is None:
+        raise VisError("a kept picture came back damaged")
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ class Publisher:
         policy (ErrorPolicy): What a failing backend does to the run.
         show (bool): Show pictures in a window instead of publishing them.
         wait_time (float): Seconds the window stays; 0 waits for a key.
+        table (bool): Let backends that draw boxes make a table of each run.
 
     Attributes:
         num_published (int): Pictures that a backend has taken, or that were shown.
@@ -41,12 +42,14 @@ class Publisher:
         policy: ErrorPolicy,
         show: bool = False,
         wait_time: float = 0.0,
+        table: bool = False,
     ) -> None:
         self._visualizer = visualizer
         self._name = name
         self._policy = policy
         self._show = show
         self._wait_time = wait_time
+        self._table = table
         self._known: dict[str, BackendAdapter] = {}
         # Tags of this run that wait for a backend, and those that one has taken.
         self._waiting: set[str] = set()
@@ -56,6 +59,13 @@ class Publisher:
     def has_destination(self) -> bool:
         """Whether a picture that is handed over will be seen anywhere."""
         return self._show or bool(self._adapters())
+
+    @property
+    def wants_boxes(self) -> bool:
+        """Whether a backend draws boxes, and pictures should bring their images."""
+        if self._show:
+            return False
+        return any(adapter.draws_boxes for adapter in self._adapters().values())
 
     def notices(self) -> list[str]:
         """What the user of a backend should know before the run."""
@@ -77,6 +87,8 @@ class Publisher:
             action = f"publish {tag} through {name}"
             with self._policy.guard(action), self._watched(name):
                 taken |= adapter.add(tag, image.image_rgb, step)
+                if image.boxed is not None:
+                    adapter.add_boxed(tag, image, step, self._table)
         if taken:
             self.num_published += 1
         else:

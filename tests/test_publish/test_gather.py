@@ -12,7 +12,8 @@ from mmengine.runner import Runner
 
 from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.publish.gather import RankSpool
-from mmyolo_vis_hooks.records import VisImage
+from mmyolo_vis_hooks.records import BoxedImage, Detections, VisImage
+from tests import wandb_file
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy
 from tests.toy_boxes import box_config
 
@@ -101,6 +102,26 @@ def test_raise_ends_all_ranks(runs, fault, failed):
     assert other.startswith(f"ended by VisError: rank {failed} failed: OSError")
 
 
+@pytest.mark.nightly
+def test_boxes_and_tables_of_all_ranks_are_one(tmp_path, toy_data, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    assert run_on_two_ranks(tmp_path, toy_data, "letterbox:table:log") == 0
+    tables = dict(wandb_file.tables(tmp_path))
+    assert tables.keys() == {"test/boxam/table", "test/featmap/table"}
+    (row,) = filter(wandb_file.images, wandb_file.history_rows(tmp_path))
+    (file,) = tmp_path.rglob("*.wandb")
+    for name, rows in tables.items():
+        found = {row["image id"]: row for row in rows}
+        assert found.keys() == {f"{i}_image" for i in (1, 2, 3, 4, 5)}
+        for image_id, of_image in found.items():
+            boxes = wandb_file.boxes(
+                file, row, name.replace("table", f"{image_id}/boxes")
+            )
+            assert boxes == of_image["image"]["boxes"]
+            assert len(boxes["predictions"]) == len(of_image["scores"])
+            assert len(boxes["ground_truth"]) == 1
+
+
 def test_a_killed_rank_leaves_no_file(tmp_path, toy_data):
     assert run_on_two_ranks(tmp_path, toy_data, "resize:killed:log") != 0
     left = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -110,17 +131,34 @@ def test_a_killed_rank_leaves_no_file(tmp_path, toy_data):
     assert set(drawn) <= set(names(1, 3, 5))
 
 
-def test_a_spool_is_emptied_and_needs_no_other_rank(tmp_path):
+def test_a_spool_keeps_all_of_a_picture_is_emptied_and_needs_no_other_rank(tmp_path):
     spool = RankSpool(str(tmp_path / "new"))
     rng = np.random.default_rng(0)
     images = {name: rng.integers(0, 255, (9, 7, 3), np.uint8) for name in ("a", "b")}
+    corners, names = rng.random((2, 4)).astype(np.float32), ("Auto", "自行车")
+    found = Detections(corners, corners[:, 0], np.array([1, 0]))
+    boxed = {
+        "a": BoxedImage(images["a"] // 2, found, Detections(), names, ("neck[0]",)),
+        "b": BoxedImage(images["b"] // 2, Detections()),
+    }
     for name, image in images.items():
-        spool.add(VisImage(name, image))
+        spool.add(VisImage(name, image, boxed[name]))
+    spool.add(VisImage("c", images["a"]))
     spool.gather()
-    kept = {image.image_id: image.image_rgb for image in spool.images()}
-    assert kept.keys() == images.keys()
+    kept = {image.image_id: image for image in spool.images()}
+    assert kept.keys() == {"a", "b", "c"}
+    assert kept["c"].boxed is None
     for name, image in images.items():
-        np.testing.assert_array_equal(kept[name], image)
+        np.testing.assert_array_equal(kept[name].image_rgb, image)
+        again = kept[name].boxed
+        np.testing.assert_array_equal(again.image_rgb, image // 2)
+        for part in ("predictions", "truth"):
+            one, other = getattr(again, part), getattr(boxed[name], part)
+            assert (one is None) == (other is None)
+            for field in vars(other) if other else ():
+                np.testing.assert_array_equal(vars(one)[field], vars(other)[field])
+        assert again.class_names == boxed[name].class_names
+        assert again.layers == boxed[name].layers
     spool.clear()
     assert list(spool.images()) == []
     assert list((tmp_path / "new").iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from mmengine.logging import MMLogger
@@ -11,11 +12,11 @@ from mmengine.runner import Runner
 from mmengine.visualization import LocalVisBackend, Visualizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmyolo_vis_hooks.errors import ErrorPolicy, PublishError
+from mmyolo_vis_hooks.errors import ErrorPolicy, PublishError, VisConfigError
 from mmyolo_vis_hooks.publish.publisher import Publisher
 from mmyolo_vis_hooks.records import VisImage
 from tests import wandb_file
-from tests.test_hooks.helpers import box_spy, pictures, spy
+from tests.test_hooks.helpers import box_spy, pictures, spy, vis_hooks
 from tests.toy import toy_config
 from tests.toy_boxes import box_config
 
@@ -28,7 +29,9 @@ IDS = ["1_image", "3_image", "6_image"]
 
 
 @pytest.fixture(autouse=True)
-def wandb_offline(monkeypatch):
+def wandb_offline(monkeypatch, tmp_path_factory):
+    # Files of tables wait there until they are sent.
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path_factory.mktemp("wandb")))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
 
@@ -46,9 +49,9 @@ def tensorboard_images(work_dir: Path) -> dict[str, list[int]]:
 def test_a_training_and_a_test_lose_nothing(tmp_path, toy_data):
     """Every hook, image and step in every backend, also after MMEngine closed them."""
     hooks = [
-        box_spy(image_indices=[0, 2, 5]),
+        box_spy(image_indices=[0, 2, 5], table=True),
         spy(image_indices=[0]),
-        spy(image_indices=[0], alignment="network"),
+        spy(image_indices=[0], alignment="network", table=True, score_thr=0.2),
         box_spy(image_indices=[2], method="gradcam"),
     ]
     cfg = box_config(tmp_path, hooks, data_root=toy_data, vis_backends=BACKENDS)
@@ -62,10 +65,14 @@ def test_a_training_and_a_test_lose_nothing(tmp_path, toy_data):
     rows = wandb_file.history_rows(tmp_path)
     with_images = [row for row in rows if wandb_file.images(row)]
     assert len(with_images) == 2  # one for each validation
+    images = [f"{t}{kind}" for t in tags for kind in ("", "/boxes")]
     for row in with_images:
-        assert wandb_file.images(row) == {f"val/{t}" for t in tags}
+        assert wandb_file.images(row) == {f"val/{image}" for image in images}
         assert "coco/bbox_mAP" in row  # the row of the metrics
     assert len(list(tmp_path.rglob("files/media/images/**/*.png"))) == 2 * len(tags)
+    assert_boxes_lie_on_objects(tmp_path, with_images[1], [f"val/{t}" for t in tags])
+    boxam, _, featmap_2, _ = (hook.samples for hook in vis_hooks(runner))
+    assert_tables(tmp_path, {"boxam": boxam, "featmap_2": featmap_2})
 
     # MMEngine has closed the backends. The same run goes on.
     (first,) = tmp_path.rglob("*.wandb")
@@ -73,11 +80,68 @@ def test_a_training_and_a_test_lose_nothing(tmp_path, toy_data):
     (second,) = set(tmp_path.rglob("*.wandb")) - {first}
     assert first.name == second.name  # the id of the run
     (row,) = wandb_file.history_rows(second.parent)
-    assert wandb_file.images(row) == {f"test/{t}" for t in tags}
+    assert wandb_file.images(row) == {f"test/{image}" for image in images}
     expected |= {f"test.{t.replace('/', '.')}_0.png" for t in tags}
     assert set(pictures(tmp_path)) == expected
     events = {f"{mode}/{t}" for mode in ("val", "test") for t in tags}
     assert set(tensorboard_images(tmp_path)) == events
+
+
+def assert_boxes_lie_on_objects(work_dir: Path, row: dict, tags: list[str]) -> None:
+    """The pixels say where the image's bright square is."""
+    (file,) = work_dir.rglob("*.wandb")
+    for tag in (f"{tag}/boxes" for tag in tags):
+        image = cv2.imread(str(file.parent / "files" / row[f"{tag}.path"]), 0)
+        assert max(image.shape) == 320  # as in the panel
+        groups = wandb_file.boxes(file, row, tag)
+        assert groups.keys() == {"predictions", "ground_truth"}
+        (found,) = groups["ground_truth"]
+        bright = np.argwhere(image > 130)[:, ::-1]
+        expected = [*bright.min(0), *(bright.max(0) + 1)]
+        assert np.abs(np.subtract(corners(found), expected)).max() <= 2
+        assert found["box_caption"] == "square"
+        assert groups["predictions"]
+        for found in groups["predictions"]:
+            assert found["domain"] == "pixel"
+            assert found["box_caption"] == f"square {found['scores']['score']:.2f}"
+            x1, y1, x2, y2 = corners(found)
+            assert 0 <= x1 < x2 <= image.shape[1]
+            assert 0 <= y1 < y2 <= image.shape[0]
+
+
+def corners(found: dict) -> list[int]:
+    return [found["position"][name] for name in ("minX", "minY", "maxX", "maxY")]
+
+
+def assert_tables(work_dir: Path, samples: dict[str, list]) -> None:
+    """One for each validation and hook that asks for it, a row for each image."""
+    tables = wandb_file.tables(work_dir)
+    assert [name for name, _ in tables] == [f"val/{hook}/table" for hook in samples] * 2
+    for (_, rows), (hook, drawn) in zip(tables[len(samples) :], samples.items()):
+        for row, sample in zip(rows, drawn[-len(rows) :], strict=True):
+            scores = [score for score in sample.detections.scores if score > 0.2]
+            assert row["image id"] == sample.image_id
+            assert row["scores"] == pytest.approx(scores, abs=1e-4)
+            assert row["classes"] == ["square"] * len(scores)
+            assert row["layers"] == list(sample.layers)
+            shown, size_wh = row["image"]["boxes"], [320, row["image"]["height"]]
+            assert len(shown["ground_truth"]) == 1
+            for found, box in zip(shown["predictions"], row["boxes"], strict=True):
+                inside = np.clip(box, 0, size_wh * 2)
+                assert np.abs(corners(found) - inside).max() <= 0.56  # whole pixels
+            assert row["maps"]["caption"] == f"val/{hook}/{sample.image_id} @ 2"
+
+
+def test_a_table_without_a_backend_that_makes_one_is_refused(tmp_path, toy_data):
+    cfg = toy_config(tmp_path, [spy(table=True)], data_root=toy_data)
+    runner = Runner.from_cfg(cfg)
+    with pytest.raises(VisConfigError, match=r"table=True .*type='WandbVisBackend'"):
+        runner.train()
+    assert runner.model.num_forwards == 0
+    with pytest.raises(VisConfigError, match="table=True cannot work with show=True"):
+        Runner.from_cfg(
+            toy_config(tmp_path, [spy(table=True, show=True)], data_root=toy_data)
+        )
 
 
 def test_pure_validation_without_logger_hook_ends_its_row(tmp_path, toy_data):
@@ -89,7 +153,7 @@ def test_pure_validation_without_logger_hook_ends_its_row(tmp_path, toy_data):
     runner.val()
     runner.visualizer.close()
     rows = wandb_file.history_rows(tmp_path)
-    assert [len(wandb_file.images(row)) for row in rows] == [3]
+    assert [len(wandb_file.images(row)) for row in rows] == [6]  # with their boxes
 
 
 class Broken:
