@@ -25,7 +25,7 @@ from mmengine.registry import (
 )
 from mmengine.runner import Runner, autocast
 from packaging.version import parse
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.measure import Measurement
 
 from _cpu_ranks import cpu_ranks
@@ -275,8 +275,11 @@ def print_layers(
     """
     inputs, metainfo = network_input(detector, pipeline.pack(loaded))
     rows = survey_layers(detector, inputs, metainfo)
-    table = layer_tree(rows, depth=depth, all_layers=all_layers)
-    # As wide as the table is: a terminal folds long lines by itself, and cuts nothing.
+    print_table(layer_tree(rows, depth=depth, all_layers=all_layers))
+
+
+def print_table(table: RenderableType) -> None:
+    """Print a table as wide as it is: a terminal folds long lines and cuts nothing."""
     wide = Console(width=1000)
     width = Measurement.get(wide, wide.options, table).maximum
     Console(width=max(Console().width, width)).print(table)

@@ -26,8 +26,17 @@ from ..data.alignment import packed_frame
 from .metric import Subject, Values, register_metric
 
 _BLUR_SIGMA = 20.0  # pixels of the network's input
-_INSIDE_STEPS, _IMAGE_STEPS, _VPS_STEPS = 12, 16, 49
 _FIELD_SIGMA = 5.0
+_TWELFTHS, _QUADRATIC = np.linspace(0, 1, 13), np.linspace(0, 1, 17) ** 2
+
+SHARES = {
+    "inside": _TWELFTHS,
+    "inside_black": _TWELFTHS,
+    "image": _QUADRATIC,
+    "image_black": _QUADRATIC,
+    "vps": np.linspace(0, 1, 50),
+}
+"""How many of the pixels are replaced at each step of a curve, by metric."""
 
 
 def subjects_of(
@@ -183,14 +192,9 @@ def area_under(curve: np.ndarray, shares: np.ndarray) -> float:
 
 
 def _measured(
-    name: str,
-    saliency: np.ndarray,
-    subject: Subject,
-    region: np.ndarray,
-    shares: np.ndarray,
-    neutral: str = "blur",
+    name: str, neutral: str, saliency: np.ndarray, subject: Subject, region: np.ndarray
 ) -> Values:
-    ask = subject.score
+    ask, shares = subject.score, SHARES[name]
     if ask is None or region.sum() < len(shares):
         return {}
     ranks = ranks_of(saliency, subject.box_xyxy)
@@ -205,25 +209,33 @@ def _measured(
     }
 
 
+def _inside(name: str, neutral: str, saliency: np.ndarray, subject: Subject) -> Values:
+    region = box_region(subject.box_xyxy, saliency.shape)
+    return _measured(name, neutral, saliency, subject, region)
+
+
+def _over_image(
+    name: str, neutral: str, saliency: np.ndarray, subject: Subject
+) -> Values:
+    everything = np.ones(saliency.shape, bool)
+    return _measured(name, neutral, saliency, subject, everything)
+
+
 @register_metric(
     "inside",
     summary="insertion minus deletion of the pixels of the box, whose surroundings "
     "stay, in 12 equal steps; the others are blurred",
     asks=True,
 )
-def inside(
-    saliency: np.ndarray, subject: Subject, name: str = "inside", neutral: str = "blur"
-) -> Values:
-    region = box_region(subject.box_xyxy, saliency.shape)
-    shares = np.linspace(0, 1, _INSIDE_STEPS + 1)
-    return _measured(name, saliency, subject, region, shares, neutral)
+def inside(saliency: np.ndarray, subject: Subject) -> Values:
+    return _inside("inside", "blur", saliency, subject)
 
 
 @register_metric(
     "inside_black", summary="the same with black pixels for the others", asks=True
 )
 def inside_black(saliency: np.ndarray, subject: Subject) -> Values:
-    return inside(saliency, subject, "inside_black", "black")
+    return _inside("inside_black", "black", saliency, subject)
 
 
 @register_metric(
@@ -232,30 +244,24 @@ def inside_black(saliency: np.ndarray, subject: Subject) -> Values:
     "quadratically; the others are blurred",
     asks=True,
 )
-def image(
-    saliency: np.ndarray, subject: Subject, name: str = "image", neutral: str = "blur"
-) -> Values:
-    shares = np.linspace(0, 1, _IMAGE_STEPS + 1) ** 2
-    region = np.ones(saliency.shape, bool)
-    return _measured(name, saliency, subject, region, shares, neutral)
+def image(saliency: np.ndarray, subject: Subject) -> Values:
+    return _over_image("image", "blur", saliency, subject)
 
 
 @register_metric(
     "image_black", summary="the same with black pixels for the others", asks=True
 )
 def image_black(saliency: np.ndarray, subject: Subject) -> Values:
-    return image(saliency, subject, "image_black", "black")
+    return _over_image("image_black", "black", saliency, subject)
 
 
 @register_metric(
     "vps",
-    summary="insertion minus deletion over the whole image as VPS measures it: 49 "
-    "equal steps, black pixels",
+    summary="insertion minus deletion over the whole image as VPS has it: 49 equal "
+    "steps, black pixels",
     asks=True,
 )
 def vps(saliency: np.ndarray, subject: Subject) -> Values:
     """Chen et al. 2025, "Interpreting Object-level Foundation Models via Visual
     Precision Search"."""
-    shares = np.linspace(0, 1, _VPS_STEPS + 1)
-    region = np.ones(saliency.shape, bool)
-    return _measured("vps", saliency, subject, region, shares, "black")
+    return _over_image("vps", "black", saliency, subject)

@@ -1,0 +1,38 @@
+"""The greedy search on scores that are known."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mmyolo_vis_hooks.metrics.faithfulness import box_region
+from mmyolo_vis_hooks.metrics.metric import METRICS, Subject
+from mmyolo_vis_hooks.metrics.search import greedy_cells
+
+SIZE = (40, 50)
+BOX = np.array([10.0, 4.0, 34.0, 28.0])  # cells of 4x4 pixels
+
+
+def test_cells_are_taken_by_what_they_are_worth():
+    worth = np.zeros(SIZE)
+    # Cells in the order of their worth, two of a row and one far off.
+    places = [(4, 10), (4, 14), (24, 30), (12, 18), (16, 18)]
+    for value, (y, x) in zip((8.0, 4.0, 2.0, 1.0, 0.5), places):
+        worth[y : y + 4, x : x + 4] = value
+    images = []
+
+    def score(shown: np.ndarray, neutral: str) -> np.ndarray:
+        assert neutral == "blur"
+        assert shown[:, ~box_region(BOX, SIZE)].all()
+        images.append(len(shown))
+        return (shown * worth).sum((1, 2)) / worth.sum()
+
+    subject = Subject(BOX, score=score)
+    found, forwards = greedy_cells(subject, SIZE)
+    assert forwards == sum(images) == 2 * sum(range(6, 37, 3))
+    ranked = [found[y, x] for y, x in places]
+    assert ranked == [36, 35, 34, 33, 32]
+    assert (found[4:8, 10:14] == 36).all()
+    assert set(found[box_region(BOX, SIZE)]) == set(range(1, 37))
+    assert not found[~box_region(BOX, SIZE)].any()
+    best = METRICS["inside"].function(found, subject)["inside"]
+    assert best > 0.9

@@ -1,0 +1,144 @@
+"""``eval_boxam.py`` on a data set of one photo."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+import eval_boxam
+from _evaluation import Evaluation, options_of
+from mmyolo_vis_hooks.detector import read_config
+from tests.toy_boxes import box_config
+
+CALL = ("--methods", "boxam", "--num-pictures", 1, "--num-detections", 3)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, toy_data) -> tuple[Path, Path]:
+    """Config and weights of the toy; every other square has an outline."""
+    folder = tmp_path_factory.mktemp("scene")
+    content = json.loads((toy_data / "annotations.json").read_text())
+    for own in content["annotations"][::2]:
+        x, y, width, height = own["bbox"]
+        right, bottom = x + width, y + height
+        own["segmentation"] = [[x, y, right, y, right, bottom, x, bottom]]
+    (folder / "objects.json").write_text(json.dumps(content))
+    cfg = box_config(folder, [], data_root=toy_data)
+    cfg.val_dataloader.dataset.ann_file = str(folder / "objects.json")
+    cfg.custom_imports = dict(
+        imports=["mmyolo.datasets", "tests.toy_boxes"], allow_failed_imports=False
+    )
+    cfg.dump(folder / "toy.py")
+    torch.manual_seed(0)
+    torch.save(MODELS.build(cfg.model).state_dict(), folder / "toy.pth")
+    return folder / "toy.py", folder / "toy.pth"
+
+
+@pytest.fixture
+def words(scene, tmp_path) -> list[Any]:
+    return [*scene, "--device", "cpu", "--out-dir", tmp_path / "maps"]
+
+
+def test_tables_curves_and_cases(run, words, tmp_path, capsys):
+    call = [*words, *CALL, "--metrics", "energy", "inside"]
+    assert run(eval_boxam, *call) == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / "maps"
+    for name in ("Gaussian", "uniform box", "random", "true outline", "boxam"):
+        assert name in printed
+    table = json.loads((out / "table.json").read_text())
+    values = {(v["map"], v["value"]): v for v in table["values"] if v["size"] == "all"}
+    count = values["boxam", "inside"]["count"]
+    assert count >= 2
+    # Of those whose outline is known, which here is the true box; it went through the
+    # pipeline on another way.
+    assert 0 < values["boxam", "energy_mask"]["count"] < count
+    assert values["true outline", "energy_mask"]["mean"] == 1
+    assert values["true outline", "energy_box"]["mean"] > 0.98
+    inside = values["boxam", "inside"]
+    assert inside["difference"] == pytest.approx(
+        inside["mean"] - values["Gaussian", "inside"]["mean"], abs=1e-4
+    )
+    # A forward with a graph; the median leaves out what the first image took.
+    assert table["costs"]["boxam"]["forwards"] == 1
+    assert table["costs"]["boxam"]["ms"] > 0
+    rows = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
+    assert len(rows) == len(table["values"])
+    assert "| boxam |" in (out / "table.md").read_text()
+    pictures = sorted(p.name for p in out.iterdir() if p.suffix in (".png", ".jpg"))
+    assert [p.split("_")[0] for p in pictures] == ["best", "curves.png", "worst"]
+    for name in pictures:
+        assert cv2.imread(str(out / name)).std() > 5
+
+    # Nothing is measured again, and the last line may have been cut off.
+    kept = out / "images.jsonl"
+    before = kept.read_text()
+    kept.write_text(before + '["cut off", [{"size"')
+    assert run(eval_boxam, *call, "--against", "boxam") == 0
+    assert kept.read_text() == before
+    assert "minus boxam" in capsys.readouterr().out
+    assert run(eval_boxam, *words, *CALL, "--metrics", "energy") == 2
+    assert "other weights, settings" in capsys.readouterr().err
+
+
+def test_halves_have_no_image_in_common(run, words, tmp_path):
+    def images(*call: Any) -> set[str]:
+        out = tmp_path / "-".join(map(str, call))
+        call = (*words, "--metrics", "energy", "--methods", "boxam", *call)
+        assert run(eval_boxam, *call, "--out-dir", out, "--num-pictures", 0) == 0
+        lines = (out / "images.jsonl").read_text().splitlines()[1:]
+        return {json.loads(line)[0] for line in lines}
+
+    even, odd = images("--half", "even"), images("--half", "odd")
+    assert len(even) == len(odd) == 3
+    assert not even & odd
+    assert len(images("--num-detections", 1)) < 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--num-detections", 0), "--num-detections 0"),
+        (("--per-image", 0), "--per-image 0"),
+        (("--num-pictures", -1), "--num-pictures -1"),
+        (("--score-thr", 2), "--score-thr 2.0"),
+        (("--against", "gaussian"), "--against gaussian: use one of boxam"),
+        (("--methods", "boxam:stps=4"), "'stps=4' is no option"),
+        (("--methods", "boxcam"), "did you mean 'boxam'"),
+        (("--score-thr", 1), "no detection hits an object"),
+    ],
+)
+def test_what_cannot_work_is_refused(mistake, words, wrong, message):
+    alone = wrong != ("--score-thr", 1)
+    assert message in mistake(eval_boxam, *words, *wrong, alone=alone)
+
+
+def test_methods_have_options():
+    options = options_of("drise:num_masks=30,smooth=0.5,target=score")
+    assert (options.method, options.num_masks, options.smooth) == ("drise", 30, 0.5)
+    assert options_of("layercam:target_layers=neck").target_layers == ("neck",)
+
+
+def test_forwards_of_replays_and_of_the_search_are_counted(scene):
+    config, weights = scene
+    methods = ["drise:num_masks=20", "search"]
+    evaluation = Evaluation(
+        read_config(str(config)), str(weights), methods,
+        split="val", device="cpu", score_thr=0.3, per_image=1,
+    )  # fmt: skip
+    for image in evaluation.images[:2]:  # in the first, replays are tried
+        picture, explained = evaluation.explain(image)
+    assert picture.shape == (128, 128, 3)
+    (own,) = explained
+    assert own.title.startswith("square 0.")
+    assert own.costs["drise:num_masks=20"]["forwards"] == 22  # with a graph, a trace
+    assert own.costs["search"]["forwards"] == 462
+    assert len(np.unique(own.maps["search"])) == 37

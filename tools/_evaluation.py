@@ -1,0 +1,315 @@
+"""Explains detections by several methods and measures their maps."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+from mmengine.structures import InstanceData
+from pycocotools import mask as coco_mask
+from torch import nn
+
+from _common import ToolError
+from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
+from mmyolo_vis_hooks.attribution.saliency import box_saliency
+from mmyolo_vis_hooks.data.alignment import (
+    Placement,
+    first_loaded,
+    network_input,
+    own_placement,
+    packed_frame,
+)
+from mmyolo_vis_hooks.data.pictures import network_picture
+from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
+from mmyolo_vis_hooks.data.samples import detections_of
+from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
+from mmyolo_vis_hooks.detector import (
+    build_detector,
+    check_device,
+    classes_and_palette,
+    load_weights,
+)
+from mmyolo_vis_hooks.diagnosis.matching import GroundTruth, match
+from mmyolo_vis_hooks.geometry import FrameTransform
+from mmyolo_vis_hooks.metrics.baselines import BASELINES
+from mmyolo_vis_hooks.metrics.faithfulness import subjects_of
+from mmyolo_vis_hooks.metrics.metric import Metric, Subject
+from mmyolo_vis_hooks.metrics.search import greedy_cells
+from mmyolo_vis_hooks.network.graph import prediction_of
+from mmyolo_vis_hooks.options import BoxAMOptions
+
+logger = logging.getLogger("mmyolo_vis_hooks")
+
+SEARCH = "search"
+"""Not an explanation that a hook could draw: a reference."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A detection with its maps over the network's input, ``(H, W)`` each by name.
+
+    ``costs`` are the milliseconds and forwards that a map took.
+    """
+
+    subject: Subject
+    title: str
+    maps: dict[str, np.ndarray]
+    costs: dict[str, dict[str, float]]
+
+    @property
+    def size(self) -> float:
+        """Square root of the area of the box, pixels of the network's input."""
+        x1, y1, x2, y2 = self.subject.box_xyxy
+        return float(np.sqrt(max(0.0, (x2 - x1) * (y2 - y1))))
+
+
+class _Chosen(BoxAttributor):
+    """Explains what it is told to."""
+
+    chosen: list[int]
+
+    def choose(self, predictions: InstanceData) -> list[int]:
+        return self.chosen
+
+
+class Evaluation:
+    """A detector, the images of a data set, and the methods that explain them.
+
+    Args:
+        config (Config): Of the detector and its data set.
+        checkpoint (str): Its weights.
+        methods (Sequence[str]): As of :func:`options_of`, or ``'search'``.
+        split, device, score_thr, per_image: As on the command line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: str,
+        methods: list[str],
+        *,
+        split: str,
+        device: str,
+        score_thr: float,
+        per_image: int,
+    ) -> None:
+        self.detector = build_detector(config, check_device(device))
+        loader = config.get(f"{split}_dataloader")
+        if not loader:
+            raise ToolError(f"--split {split}: the config has no such dataloader")
+        scope = DefaultScope.overwrite_default_scope(config.get("default_scope"))
+        with scope, contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            dataset = DATASETS.build(loader.dataset)
+        self.images = ImageSelector(dataset, -1, None).images
+        metainfo = load_weights(self.detector, checkpoint)
+        self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
+        self._score_thr, self._per_image = score_thr, per_image
+        self._methods: dict[str, _Chosen | None] = {}
+        for name in methods:
+            self._methods[name] = None
+            if name != SEARCH:
+                options = options_of(name)
+                self._methods[name] = _Chosen(self.detector, options, logger=logger)
+        self._placements: dict[int, Placement] = {}
+
+    def truth(self, image: SelectedImage) -> GroundTruth:
+        """The objects of an image."""
+        info = image.dataset.get_data_info(image.index)
+        if "instances" not in info:
+            raise ToolError(
+                f"the data set {type(image.dataset).__name__} has no annotated objects "
+                f"(image {image.image_id}); --split val or --cfg-options name one"
+            )
+        return GroundTruth.of(info["instances"])
+
+    def explain(self, image: SelectedImage) -> tuple[np.ndarray, list[Explained]]:
+        """The network's input as an RGB picture, and its detections with their maps.
+
+        Explained are the best detections that hit an object, each by all methods.
+        """
+        placement = self._placement(image.dataset)
+        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        inputs, metainfo = network_input(self.detector, placement.pipeline.pack(loaded))
+        with torch.no_grad():
+            (output,) = prediction_of(self.detector, inputs, metainfo)()
+        predictions: InstanceData = output.pred_instances
+        found = detections_of(output)
+        truth = self.truth(image)
+        hits = [
+            hit
+            for hit in match(found, truth).hits
+            if found.scores[hit.detection] > self._score_thr
+        ][: self._per_image]
+        picture, _ = network_picture(inputs[0], self.detector.data_preprocessor)
+        if not hits:
+            return picture, []
+        chosen = [hit.detection for hit in hits]
+        subjects = subjects_of(self.detector, inputs, metainfo, predictions, chosen)
+        height, width = metainfo["ori_shape"][:2]
+        network_hw = inputs.shape[-2], inputs.shape[-1]
+        frame = packed_frame((height, width), network_hw, metainfo)
+        boxes = frame.boxes_to_network(truth.boxes_xyxy)
+        instances = image.dataset.get_data_info(image.index)["instances"]
+        explained = []
+        for hit, subject in zip(hits, subjects):
+            mask = _mask_of(instances[hit.truth], frame)
+            subject = replace(subject, truth_xyxy=boxes[hit.truth], mask=mask)
+            label = int(found.labels[hit.detection])
+            name = self.names[label] if label < len(self.names) else str(label)
+            title = f"{name} {found.scores[hit.detection]:.2f}"
+            explained.append(Explained(subject, title, {}, {}))
+        for name in self._methods:
+            self._add_maps(name, inputs, metainfo, chosen, explained)
+        for own in explained:
+            for name, make in BASELINES.items():
+                drawn = make(own.subject, network_hw)
+                if drawn is not None:
+                    own.maps[name] = drawn
+        return picture, explained
+
+    def _placement(self, dataset: Any) -> Placement:
+        """Make sure on its first images that boxes lie where the network saw them."""
+        if id(dataset) not in self._placements:
+            pipeline = ImagePipeline(dataset.pipeline)
+            own = [image for image in self.images if image.dataset is dataset]
+            loads = [
+                partial(prepare_data, dataset, i.index, pipeline.load) for i in own
+            ]
+            placement = own_placement(pipeline, first_loaded(loads), self.detector)
+            if not placement.proven:
+                raise ToolError(f"maps cannot be measured: {placement.reason}")
+            self._placements[id(dataset)] = placement
+        return self._placements[id(dataset)]
+
+    def _add_maps(
+        self,
+        name: str,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        chosen: list[int],
+        explained: list[Explained],
+    ) -> None:
+        network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
+        attributor = self._methods[name]
+        if attributor is None:
+            for own in explained:
+                start = time.perf_counter()
+                own.maps[name], forwards = greedy_cells(own.subject, network_hw)
+                spent = (time.perf_counter() - start) * 1e3
+                own.costs[name] = dict(ms=spent, forwards=forwards)
+            return
+        attributor.chosen = chosen
+        start = time.perf_counter()
+        with _counted(self.detector) as count:
+            _, explanations = attributor.explain(inputs, metainfo)
+        if inputs.is_cuda:
+            torch.cuda.synchronize()
+        spent = (time.perf_counter() - start) * 1e3
+        options = attributor.options
+        whole = FrameTransform.identity(network_hw)
+        for own, explanation in zip(explained, explanations, strict=True):
+            own.maps[name] = box_saliency(
+                explanation,
+                whole,
+                own.subject.box_xyxy,
+                smooth=options.sigma,
+                fusion=options.fusion,
+                normalize_layers=options.normalize_layers,
+                norm_in_bbox=options.norm_in_bbox,
+            )
+            own.costs[name] = dict(
+                ms=spent / len(chosen), forwards=count() / len(chosen)
+            )
+
+
+def measure(explained: Explained, metrics: list[Metric]) -> dict[str, dict[str, Any]]:
+    """Numbers, and curves as lists, of each map by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, saliency in explained.maps.items():
+        values: dict[str, Any] = dict(explained.costs.get(name, {}))
+        for metric in metrics:
+            own = metric.update(saliency, explained.subject)
+            values |= {key: np.asarray(v).round(5).tolist() for key, v in own.items()}
+        found[name] = values
+    return found
+
+
+def options_of(method: str) -> BoxAMOptions:
+    """Options of a method as it is written: ``NAME``, or ``NAME:option=value,...``."""
+    name, _, words = method.partition(":")
+    known = {field.name for field in fields(BoxAMOptions)}
+    options: dict[str, Any] = {}
+    for word in filter(None, words.split(",")):
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            raise ToolError(
+                f"--methods {method}: {word!r} is no option of a method; write "
+                "NAME:option=value,option=value"
+            )
+        try:
+            options[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return BoxAMOptions(method=name, **options)
+
+
+def _mask_of(instance: Mapping[str, Any], frame: FrameTransform) -> np.ndarray | None:
+    """The outline of an object in the network's frame, ``(H, W)`` bool."""
+    outline = instance.get("mask")
+    if not outline:
+        return None
+    height, width = frame.image_hw
+    if isinstance(outline, Mapping) and not isinstance(outline["counts"], list):
+        encoded: Any = outline
+    else:
+        parts = coco_mask.frPyObjects(outline, height, width)
+        encoded = coco_mask.merge(parts) if isinstance(parts, list) else parts
+    (scale_x, scale_y), (left, top) = frame.scale_xy, frame.offset_xy
+    # OpenCV counts from the centres of pixels.
+    matrix = np.array(
+        [
+            [scale_x, 0, left + scale_x / 2 - 0.5],
+            [0, scale_y, top + scale_y / 2 - 0.5],
+        ]
+    )
+    size = frame.network_hw[::-1]
+    mask = cv2.warpAffine(
+        coco_mask.decode(encoded), matrix, size, flags=cv2.INTER_NEAREST
+    )
+    return mask.astype(bool)
+
+
+@contextlib.contextmanager
+def _counted(detector: nn.Module) -> Iterator[Callable[[], int]]:
+    """Count images that pass the backbone; a backward through it counts as two."""
+    total = 0
+
+    def count(size: int) -> None:
+        nonlocal total
+        total += size
+
+    def begin(module: nn.Module, args: Any) -> None:
+        count(len(args[0]))
+        if args[0].requires_grad:
+            args[0].register_hook(lambda gradient: count(2 * len(gradient)))
+
+    # Replays call its children with other images than it was called with itself.
+    backbone = getattr(detector, "backbone", detector)
+    first = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    handle = first.register_forward_pre_hook(begin)
+    try:
+        yield lambda: total
+    finally:
+        handle.remove()

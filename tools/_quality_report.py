@@ -1,0 +1,241 @@
+"""What ``eval_boxam.py`` writes: tables, curves and pictures of cases."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from _evaluation import Explained
+from mmyolo_vis_hooks.metrics.baselines import BASELINES
+from mmyolo_vis_hooks.metrics.comparison import SIZES, Compared, Comparison
+from mmyolo_vis_hooks.metrics.faithfulness import SHARES
+from mmyolo_vis_hooks.metrics.metric import METRICS
+from mmyolo_vis_hooks.publish.files import write_whole
+from mmyolo_vis_hooks.render.boxes import outline_boxes
+from mmyolo_vis_hooks.render.heatmap import diverge_heatmap, fade_heatmap
+from mmyolo_vis_hooks.render.montage import Cell, montage
+
+COSTS = ("ms", "forwards")
+_WAYS = (("ins", "insertion", "shown"), ("del", "deletion", "replaced"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A detection of an image, and the values of its maps by name."""
+
+    image: str
+    number: int
+    size: float
+    maps: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Cells that can be printed and written."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def rich(self) -> Table:
+        table = Table(title=self.title)
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return f"**{self.title}**\n\n{table}\n"
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Everything that was compared, and tables of it: all values, then each by size."""
+
+    records: list[Compared]
+    costs: dict[str, dict[str, float]]
+    overview: TextTable
+    by_size: dict[str, TextTable]
+
+    def csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(Compared.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(map(asdict, self.records))
+        return text.getvalue()
+
+    def json(self, settings: dict[str, Any]) -> str:
+        records = [
+            {k: None if v != v else v for k, v in asdict(r).items()}
+            for r in self.records
+        ]
+        return json.dumps(
+            dict(settings=settings, costs=self.costs, values=records), indent=1
+        )
+
+    def markdown(self) -> str:
+        tables = self.overview, *self.by_size.values()
+        return "\n".join(table.markdown() for table in tables)
+
+
+def tables_of(cases: Sequence[Case], against: str) -> Tables:
+    """Compare the maps of all detections with one of them."""
+    comparison = Comparison(against)
+    spent: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for case in cases:
+        found = {name: _numbers(values) for name, values in case.maps.items()}
+        comparison.update(case.image, case.size, found)
+        for name, values in case.maps.items():
+            for key in COSTS:
+                if key in values:
+                    spent[name][key].append(values[key])
+    records = comparison.compute()
+    # The first image takes longer.
+    costs = {
+        name: {key: statistics.median(own) for key, own in of_map.items()}
+        for name, of_map in spent.items()
+    }
+    num_images = len({case.image for case in cases})
+    title = f"{len(cases)} detections of {num_images} images"
+    by_size = {
+        value: _details(value, records, against)
+        for value in dict.fromkeys(r.value for r in records)
+        if not value.endswith(("_ins", "_del"))
+    }
+    return Tables(records, costs, _overview(title, records, costs), by_size)
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in COSTS and not isinstance(value, list)
+    }
+
+
+def _overview(
+    title: str, records: list[Compared], costs: dict[str, dict[str, float]]
+) -> TextTable:
+    """The means of all values over all boxes, and what a map cost."""
+    values = list(dict.fromkeys(r.value for r in records))
+    rows = {r.map: [r.map, *[""] * (len(values) + 2)] for r in records}
+    for record in records:
+        if record.size == "all":
+            rows[record.map][1 + values.index(record.value)] = f"{record.mean:.3f}"
+    for name, own in costs.items():
+        rows[name][-2:] = f"{own['ms']:.0f}", f"{own['forwards']:.1f}"
+    columns = ["map", *values, "ms a box", "forwards a box"]
+    return TextTable(title, columns, list(rows.values()))
+
+
+def _details(value: str, records: list[Compared], against: str) -> TextTable:
+    """A value by the size of the box, with the paired difference to another map."""
+    own = {(r.map, r.size): r for r in records if r.value == value}
+    counts = {
+        size: max((r.count for r in own.values() if r.size == size), default=0)
+        for size in SIZES
+    }
+    sizes = [size for size, count in counts.items() if count]
+    columns = ["map"]
+    for size in sizes:
+        columns += [f"{size} ({counts[size]})", f"minus {against}, 95 %"]
+    rows = []
+    for name in dict.fromkeys(name for name, _ in own):
+        row = [name]
+        for size in sizes:
+            record = own.get((name, size))
+            row += [f"{record.mean:.3f}", _difference(record)] if record else ["", ""]
+        rows.append(row)
+    return TextTable(f"{value} by size; * is clear of zero", columns, rows)
+
+
+def _difference(record: Compared) -> str:
+    low, high = record.difference_low, record.difference_high
+    if math.isnan(low) or low == high:
+        return ""
+    mark = " *" if record.is_clear else ""
+    return f"{record.difference:+.3f} [{low:+.3f}, {high:+.3f}]{mark}"
+
+
+def main_value(cases: Sequence[Case], metrics: Sequence[str]) -> str:
+    """The value by which cases are good or bad: what lives on forwards, if anything."""
+    asking = [name for name in metrics if METRICS[name].asks]
+    known = dict.fromkeys(
+        v for case in cases for own in case.maps.values() for v in own
+    )
+    return next(
+        value for value in (*asking, *known) if value in known and value not in COSTS
+    )
+
+
+def draw_curves(cases: Sequence[Case], path: Path) -> None:
+    """Mean curves of insertion and deletion, a row per metric; none without any."""
+    # Only those who ask for curves pay for the import.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for name, key, curve in _all_curves(cases):
+        curves[key][name].append(curve)
+    names = [name for name in SHARES if f"{name}_ins_curve" in curves]
+    if not names:
+        return
+    figure = Figure(figsize=(11, 4.2 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(names), 2, squeeze=False, sharey=True)
+    for row, name in zip(axes, names):
+        for ax, (way, kind, word) in zip(row, _WAYS):
+            for label, own in curves[f"{name}_{way}_curve"].items():
+                style = "--" if label in BASELINES else "-"
+                ax.plot(SHARES[name], np.mean(own, axis=0), style, label=label)
+            ax.set(title=f"{name}: {kind}", xlabel=f"share of the pixels {word}")
+            ax.grid(alpha=0.3)
+        row[0].set_ylabel("share of the score")
+    axes[0][1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_whole(path, content.getvalue())
+
+
+def _all_curves(cases: Sequence[Case]) -> Iterator[tuple[str, str, list[float]]]:
+    for case in cases:
+        for name, values in case.maps.items():
+            for key, value in values.items():
+                if isinstance(value, list):
+                    yield name, key, value
+
+
+def case_picture(
+    picture_rgb: np.ndarray, explained: Explained, case: Case, value: str
+) -> np.ndarray:
+    """The detection and each map of it, ``(H, W, 3)`` uint8, with what it is worth."""
+    box = np.asarray(explained.subject.box_xyxy)[None]
+
+    def cell(image_rgb: np.ndarray, title: str, note: str) -> Cell:
+        outlined = image_rgb.copy()
+        outline_boxes(outlined, box)
+        return Cell(outlined, title, note)
+
+    cells = [cell(picture_rgb, explained.title, "as the network sees it")]
+    for name, saliency in explained.maps.items():
+        peak = max(float(np.abs(saliency).max()), 1e-12)
+        draw = diverge_heatmap if saliency.min() < 0 else fade_heatmap
+        drawn = draw((saliency / peak).astype(np.float32), picture_rgb)
+        worth = case.maps.get(name, {}).get(value)
+        note = "" if worth is None else f"{value} {worth:.3f}"
+        cells.append(cell(drawn, name, note))
+    return montage(cells)

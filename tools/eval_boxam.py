@@ -1,0 +1,239 @@
+"""Which method tells most of what made the detections, over a data set.
+
+    python tools/eval_boxam.py CONFIG CHECKPOINT --methods boxam odam --out-dir maps
+
+Detections that hit an object are explained by each method, and by baselines that look
+at no detector; the same metrics are taken of all. Written are ``table.csv``,
+``table.json`` and ``table.md``, the curves of insertion and deletion, and pictures of
+the best and worst cases. What was measured stays in ``images.jsonl``, so that an
+interrupted call goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from _common import (
+    ToolError,
+    add_cfg_options,
+    check_checkpoint,
+    config_mistakes,
+    merge_options,
+    print_table,
+    run_tool,
+)
+from _evaluation import Evaluation, measure
+from _kept import Kept, digest, digest_of_weights
+from _quality_report import Case, case_picture, draw_curves, main_value, tables_of
+from mmyolo_vis_hooks.data.selector import SelectedImage
+from mmyolo_vis_hooks.detector import read_config
+from mmyolo_vis_hooks.metrics.baselines import BASELINES
+from mmyolo_vis_hooks.metrics.metric import METRICS, Metric
+from mmyolo_vis_hooks.publish.files import write_image, write_whole
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure how well maps tell what made the detections"
+    )
+    parser.add_argument(
+        "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
+    )
+    parser.add_argument("checkpoint", help="its weights, a path or an address")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["boxam", "layercam", "odam"],
+        metavar="METHOD",
+        help="methods, with options as in drise:num_masks=300 if need be; 'search' "
+        "tries regions of the box (default: boxam layercam odam)",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=["pointing", "energy", "inside"],
+        metavar="METRIC",
+        help=f"of {', '.join(METRICS)} (default: pointing energy inside)",
+    )
+    parser.add_argument(
+        "--num-detections",
+        type=int,
+        default=100,
+        help="detections of so many objects, of images in a random order; -1 all "
+        "(default: 100)",
+    )
+    parser.add_argument(
+        "--per-image",
+        type=int,
+        default=2,
+        help="at most so many of an image, the best first (default: 2)",
+    )
+    parser.add_argument(
+        "--half",
+        choices=["all", "even", "odd"],
+        default="all",
+        help="every other image: choose on one half, report on the other "
+        "(default: all)",
+    )
+    parser.add_argument(
+        "--score-thr",
+        type=float,
+        default=0.3,
+        help="of detections with a higher score (default: 0.3)",
+    )
+    parser.add_argument(
+        "--against",
+        default="Gaussian",
+        metavar="MAP",
+        help="method or baseline that the others are compared with, detection by "
+        "detection (default: Gaussian)",
+    )
+    parser.add_argument(
+        "--split",
+        choices=["val", "test"],
+        default="val",
+        help="whose data set is looked at (default: val)",
+    )
+    parser.add_argument(
+        "--out-dir",
+        default="./boxam_quality",
+        help="folder of what is written (default: ./boxam_quality)",
+    )
+    parser.add_argument(
+        "--num-pictures",
+        type=int,
+        default=3,
+        help="so many of the best cases of the first method, and of the worst "
+        "(default: 3)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda:0" if torch.cuda.is_available() else "cpu",
+        help="where the network runs: cuda:0 is the first GPU",
+    )
+    add_cfg_options(parser)
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if args.num_detections < 1 and args.num_detections != -1:
+        raise ToolError(f"--num-detections {args.num_detections}: use 1 or more, or -1")
+    if args.per_image < 1:
+        raise ToolError(f"--per-image {args.per_image}: use 1 or more")
+    if args.num_pictures < 0:
+        raise ToolError(f"--num-pictures {args.num_pictures}: use 0 or more")
+    if not 0 <= args.score_thr <= 1:
+        raise ToolError(f"--score-thr {args.score_thr}: use 0 to 1")
+    known = [*args.methods, *BASELINES]
+    if args.against not in known:
+        raise ToolError(f"--against {args.against}: use one of {', '.join(known)}")
+    check_checkpoint(args.checkpoint, "CHECKPOINT")
+
+
+def order_of(images: Sequence[SelectedImage], half: str) -> list[SelectedImage]:
+    """Images in a random order, the same in every run."""
+    start, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[half]
+    chosen = images[start::step]
+    return [chosen[k] for k in np.random.default_rng(0).permutation(len(chosen))]
+
+
+def look(
+    evaluation: Evaluation, images: list[SelectedImage], kept: Kept, args: Any
+) -> Iterator[Case]:
+    """Measure detections until there are enough."""
+    metrics = [Metric(name) for name in args.metrics]
+    missing = math.inf if args.num_detections == -1 else args.num_detections
+    bar = track(images, "images", console=Console(stderr=True), transient=True)
+    for image in bar:
+        name = image.image_id
+        if name not in kept.known:
+            _, explained = evaluation.explain(image)
+            found = [dict(size=e.size, maps=measure(e, metrics)) for e in explained]
+            kept.add(name, found)
+        for number, own in enumerate(kept.known[name]):
+            yield Case(name, number, **own)
+            missing -= 1
+            if missing <= 0:
+                return
+
+
+def draw_cases(
+    evaluation: Evaluation, cases: list[Case], value: str, args: argparse.Namespace
+) -> None:
+    """Where the first method is most, and least, above the other map."""
+    method, against = args.methods[0], args.against
+    if method == against:
+        against = next(iter(BASELINES))
+    known = [
+        (case.maps[method][value] - case.maps[against][value], case)
+        for case in cases
+        if all(value in case.maps.get(name, {}) for name in (method, against))
+    ]
+    known.sort(key=lambda pair: pair[0])
+    count = min(args.num_pictures, len(known) // 2)
+    images = {image.image_id: image for image in evaluation.images}
+    for kind, own in (("worst", known[:count]), ("best", known[::-1][:count])):
+        for rank, (_, case) in enumerate(own, 1):
+            picture_rgb, explained = evaluation.explain(images[case.image])
+            drawn = case_picture(picture_rgb, explained[case.number], case, value)
+            write_image(f"{args.out_dir}/{kind}_{rank}_{case.image}.jpg", drawn)
+
+
+def main() -> None:
+    args = parse_args()
+    check(args)
+    config = read_config(args.config)
+    merge_options(config, args.cfg_options)
+    out_dir = Path(args.out_dir)
+    with config_mistakes(args.config):
+        evaluation = Evaluation(
+            config,
+            args.checkpoint,
+            args.methods,
+            split=args.split,
+            device=args.device,
+            score_thr=args.score_thr,
+            per_image=args.per_image,
+        )
+    truths = [evaluation.truth(image) for image in evaluation.images]
+    settings = dict(
+        config=digest([repr(config.to_dict()).encode()]),
+        weights=digest_of_weights(evaluation.detector),
+        objects=digest(part for truth in truths for part in truth.parts()),
+        methods=args.methods,
+        metrics=args.metrics,
+        per_image=args.per_image,
+        score_thr=args.score_thr,
+    )
+    kept = Kept(out_dir / "images.jsonl", settings)
+    images = order_of(evaluation.images, args.half)
+    cases = list(look(evaluation, images, kept, args))
+    if not cases:
+        raise ToolError(
+            "no detection hits an object; lower --score-thr, or name other weights"
+        )
+    tables = tables_of(cases, args.against)
+    value = main_value(cases, args.metrics)
+    for table in (tables.overview, tables.by_size[value]):
+        print_table(table.rich())
+    write_whole(out_dir / "table.csv", tables.csv().encode())
+    write_whole(out_dir / "table.json", tables.json(settings).encode())
+    write_whole(out_dir / "table.md", tables.markdown().encode())
+    draw_curves(cases, out_dir / "curves.png")
+    draw_cases(evaluation, cases, value, args)
+    print(f"{out_dir}: table.csv, table.json, table.md, curves and pictures of cases")
+
+
+if __name__ == "__main__":
+    run_tool(main)
