@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
-from rich.console import Console
-from rich.progress import track
 
 from _common import ToolError, add_cfg_options
+from _kept import Kept, digest, digest_of_weights, progress
 from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
 from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
@@ -37,7 +33,6 @@ from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
 from mmyolo_vis_hooks.diagnosis.report import ErrorReport, ImageErrors
 from mmyolo_vis_hooks.options import DiagnosisOptions
 from mmyolo_vis_hooks.publish.errors_page import PageImages
-from mmyolo_vis_hooks.publish.files import make_writable, write_whole
 
 logger = logging.getLogger("mmyolo_vis_hooks")
 
@@ -96,12 +91,11 @@ class Errors:
 
     def settings(self) -> dict[str, Any]:
         """What tells a call from one of other weights, settings or objects."""
-        weights = self.detector.state_dict().values()
         truths = self.truths.values()
         return dict(
-            config=_digest([repr(self._config.to_dict()).encode()]),
-            weights=_digest(tensor.cpu().numpy().tobytes() for tensor in weights),
-            objects=_digest(part for truth in truths for part in truth.parts()),
+            config=digest([repr(self._config.to_dict()).encode()]),
+            weights=digest_of_weights(self.detector),
+            objects=digest(part for truth in truths for part in truth.parts()),
             score_thr=self.options.score_thr,
             iou_thr=self.options.iou_thr,
         )
@@ -157,66 +151,3 @@ class Errors:
         for own in found:
             report.add(own, self.truths[own.image])
         return report
-
-
-def open_out_dir(out_dir: Path, kept: str) -> None:
-    """Make the folder; refuse one that has files but not that of an earlier call."""
-    make_writable(out_dir)
-    if any(out_dir.iterdir()) and not (out_dir / kept).exists():
-        raise ToolError(
-            f"{out_dir} holds files that are not of an earlier call; name another "
-            "--out-dir"
-        )
-
-
-class Kept:
-    """Results by name in a file, which an interrupted call goes on with.
-
-    Args:
-        path (Path): Lines of JSON: the settings, then a name and its result each.
-        settings (dict): Of this call.
-
-    Raises:
-        ToolError: If the file is of a call with other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._path = path
-        self.known: dict[str, Any] = {}
-        first, *lines = [""]
-        if path.exists():
-            first, *lines = path.read_text(encoding="utf-8").split("\n")
-        if first and json.loads(first) != settings:
-            raise ToolError(
-                f"{path.parent} holds errors of another call, with other weights, "
-                "settings or objects than this one; name another --out-dir, or remove "
-                "it"
-            )
-        # The last line may have been cut off.
-        whole = [line for line in lines if line.endswith("]")]
-        self.known = dict(map(json.loads, whole))
-        text = "".join(f"{line}\n" for line in (json.dumps(settings), *whole))
-        write_whole(path, text.encode())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.known
-
-    def add(self, name: str, result: Any) -> None:
-        """Keep a result, whatever happens next."""
-        self.known[name] = result
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps([name, result]) + "\n")
-
-
-def progress(names: Iterable[str], what: str) -> Iterator[str]:
-    """Go through names, with a bar where there are any."""
-    waiting = list(names)
-    if waiting:
-        yield from track(waiting, what, console=Console(stderr=True))
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    total = hashlib.sha1(usedforsecurity=False)
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()

@@ -22,6 +22,7 @@ from mmyolo_vis_hooks.metrics.comparison import SIZES, Compared, Comparison
 from mmyolo_vis_hooks.metrics.faithfulness import SHARES
 from mmyolo_vis_hooks.metrics.metric import METRICS
 from mmyolo_vis_hooks.publish.files import write_whole
+from mmyolo_vis_hooks.render.box_layout import crop_window
 from mmyolo_vis_hooks.render.boxes import outline_boxes
 from mmyolo_vis_hooks.render.heatmap import diverge_heatmap, fade_heatmap
 from mmyolo_vis_hooks.render.montage import Cell, montage
@@ -222,13 +223,15 @@ def _all_curves(cases: Sequence[Case]) -> Iterator[tuple[str, str, list[float]]]
 def case_picture(
     picture_rgb: np.ndarray, explained: Explained, case: Case, value: str
 ) -> np.ndarray:
-    """The detection and each map of it, ``(H, W, 3)`` uint8, with what it is worth."""
+    """The detection, and each map with what it is worth, ``(H, W, 3)`` uint8."""
     box = np.asarray(explained.subject.box_xyxy)[None]
+
+    left, top, right, bottom = crop_window(box[0], picture_rgb.shape[:2])
 
     def cell(image_rgb: np.ndarray, title: str, note: str) -> Cell:
         outlined = image_rgb.copy()
         outline_boxes(outlined, box)
-        return Cell(outlined, title, note)
+        return Cell(outlined[top:bottom, left:right], title, note)
 
     cells = [cell(picture_rgb, explained.title, "as the network sees it")]
     for name, saliency in explained.maps.items():

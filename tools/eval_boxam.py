@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from _common import (
     ToolError,
@@ -32,7 +30,7 @@ from _common import (
     run_tool,
 )
 from _evaluation import Evaluation, measure
-from _kept import Kept, digest, digest_of_weights
+from _kept import Kept, digest, digest_of_weights, open_out_dir, progress
 from _quality_report import Case, case_picture, draw_curves, main_value, tables_of
 from mmyolo_vis_hooks.data.selector import SelectedImage
 from mmyolo_vis_hooks.detector import read_config
@@ -154,11 +152,10 @@ def look(
     """Measure detections until there are enough."""
     metrics = [Metric(name) for name in args.metrics]
     missing = math.inf if args.num_detections == -1 else args.num_detections
-    bar = track(images, "images", console=Console(stderr=True), transient=True)
-    for image in bar:
-        name = image.image_id
-        if name not in kept.known:
-            _, explained = evaluation.explain(image)
+    by_name = {image.image_id: image for image in images}
+    for name in progress(by_name, "images"):
+        if name not in kept:
+            _, explained = evaluation.explain(by_name[name])
             found = [dict(size=e.size, maps=measure(e, metrics)) for e in explained]
             kept.add(name, found)
         for number, own in enumerate(kept.known[name]):
@@ -216,6 +213,7 @@ def main() -> None:
         per_image=args.per_image,
         score_thr=args.score_thr,
     )
+    open_out_dir(out_dir, "images.jsonl")
     kept = Kept(out_dir / "images.jsonl", settings)
     images = order_of(evaluation.images, args.half)
     cases = list(look(evaluation, images, kept, args))

@@ -25,7 +25,8 @@ from _common import (
     merge_options,
     run_tool,
 )
-from _errors import Errors, Kept, add_shared_arguments, open_out_dir, progress
+from _errors import Errors, add_shared_arguments
+from _kept import Kept, open_out_dir, progress
 from mmyolo_vis_hooks.detector import read_config
 from mmyolo_vis_hooks.diagnosis.diagnose import FalsePositive, Missed
 from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS

@@ -147,7 +147,7 @@ def test_what_cannot_work_ends_in_one_line(call, capsys):
     assert "score_thr=2.0" in error("--score-thr", 2)
     assert "--num-pictures -2" in error("--num-pictures", -2)
     out_dir = call("--num-pictures", 0)
-    assert "holds errors of another call" in error("--score-thr", 0.5)
+    assert "holds results of another call" in error("--score-thr", 0.5)
     (out_dir / "images.jsonl").unlink()
     assert "not of an earlier call" in error()
 
