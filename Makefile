@@ -5,7 +5,7 @@
 VENV ?= .venv
 TORCH ?=
 JOBS ?= 2
-FITS := import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
+FITS := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
 ifndef PYTHON
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 \
 	python3.14 "$(VENV)/bin/python"; do \

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import importlib
 import json
 import os
@@ -29,7 +30,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -45,19 +45,13 @@ MEMORY_PER_JOB = 1_500_000_000
 PYTHON = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 
 REMEDIES = {  # only for words that can mean one thing; otherwise the log has to do
-    r"No space left on device": "The disk is full: free some space (1 GB), or "
-    "name another folder in MMVIS_CACHE_DIR.",
-    r"Killed signal terminated program|: Cannot allocate memory"
-    r"|virtual memory exhausted|LLVM ERROR: out of memory": "The machine ran out of "
-    "memory: close other programs, or set MAX_JOBS=1 to compile one file at a time.",
-    r"NewConnectionError|ConnectTimeoutError|NameResolutionError"
-    r"|Network is unreachable": "The package registry cannot be reached: check the "
-    "network and pip's settings (`pip config list`: index, proxy).",
+    r"No space left on device": "The disk is full: free 1 GB, or set MMVIS_CACHE_DIR.",
+    r"Killed signal terminated program|: Cannot allocate memory|memory exhausted"
+    r"|LLVM ERROR: out of memory": "Out of memory: MAX_JOBS=1 compiles file by file.",
+    r"NewConnectionError|ConnectTimeoutError|NameResolutionError|is unreachable": "The "
+    "package registry cannot be reached: see `pip config list` (index, proxy).",
     r"No module named pip\b": "This Python has no pip: run its `-m ensurepip`.",
-    r"No module named ensurepip": "Install it (Debian and Ubuntu: apt install "
-    f"{PYTHON}-venv) or choose another interpreter (PYTHON=).",
-    r"libGL\.so\.1: cannot open": "OpenCV needs libGL (Debian and Ubuntu: apt install "
-    "libgl1); opencv-python-headless does not.",
+    r"libGL\.so\.1: cannot": "OpenCV: apt install libgl1, or opencv-python-headless.",
     r"Python\.h'?(: No such file| file not found)": "Install Python's C headers "
     f"(Debian, Ubuntu: apt install {PYTHON}-dev; Fedora: dnf install python3-devel).",
     r"The detected CUDA version \(\S+\) mismatches the version": "Install the CUDA "
@@ -100,19 +94,15 @@ def run_program(work: Callable[[], None]) -> int:
 
 
 def run(
-    problem: str,
-    command: Sequence[str],
-    log: Path,
-    on_line: Callable[[str], None] = lambda line: None,
-    **options: Any,
+    problem: str, command: Sequence[str], log: Path, show: str = "(?!)", **options: Any
 ) -> None:
     """Run a command in a process group of its own, which ends with this program.
 
-    Its output goes into the log and, by lines, to ``on_line``; a BuildError quotes it.
+    Its output goes into the log, and what matches ``show`` is printed, too.
     """
+    output = []
     options |= dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     options |= dict(stderr=subprocess.STDOUT, errors="replace")
-    output = []
     with log.open("a") as file:
         print(f"\n$ {shlex.join(command)}", file=file, flush=True)
         process = subprocess.Popen(command, start_new_session=True, **options)
@@ -120,7 +110,8 @@ def run(
             for line in process.stdout or ():
                 print(line, end="", file=file, flush=True)
                 output.append(line)
-                on_line(line)
+                if shown := re.match(show, line):
+                    print(shown[0])
             process.wait()
         except BaseException:
             end(process)
@@ -134,9 +125,8 @@ def end(process: subprocess.Popen[str]) -> None:
     patient = signal.signal(signal.SIGINT, signal.SIG_IGN)
     # SIGINT lets pip and this program clean up; the last one is certain.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signum)
-        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
     signal.signal(signal.SIGINT, patient)
 
@@ -147,18 +137,17 @@ def pip(*arguments: str, python: str | Path = sys.executable) -> list[str]:
 
 
 def ask(code: str, *words: str, python: str | Path = sys.executable) -> dict[str, Any]:
-    """Run Python code in a child that prints one JSON object as its last line.
-
-    Gives that object, or ``{'error': ...}`` if the child failed or crashed.
-    """
+    """The last JSON object that code prints in a child; why it failed, as ``error``."""
     # The current folder is not on the child's path: it may hold a folder `mmcv`.
     code = f"import json, sys\nsys.path = [path for path in sys.path if path]\n{code}"
     command = [str(python), "-c", code, *words]
     child = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if child.returncode == 0:
-        return dict(json.loads(child.stdout.strip().splitlines()[-1]))
-    signum = f"crashed with signal {-child.returncode}"
-    return {"error": [signum, *child.stderr.strip().splitlines()][-1]}
+    said = [line for line in child.stdout.splitlines() if line.startswith("{")]
+    found: dict[str, Any] = json.loads(said[-1]) if said else {}
+    if child.returncode:
+        signum = f"crashed with signal {-child.returncode}"
+        found["error"] = [signum, *child.stderr.strip().splitlines()][-1]
+    return found
 
 
 @contextlib.contextmanager
@@ -174,7 +163,11 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 
 PROOF = """
-sys.path[:0] = sys.argv[2:]  # a folder with an unpacked mmcv
+import os, tempfile, zipfile
+for wheel in sys.argv[2:]:  # which is not installed yet
+    folder = tempfile.TemporaryDirectory(prefix='tmp-', dir=os.path.dirname(wheel))
+    zipfile.ZipFile(wheel).extractall(folder.name)  # checks each file's sum
+    sys.path.insert(0, folder.name)
 import torch, mmcv
 # CUDA ops can be run only where a GPU is; elsewhere they load, at least.
 device = sys.argv[1] if torch.cuda.is_available() else 'cpu'
@@ -200,17 +193,6 @@ def wanted() -> tuple[str, str]:
         return "mmcv", MMCV_VERSION
 
 
-def check_imports() -> None:
-    for module in ("torch", "mmengine", "cv2"):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            needed = "torch torchvision" if module == "torch" else "mmengine>=0.10"
-            remedy = shlex.join(pip("install", *needed.split()))
-            problem = f"mmcv needs {module} ({remedy}), which does not import"
-            raise BuildError.quote(problem, str(error)) from error
-
-
 def choose_device() -> str:
     """Decide like mmcv: CUDA ops if a GPU is visible or FORCE_CUDA=1."""
     import torch
@@ -222,9 +204,8 @@ def choose_device() -> str:
     if torch.version.hip or nvcc.exists() or shutil.which("nvcc"):
         return "cuda"
     print(
-        f"warning: a GPU, but no nvcc (CUDA toolkit {torch.version.cuda}): mmcv gets "
-        "CPU ops, and the NMS after a detector fails on the GPU. Install the toolkit "
-        "and use --force, or hide the GPU (CUDA_VISIBLE_DEVICES='')."
+        "warning: a GPU, but no nvcc: mmcv gets CPU ops, and NMS fails on the GPU. Get "
+        f"CUDA toolkit {torch.version.cuda} and use --force, or hide the GPU."
     )
     return "cpu"
 
@@ -239,61 +220,55 @@ def find_compiler(folder: Path, log: Path) -> list[str]:
     found = [words for words in map(shlex.split, names) if shutil.which(words[0])]
     if not found:
         raise BuildError(
-            f"There is no C++ compiler: looked for {', '.join(names)}. Install one "
-            "(Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: "
-            "xcode-select --install) or name it in CXX."
+            f"There is no C++ compiler: looked for {', '.join(names)}. Set CXX, or get "
+            "one: apt install g++, dnf install gcc-c++, xcode-select --install."
         )
     source, include = folder / "probe.cpp", sysconfig.get_path("include")
     source.write_text("#include <Python.h>\n#include <optional>\nint main() {}\n")
     standard = f"c++{max(standards, default='17')}"
     flags = [f"-std={standard}", f"-I{include}", "-c", "-o", f"{source}.o"]
-    problem = f"{' '.join(found[0])} cannot compile a small file of {standard}"
-    problem += " (gcc 10 and clang 13 can; CXX names another compiler)"
-    run(problem, [*found[0], *flags, str(source)], log)
+    said = f"{shlex.join(found[0])} cannot compile a small file of {standard}: set CXX"
+    run(said, [*found[0], *flags, str(source)], log)
     return [str(shutil.which(found[0][0])), *found[0][1:]]
 
 
-def precompile(real: Sequence[str], folder: Path) -> dict[str, str]:
-    """Variables that make torch call ``compile_one`` in place of gcc or clang."""
-    version = [*real, "--version"]
-    said = subprocess.run(version, capture_output=True, text=True).stdout
-    gcc = "Free Software Foundation" in said
-    if not (gcc or "clang" in said) or " " in str(folder):  # torch writes CXX unquoted
-        return {}
-    shim = folder / ("g++" if gcc else "clang++")  # torch knows them by name
-    this = shlex.join([sys.executable, "-I", "-S", os.path.abspath(__file__)])
-    shim.write_text(f'#!/bin/sh\nexec {this} --compile "$@"\n')
-    shim.chmod(0o755)
-    header = folder / "mmcv_pch.hpp"
-    header.write_text('#include "pytorch_cpp_helper.hpp"\n')  # what all files include
-    settings = [list(real), str(header), f"{header}{'.gch' if gcc else '.pch'}"]
-    return {"CXX": str(shim), "MMVIS_CXX": json.dumps(settings)}
+def add_precompiling(compiler: Sequence[str], folder: Path) -> str:
+    """A program for CXX that calls ``compile_one``, if it is gcc or clang."""
+    said = subprocess.run([*compiler, "--version"], capture_output=True).stdout
+    gcc = b"Free Software Foundation" in said
+    if not (gcc or b"clang" in said) or " " in str(folder):  # torch leaves CXX unquoted
+        return shlex.join(compiler)
+    own = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--compile"]
+    given = [shlex.join(compiler), str(folder), "gch" if gcc else "pch"]
+    program = folder / ("g++" if gcc else "clang++")  # torch knows them by name
+    program.write_text(f'#!/bin/sh\nexec {shlex.join([*own, *given])} "$@"\n')
+    program.chmod(0o755)
+    return str(program)
 
 
-def compile_one(argv: Sequence[str]) -> NoReturn:
+def compile_one(compiler: str, folder: str, suffix: str, *argv: str) -> NoReturn:
     """Stand in for the C++ compiler: add the precompiled header, then call it.
 
-    The first compilation makes it with its very flags, since gcc and clang take no
-    other; a call with other flags, or of something else, goes through as it came.
+    gcc and clang take a header that was compiled with their very flags only, so the
+    first file of each set of flags makes one. Without it a build is slower, but works.
     """
-    real, header, compiled = json.loads(os.environ["MMVIS_CXX"])
+    real = shlex.split(compiler)
     flags, words, extra = [], iter(argv), []
     for word in words:
         if word in ("-o", "-MF"):
             next(words, None)  # differs from file to file
         elif word not in ("-c", "-MMD") and not word.endswith(".cpp"):
             flags.append(word)
-    if "-c" in argv and len([word for word in argv if word.endswith(".cpp")]) == 1:
-        made = Path(f"{header}.json")
-        with locked(Path(f"{header}.lock"), "The header is being compiled"):
-            if not made.exists():
-                pch = [*real, *flags, "-x", "c++-header", header, "-o", compiled]
-                failed = subprocess.call(pch) != 0
-                if failed:  # a plain build is slower, but it may well work
-                    print("no precompiled header, building plainly")
-                made.write_text(json.dumps(None if failed else flags))
-        if json.loads(made.read_text()) == flags:
-            extra = ["-include", header]
+    if "-c" in argv and any(word.endswith(".cpp") for word in argv):
+        key = hashlib.sha256(repr(flags).encode()).hexdigest()[:16]
+        header = Path(folder, f"{key}_mmcv_pch.hpp")
+        made = Path(f"{header}.{suffix}")
+        with locked(Path(folder, "header.lock"), "The header is being compiled"):
+            if not header.exists():
+                header.write_text('#include "pytorch_cpp_helper.hpp"\n')  # all do
+                pch = ["-x", "c++-header", str(header), "-o", str(made)]
+                subprocess.call([*real, *flags, *pch])
+        extra = ["-include", str(header)] if made.exists() else []
     os.execv(real[0], [*real, *extra, *argv])
 
 
@@ -337,13 +312,6 @@ def build_variables(folder: Path, log: Path) -> dict[str, str]:
     return env
 
 
-def show_progress(line: str) -> None:
-    """Say every tenth of ninja's '[30/77]'."""
-    match = re.match(r"\s*\[(\d+)/(\d+)\]", line)
-    if match and (match[1].endswith("0") or match[1] == match[2]):
-        print(f"mmcv: {match[1]} of {match[2]} files")
-
-
 def build_wheel(device: str, entry: Path) -> Path:
     """Compile mmcv, prove it, and only then put it into the cache."""
     import torch
@@ -353,28 +321,29 @@ def build_wheel(device: str, entry: Path) -> Path:
     log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="tmp-", dir=entry) as temporary:
         folder = Path(temporary)
-        compiler = find_compiler(folder, log)
         env = build_variables(folder, log)
         env["FORCE_CUDA"] = "1" if device == "cuda" else "0"
         env |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+        compiler = find_compiler(folder, log)
         if not torch.version.hip:  # hipcc was not tried
-            env.update(precompile(compiler, folder))
-        versions = f"{name} {version} for torch {torch.__version__} ({device})"
-        print(f"Compiling {versions}, {env['MAX_JOBS']} at a time; log: {log}")
+            env["CXX"] = add_precompiling(compiler, folder)
+        what = f"{name} {version} for torch {torch.__version__} ({device})"
+        print(f"Compiling {what}, {env['MAX_JOBS']} files at a time; log: {log}")
         file = folder / "mmcv.txt"
         known = f" --hash=sha256:{SDIST_SHA256}" if name == "mmcv" else ""
         file.write_text(f"--no-binary={name}\n{name}=={version}{known}\n")
         # pip's own wheel cache does not know torch's version: keep this out of it.
         options = ["--no-deps", "--no-build-isolation", "--no-cache-dir"]
         command = pip("wheel", "-v", *options, "-w", temporary, "-r", str(file))
-        run("mmcv could not be built", command, log, show_progress, env=env, cwd=folder)
+        tenths = r" *\[(\d*0/\d+|(\d+)/\2)\]"  # of what ninja counts
+        run("mmcv could not be built", command, log, tenths, env=env, cwd=folder)
         [wheel] = folder.glob("*mmcv-*.whl")
-        problem = wheel_problem(wheel, device)
+        problem = ask(PROOF, device, str(wheel)).get("error")
         if problem is not None:
             raise BuildError.quote("The compiled mmcv does not work", problem, log)
-        os.replace(wheel, entry / wheel.name)
-    print(f"Built in {time.monotonic() - start:.0f} s: {entry / wheel.name}")
-    return entry / wheel.name
+        built = wheel.replace(entry / wheel.name)
+    print(f"Built in {time.monotonic() - start:.0f} s: {built}")
+    return built
 
 
 def cache_entry(device: str) -> Path:
@@ -391,22 +360,12 @@ def cache_entry(device: str) -> Path:
     return root.expanduser().absolute() / re.sub(r"[^\w.+-]+", "-", key)
 
 
-def wheel_problem(wheel: Path, device: str) -> str | None:
-    """Unpack a wheel and run its ops before anything is installed."""
-    with tempfile.TemporaryDirectory(prefix="tmp-", dir=wheel.parent) as folder:
-        try:
-            zipfile.ZipFile(wheel).extractall(folder)  # checks each file's sum
-        except (OSError, zipfile.BadZipFile) as error:
-            return f"{wheel.name} cannot be unpacked: {error}"
-        return ask(PROOF, device, folder).get("error")
-
-
 def install(device: str, entry: Path, force: bool) -> None:
     """Put the cached wheel, or one that is built now, in the place of any mmcv."""
     for stale in entry.glob("tmp-*"):  # whoever held the lock before is gone
         shutil.rmtree(stale, ignore_errors=True)
     for wheel in [] if force else entry.glob("*.whl"):
-        problem = wheel_problem(wheel, device)
+        problem = ask(PROOF, device, str(wheel)).get("error")
         if problem is None:
             print(f"Found a wheel in the cache: {wheel}")
             break
@@ -429,7 +388,13 @@ def install(device: str, entry: Path, force: bool) -> None:
 
 def build(force: bool) -> None:
     """Install mmcv, unless the one that is there needs nothing."""
-    check_imports()
+    try:
+        for module in ("torch", "mmengine", "cv2"):
+            importlib.import_module(module)
+    except ImportError as error:
+        remedy = shlex.join(pip("install", "torch", "torchvision", "mmengine>=0.10"))
+        problem = f"mmcv needs torch and MMEngine ({remedy}), which do not import"
+        raise BuildError.quote(problem, str(error)) from error
     device = choose_device()
     proof = ask(PROOF, device)
     version, target = proof.get("version", ""), wanted()[1]
@@ -448,13 +413,12 @@ def build(force: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mmcv_builder", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    told = "build anew, whatever is there"
-    parser.add_argument("--force", action="store_true", help=told)
+    parser.add_argument("--force", action="store_true", help="build anew in any case")
     args = parser.parse_args(argv)
     return run_program(lambda: build(args.force))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--compile"]:
-        compile_one(sys.argv[2:])
+        compile_one(*sys.argv[2:])
     sys.exit(main())

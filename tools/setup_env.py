@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -27,19 +26,14 @@ DISK_NEEDED = 2_000_000_000
 PAIR = """
 from importlib.metadata import version
 import torch
-found = dict(torch=version('torch'))
-try:
-    import torchvision
-    torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
-    found.update(torchvision=version('torchvision'))
-except (ImportError, RuntimeError, AttributeError) as error:
-    found.update(error=str(error))
-print(json.dumps(found))
+print(json.dumps(dict(torch=version('torch'))))
+import torchvision
+torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+print(json.dumps({name: version(name) for name in ('torch', 'torchvision')}))
 """
 IMPORTS = """
 import cv2, mmcv.ops, mmdet.apis, mmengine, mmyolo.models, mmyolo_vis_hooks, numpy, PIL
 import pytest, pytorch_grad_cam, rich, sklearn, tensorboard, torch, torchvision, wandb
-print('{}')
 """
 
 
@@ -76,10 +70,7 @@ class Environment:
         self.stamp.write_text(json.dumps({**self.content(), "torch": torch}, indent=1))
 
     def pip(self, problem: str, *arguments: str) -> None:
-        def show(line: str) -> None:
-            if re.match(r" *(Downloading|Installing|Successfully|ERROR)", line):
-                print(f"  {line.strip()}"[:200])
-
+        show = r" *(Downloading|Installing|Successfully|ERROR).{,180}"
         run(problem, pip(*arguments, python=self.python), self.log, show)
 
 
@@ -87,9 +78,7 @@ def provide_venv(env: Environment) -> None:
     """Create the virtual environment, or mend and take the one that is there."""
     ours = env.stamp.exists() or not {*env.folder.iterdir()} - {env.lock}
     if not ours and not env.python.exists():
-        raise BuildError(
-            f"{env.folder} is no virtual environment: name another, VENV=."
-        )
+        raise BuildError(f"{env.folder} is no virtual environment: set another VENV=")
     env.stamp.write_text("{}")
     if not env.python.exists():
         print(f"Creating {env.folder} with Python {sys.version.split()[0]}")
@@ -112,27 +101,27 @@ def provide_torch(env: Environment, request: str) -> list[str]:
     found = ask(PAIR, python=env.python)
     if request or "error" in found:
         wanted = shlex.split(request) or ["-r", str(ROOT / "requirements/torch.txt")]
-        if "torch" in found and not request:
-            print(f"torchvision does not fit torch {found['torch']}: {found['error']}")
-            wanted = [f"torch=={found['torch']}", "torchvision"]
-        broken = ["torchvision"] if "torch" in found else ["torch", "torchvision"]
-        free = shutil.disk_usage(env.folder).free
-        if "torch" not in found and free < DISK_NEEDED:
+        broken, free = ["torch", "torchvision"], shutil.disk_usage(env.folder).free
+        if "torch" in found:
+            broken = ["torchvision"]
+            wanted = shlex.split(request) or [f"torch=={found['torch']}", "torchvision"]
+        elif free < DISK_NEEDED:
             raise BuildError(
                 f"Only {free / 1e9:.1f} GB are free in {env.folder}: 2 GB are needed "
                 "with a CPU build of torch, 9 GB with a CUDA one. VENV= names another."
             )
         if "error" in found:
+            print(f"They do not work yet: {found['error']}")
             env.pip("pip could not remove the old pair", "uninstall", "-y", *broken)
         env.pip("pip could not get torch and torchvision", "install", *wanted)
         found = ask(PAIR, python=env.python)
-    if "error" in found or int(found["torch"].split(".")[0]) < 2:
+    version = [int(number) for number in found.get("torch", "0").split(".")[:2]]
+    if "error" in found or version < [2]:
         raise BuildError(
             f"torch (2.0 or newer) and torchvision do not work together: {found}. Name "
             'a pair that fits: TORCH="torch==2.4.1 torchvision==0.19.1".'
         )
-    old = [int(number) for number in found["torch"].split(".")[:2]] < [2, 3]
-    numpy = ["numpy<2"] if old else []  # torch was compiled against NumPy 1
+    numpy = ["numpy<2"] if version < [2, 3] else []  # torch was compiled against 1
     return [f"{name}=={number}" for name, number in found.items()] + numpy
 
 
@@ -140,9 +129,8 @@ def provide_packages(env: Environment, held: list[str]) -> None:
     """Everything but mmcv; where libGL is missing, OpenCV's files from headless."""
     names = ("build", "runtime", "openmmlab", "tools", "dev")
     files = [f"--requirement={ROOT}/requirements/{name}.txt" for name in names]
-    problem = "pip could not get the packages in requirements/"
-    env.pip(problem, "install", *held, *files)
-    broken = ask("import cv2\nprint('{}')", python=env.python).get("error")
+    env.pip("pip could not get requirements/*.txt", "install", *held, *files)
+    broken = ask("import cv2", python=env.python).get("error")
     if broken is not None:
         print(f"opencv-python does not import ({broken}): taking the headless build")
         [info] = env.installed("opencv_python-*.dist-info")
@@ -151,41 +139,34 @@ def provide_packages(env: Environment, held: list[str]) -> None:
         env.pip("pip could not get OpenCV without libGL", "install", *options)
 
 
-def install(env: Environment, torch: str) -> None:
-    start = time.monotonic()
-    provide_venv(env)
-    print("1/4 torch and torchvision")
-    held = provide_torch(env, torch)
-    print("2/4 MMEngine, MMDetection, MMYOLO, tools and tests")
-    provide_packages(env, held)
-    print("3/4 mmcv with compiled ops")
-    command = [str(env.python), str(ROOT / "tools" / "mmcv_builder.py")]
-    run("mmcv could not be built", command, env.log, lambda line: print(line, end=""))
-    print("4/4 this package")
-    options = ["--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-    env.pip("pip could not install this package", "install", *options)
-    problem = ask(IMPORTS, python=env.python).get("error")
-    if problem is not None:
-        raise BuildError(f"{problem}. Remove {env.folder} and run this again.")
-    env.finish(torch)
-    print(f"{env.folder} is ready after {time.monotonic() - start:.0f} s")
-
-
 def setup(folder: Path, torch: str) -> None:
-    env = Environment(folder.expanduser().absolute())
-    if env.is_ready(torch):
-        return
+    env, start = Environment(folder.expanduser().absolute()), time.monotonic()
     env.folder.mkdir(parents=True, exist_ok=True)
     with locked(env.lock, f"Another process installs into {env.folder}"):
-        if not env.is_ready(torch):
-            install(env, torch)
+        if env.is_ready(torch):
+            return
+        provide_venv(env)
+        print("1/4 torch and torchvision")
+        held = provide_torch(env, torch)
+        print("2/4 MMEngine, MMDetection, MMYOLO, tools and tests")
+        provide_packages(env, held)
+        print("3/4 mmcv with compiled ops")
+        command = [str(env.python), str(ROOT / "tools" / "mmcv_builder.py")]
+        run("mmcv could not be built", command, env.log, show=".*")
+        print("4/4 this package")
+        options = ["--no-deps", "--no-build-isolation", "-e", str(ROOT)]
+        env.pip("pip could not install this package", "install", *options)
+        problem = ask(IMPORTS, python=env.python).get("error")
+        if problem is not None:
+            raise BuildError(f"{problem}. Remove {env.folder} and run this again.")
+        env.finish(torch)
+        print(f"{env.folder} is ready after {time.monotonic() - start:.0f} s")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
-    told = "what to ask pip for instead of the newest torch and torchvision"
-    parser.add_argument("--torch", default="", metavar="ARGS", help=told)
+    parser.add_argument("--torch", default="", help="the pair that pip is asked for")
     args = parser.parse_args(argv)
     return run_program(lambda: setup(args.venv, args.torch.strip()))
 
