@@ -16,7 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from _common import ToolError, add_cfg_options
+from _common import ToolError, add_cfg_options, check_checkpoint, merge_options
 from _kept import Kept, digest, digest_of_weights, progress
 from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
@@ -27,8 +27,10 @@ from mmyolo_vis_hooks.detector import (
     check_device,
     classes_and_palette,
     load_weights,
+    read_config,
 )
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
+from mmyolo_vis_hooks.diagnosis.export import ImageFile
 from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
 from mmyolo_vis_hooks.diagnosis.report import ErrorReport, ImageErrors
 from mmyolo_vis_hooks.options import DiagnosisOptions
@@ -66,6 +68,18 @@ def add_shared_arguments(parser: argparse.ArgumentParser, out_dir: str) -> None:
     add_cfg_options(parser)
 
 
+def read_merged(
+    args: argparse.Namespace, name: str, checkpoint: str, option: str
+) -> Config:
+    """Read a config, and make sure that its checkpoint is there."""
+    if args.num_pictures < -1:
+        raise ToolError(f"--num-pictures {args.num_pictures}: use 0 or more, or -1")
+    check_checkpoint(checkpoint, option)
+    config = read_config(name)
+    merge_options(config, args.cfg_options)
+    return config
+
+
 class Errors:
     """Looks at the images of a data set with one checkpoint."""
 
@@ -85,6 +99,13 @@ class Errors:
         metainfo = load_weights(self.detector, checkpoint)
         self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
         self.truths = {name: self._truth(image) for name, image in self.images.items()}
+        self.num_objects: Counter[int] = Counter()
+        for truth in self.truths.values():
+            self.num_objects.update(truth.labels[~truth.ignored].tolist())
+        self.thresholds = {
+            "score_thr": self.options.score_thr,
+            "iou_thr": self.options.iou_thr,
+        }
         self._config = config
         self._diagnoser = Diagnoser(self.detector, self.options, self.names, logger)
         self._placements: dict[int, Placement] = {}
@@ -96,8 +117,7 @@ class Errors:
             config=digest([repr(self._config.to_dict()).encode()]),
             weights=digest_of_weights(self.detector),
             objects=digest(part for truth in truths for part in truth.parts()),
-            score_thr=self.options.score_thr,
-            iou_thr=self.options.iou_thr,
+            **self.thresholds,
         )
 
     def _truth(self, image: SelectedImage) -> GroundTruth:
@@ -108,6 +128,24 @@ class Errors:
                 f"(image {image.image_id}); --split val or --cfg-options name one"
             )
         return GroundTruth.of(info["instances"])
+
+    @property
+    def files(self) -> dict[str, ImageFile]:
+        """Where the images come from, with the data set's own numbers if it has any."""
+        ids = [image.img_id for image in self.images.values()]
+        if len(set(ids)) < len(ids) or not all(isinstance(own, int) for own in ids):
+            ids = list(range(1, len(ids) + 1))
+        return {
+            name: ImageFile(number, str(image.img_path or name))
+            for number, (name, image) in zip(ids, self.images.items())
+        }
+
+    @property
+    def category_ids(self) -> dict[str, int]:
+        """Numbers of the classes: those of COCO's file if there is one, else from 1."""
+        first = next(iter(self.images.values()), None)
+        ids = getattr(first and first.dataset, "cat_ids", None)
+        return dict(zip(self.names, ids or range(1, len(self.names) + 1)))
 
     def diagnose(self, name: str, *, maps: bool) -> Diagnosis:
         """Look at one image."""
@@ -129,25 +167,28 @@ class Errors:
             logger.warning(f"no maps will be drawn: {placement.reason}")
         return placement
 
-    def look(self, kept: Kept, shown: PageImages) -> list[ImageErrors]:
-        """Diagnose the images that an earlier call did not come to."""
-        for name in progress((n for n in self.images if n not in kept), "images"):
+    def look(
+        self,
+        kept: Kept,
+        shown: PageImages,
+        *,
+        every: bool = False,
+        what: str = "images",
+    ) -> list[ImageErrors]:
+        """Diagnose the images that an earlier call did not come to.
+
+        What a page needs is written: the images that have errors, or every one.
+        """
+        for name in progress((n for n in self.images if n not in kept), what):
             diagnosis = self.diagnose(name, maps=False)
-            if diagnosis.missed or diagnosis.false_positives:
+            if every or diagnosis.missed or diagnosis.false_positives:
                 shown.write_image(name, diagnosis.image_rgb)
             kept.add(name, asdict(ImageErrors.of(diagnosis)))
         return [ImageErrors.from_dict(kept.known[name]) for name in self.images]
 
     def report(self, found: Iterable[ImageErrors]) -> ErrorReport:
         """Add up what was found."""
-        objects: Counter[int] = Counter()
-        for truth in self.truths.values():
-            objects.update(truth.labels[~truth.ignored].tolist())
-        thresholds = {
-            "score_thr": self.options.score_thr,
-            "iou_thr": self.options.iou_thr,
-        }
-        report = ErrorReport(self.names, objects, **thresholds)
+        report = ErrorReport(self.names, self.num_objects, **self.thresholds)
         for own in found:
             report.add(own, self.truths[own.image])
         return report

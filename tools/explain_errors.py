@@ -15,24 +15,25 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+import cv2
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from _common import (
-    ToolError,
-    check_checkpoint,
-    config_mistakes,
-    merge_options,
-    run_tool,
-)
-from _errors import Errors, add_shared_arguments
+from _common import config_mistakes, run_tool
+from _errors import Errors, add_shared_arguments, read_merged
 from _kept import Kept, open_out_dir, progress
-from mmyolo_vis_hooks.detector import read_config
 from mmyolo_vis_hooks.diagnosis.diagnose import FalsePositive, Missed
+from mmyolo_vis_hooks.diagnosis.export import Export
 from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS
-from mmyolo_vis_hooks.diagnosis.mechanisms import MECHANISMS
 from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS
-from mmyolo_vis_hooks.diagnosis.report import MISSED, SIZES, ErrorRecord, ErrorReport
+from mmyolo_vis_hooks.diagnosis.report import (
+    KINDS,
+    MISSED,
+    SIZES,
+    ErrorRecord,
+    ErrorReport,
+)
 from mmyolo_vis_hooks.publish.errors_page import (
     ASSETS,
     PageError,
@@ -42,8 +43,7 @@ from mmyolo_vis_hooks.publish.errors_page import (
 )
 from mmyolo_vis_hooks.publish.files import OwnFiles, write_image, write_whole
 
-KINDS = [f"{MISSED}: {why}" for why in MECHANISMS]
-KINDS += [f"false: {kind}" for kind in FALSE_KINDS]
+_MOST_CLASSES = 10
 ROLES = dict(
     missed="missed object",
     found="found object",
@@ -60,6 +60,11 @@ def parse_args() -> argparse.Namespace:
         "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
     )
     parser.add_argument("checkpoint", help="its weights, a path or an address")
+    parser.add_argument(
+        "--fiftyone",
+        action="store_true",
+        help="write a data set for FiftyOne, too, into the folder fiftyone",
+    )
     add_shared_arguments(parser, "./errors")
     return parser.parse_args()
 
@@ -75,7 +80,24 @@ def print_report(report: ErrorReport) -> None:
     for group, kind, counts, gain in report.table():
         shown = "" if gain is None else f"+{gain:.3f}"
         table.add_row(group, kind, *map(str, counts), shown)
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+
+    rows = report.classes()
+    most = rows[:_MOST_CLASSES]
+    table = Table(title=f"The {len(most)} of {len(rows)} classes that lose most")
+    table.add_column("class")
+    for column in ("objects", "found", "AP", "missed", "false", "AP if mended"):
+        table.add_column(column, justify="right")
+    for row in most:
+        kind = max((MISSED, *FALSE_KINDS), key=lambda kind: row[f"dap {kind}"])
+        false = sum(row[kind] for kind in FALSE_KINDS)
+        numbers = (row["objects"], row["hits"], row["ap"], row[MISSED], false)
+        table.add_row(
+            row["class"], *map(str, numbers), f"+{row[f'dap {kind}']:.3f} {kind}"
+        )
+    if most:
+        console.print(table)
 
 
 def draw(
@@ -98,6 +120,19 @@ def draw(
                 maps[-1] = asdict(page_map)
         write_image(str(picture_of(rank, name, out_dir)), diagnosis.draw())
         kept.add(key_of(errors, name), maps)
+
+
+def joint_maps(errors: Errors, drawn: Kept, out_dir: Path) -> dict[str, np.ndarray]:
+    """The strongest of the maps of each image that has some, ``(h, w)`` uint8."""
+    joint = {}
+    for name in errors.images:
+        found = filter(None, drawn.known.get(key_of(errors, name), ()))
+        paths = [out_dir / ASSETS / f"{name}.{own['asset']}.jpg" for own in found]
+        maps = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in paths]
+        known = [levels for levels in maps if levels is not None]
+        if known:
+            joint[name] = np.max(known, axis=0)
+    return joint
 
 
 def key_of(errors: Errors, name: str) -> str:
@@ -142,6 +177,7 @@ def write_page(
         f"{summary['images']} images; {summary['hits']} objects found, AP "
         f"{summary['ap']:.3f}.",
         noun=("error", "errors"),
+        order="Most AP lost first",
         images={name: report.sizes[name] for name in positions},
         pictures={n: picture_of(r, n, Path()).name for n, r in ranks.items()},
         groups={"Kind": KINDS, "Class": errors.names, "Size": SIZES},
@@ -151,15 +187,12 @@ def write_page(
 
 
 def page_error(record: ErrorRecord, page_map: PageMap | None, note: str) -> PageError:
-    kind = f"{MISSED}: {record.mechanism}"
-    if record.kind != MISSED:
-        kind = f"false: {record.kind}"
-    boxes = (_role(kind), record.box_xyxy), *record.others
+    boxes = (_role(record.full_kind), record.box_xyxy), *record.others
     return PageError(
         record.image,
         f"{record.class_name}: {record.mechanism or record.kind}",
         record.why,
-        (kind, record.class_name, record.size),
+        (record.full_kind, record.class_name, record.size),
         record.score,
         record.lost,
         tuple((ROLES[role], box) for role, box in boxes),
@@ -174,11 +207,7 @@ def _role(kind: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    if args.num_pictures < -1:
-        raise ToolError(f"--num-pictures {args.num_pictures}: use 0 or more, or -1")
-    check_checkpoint(args.checkpoint, "CHECKPOINT")
-    config = read_config(args.config)
-    merge_options(config, args.cfg_options)
+    config = read_merged(args, args.config, args.checkpoint, "CHECKPOINT")
     out_dir = Path(args.out_dir)
     with config_mistakes(args.config):
         errors = Errors(args, config, args.checkpoint)
@@ -188,10 +217,15 @@ def main() -> None:
     files = OwnFiles(out_dir, ASSETS)
     images = PageImages(files)
     report = errors.report(errors.look(kept, images))
+    export = Export(report, errors.files, errors.category_ids)
     for name, text in (
         ("summary.json", json.dumps(report.summary(), indent=1)),
         ("errors.json", report.errors_json()),
         ("errors.csv", report.csv()),
+        ("classes.csv", report.classes_csv()),
+        ("detections.json", export.coco_results()),
+        ("boxes.json", export.coco()),
+        ("boxes.csv", export.csv()),
     ):
         write_whole(out_dir / name, text.encode())
     print_report(report)
@@ -199,9 +233,11 @@ def main() -> None:
     worst = report.worst_images(args.num_pictures)
     drawn = Kept(out_dir / "maps.jsonl", settings)
     draw(errors, worst, out_dir, images, drawn)
+    if args.fiftyone:
+        export.write_fiftyone(out_dir / "fiftyone", joint_maps(errors, drawn, out_dir))
     title = f"Errors of {Path(args.checkpoint).name}"
     write_page(title, errors, report, worst, drawn, files)
-    print(f"{out_dir}: index.html, summary.json, errors.json, errors.csv, pictures")
+    print(f"{out_dir}: index.html, pictures, summary.json, errors.json, *.csv")
 
 
 if __name__ == "__main__":

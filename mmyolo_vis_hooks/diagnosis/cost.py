@@ -29,6 +29,22 @@ class _Entry(NamedTuple):
     mended_label: int | None = None
 
 
+class ClassCost(NamedTuple):
+    """What errors cost a class.
+
+    Attributes:
+        objects: How many there are.
+        hits: How many were found.
+        ap: At the IoU of the matches.
+        dap: How much it would rise if a kind were mended, by kind.
+    """
+
+    objects: int
+    hits: int
+    ap: float
+    dap: dict[str, float]
+
+
 class ErrorCost:
     """Counts errors over images and says what each kind costs.
 
@@ -92,8 +108,9 @@ class ErrorCost:
             ``missed`` the counts by kind; ``ap`` the mean ``ap`` over the classes that
             have objects; ``dap`` how much it would rise, by kind.
         """
-        ap = self._mean_ap("")
-        gains = {k: self._mean_ap(k) - ap for k in (*FALSE_KINDS, MISSED)}
+        ap, gains = _mean(self._aps("")), {}
+        for kind in (*FALSE_KINDS, MISSED):
+            gains[kind] = max(_mean(self._aps(kind)) - ap, 0.0)
         num_missed = sum(self._objects.values()) - self.hits
         return {
             "counts": {
@@ -106,11 +123,26 @@ class ErrorCost:
             if self._mechanisms
             else {},
             "ap": {"ap": ap},
-            "dap": {kind: max(gain, 0.0) for kind, gain in gains.items()},
+            "dap": gains,
         }
 
-    def _mean_ap(self, mended: str) -> float:
-        """AP, or what it were with one kind mended."""
+    def by_class(self) -> dict[int, ClassCost]:
+        """The same for each class that has objects."""
+        aps = self._aps("")
+        mended = {kind: self._aps(kind) for kind in (*FALSE_KINDS, MISSED)}
+        hits = Counter(entry.label for entry in self._entries if entry.correct)
+        return {
+            label: ClassCost(
+                self._objects[label],
+                hits[label],
+                ap,
+                {kind: max(own[label] - ap, 0.0) for kind, own in mended.items()},
+            )
+            for label, ap in aps.items()
+        }
+
+    def _aps(self, mended: str) -> dict[int, float]:
+        """AP of each class, or what it were with one kind mended."""
         points: dict[int, list[tuple[float, bool]]] = {c: [] for c in self._objects}
         for entry in self._entries:
             label, correct = entry.label, entry.correct
@@ -123,9 +155,11 @@ class ErrorCost:
         counts = self._objects.copy()
         if mended == MISSED:
             counts.subtract(self._hopeless)
-        if not points:
-            return 0.0
-        return float(np.mean([average_precision(points[c], counts[c]) for c in points]))
+        return {c: average_precision(points[c], counts[c]) for c in points}
+
+
+def _mean(aps: dict[int, float]) -> float:
+    return float(np.mean(list(aps.values()))) if aps else 0.0
 
 
 def _best_chances(

@@ -20,16 +20,21 @@ from .mechanisms import MECHANISMS, MissedObject, sentence
 
 SIZES = ("small", "medium", "large")
 _LIMITS = (32**2, 96**2)  # COCO's, in square pixels
-MISSED = "missed"
+MISSED, FOUND = "missed", "found"
+KINDS = (
+    *(f"{MISSED}: {mechanism}" for mechanism in MECHANISMS),
+    *(f"false: {kind}" for kind in FALSE_KINDS),
+)
+"""Every kind of error, as it is written where missed and false stand side by side."""
 
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """One error, as it is written to ``errors.json``.
+    """One error, as it is written to ``errors.json``, or one hit.
 
     Attributes:
         image: Name of the image.
-        kind: ``'missed'``, or TIDE's kind of a false positive.
+        kind: ``'missed'``, TIDE's kind of a false positive, or ``'found'``.
         mechanism: Why an object was missed; '' of a false positive.
         class_name: Of the object, or of the detection.
         score: Of the detection, or of a missed object's best candidate, 0 for none.
@@ -40,7 +45,7 @@ class ErrorRecord:
         why: What was missing, or which object it should have found, in one line.
         others: Boxes that belong to it, with what they are: a missed object's best
             ``'candidate'`` and the ``'detection'`` in its way, or the ``'found'`` or
-            ``'missed'`` object that a false positive lies on.
+            ``'missed'`` object that a false positive lies on or a hit found.
     """
 
     image: str
@@ -53,6 +58,11 @@ class ErrorRecord:
     lost: float
     why: str
     others: tuple[tuple[str, tuple[float, ...]], ...]
+
+    @property
+    def full_kind(self) -> str:
+        """One of :data:`KINDS`, or ``'found'``."""
+        return FOUND if self.kind == FOUND else kind_of(self.mechanism, self.kind)
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class ErrorReport:
     Attributes:
         cost (ErrorCost): Counts, and what mending gains.
         records (list[ErrorRecord]): All errors: of each image missed objects first.
+        hits (list[ErrorRecord]): Detections that found an object, and cost nothing.
         sizes (dict): Height and width of the images.
     """
 
@@ -121,6 +132,7 @@ class ErrorReport:
         self._iou_thr = iou_thr
         self.cost = ErrorCost(mechanisms=True)
         self.records: list[ErrorRecord] = []
+        self.hits: list[ErrorRecord] = []
         self.sizes: dict[str, tuple[int, int]] = {}
 
     def add(self, errors: ImageErrors, truth: GroundTruth) -> None:
@@ -137,7 +149,10 @@ class ErrorReport:
             why = sentence(own, found, truth, self._names, self._score_thr)
             label, box = int(truth.labels[own.truth]), boxes[own.truth]
             what = errors.image, MISSED, own.mechanism
-            self._record(*what, label, own.score, box, 1.0, why, others)
+            lost = 1 / max(1, self._num_objects.get(label, 0))
+            self.records.append(
+                self._record(*what, label, own.score, box, lost, why, others)
+            )
         for alarm in matches.false_alarms:
             index, others = alarm.detection, []
             if alarm.truth is not None:
@@ -147,7 +162,16 @@ class ErrorReport:
             label, box = int(found.labels[index]), found.boxes_xyxy[index]
             score = float(found.scores[index])
             what = errors.image, alarm.kind, ""
-            self._record(*what, label, score, box, score, why, others)
+            lost = score / max(1, self._num_objects.get(label, 0))
+            self.records.append(
+                self._record(*what, label, score, box, lost, why, others)
+            )
+        for hit in matches.hits:
+            index, others = hit.detection, [(FOUND, boxes[hit.truth])]
+            label, score = int(found.labels[index]), float(found.scores[index])
+            what, box = (errors.image, FOUND, ""), found.boxes_xyxy[index]
+            why = f"IoU {hit.iou:.2f}"
+            self.hits.append(self._record(*what, label, score, box, 0.0, why, others))
 
     def _record(
         self,
@@ -157,24 +181,22 @@ class ErrorReport:
         label: int,
         score: float,
         box_xyxy: np.ndarray,
-        weight: float,
+        lost: float,
         why: str,
         others: Sequence[tuple[str, np.ndarray]],
-    ) -> None:
-        width, height = box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1]
-        record = ErrorRecord(
+    ) -> ErrorRecord:
+        return ErrorRecord(
             image,
             kind,
             mechanism,
             name_of(label, self._names),
             round(score, 4),
-            _rounded(box_xyxy),
-            SIZES[int(np.searchsorted(_LIMITS, width * height, side="right"))],
-            weight / max(1, self._num_objects.get(label, 0)),
+            rounded(box_xyxy),
+            size_of(box_xyxy),
+            lost,
             why,
-            tuple((role, _rounded(box)) for role, box in others),
+            tuple((role, rounded(box)) for role, box in others),
         )
-        self.records.append(record)
 
     def worst_images(self, count: int) -> list[str]:
         """Names of the images that lose most; -1 for all that lose anything."""
@@ -223,11 +245,42 @@ class ErrorReport:
         rows = Counter(
             (r.kind, r.mechanism, r.class_name, r.size) for r in self.records
         )
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["kind", "mechanism", "class", "size", "count"])
-        writer.writerows([*key, count] for key, count in sorted(rows.items()))
-        return text.getvalue()
+        header = ["kind", "mechanism", "class", "size", "count"]
+        return csv_text(header, ([*key, n] for key, n in sorted(rows.items())))
+
+    def classes(self) -> list[dict[str, Any]]:
+        """For each class that has objects, the one that loses most first.
+
+        Returns:
+            list[dict]: ``class``, ``objects``, ``hits``, ``ap``, and for ``missed`` and
+            each kind of false positive its count, and under ``dap KIND`` its gain.
+        """
+        kinds = MISSED, *FALSE_KINDS
+        counts = Counter((r.class_name, r.kind) for r in self.records)
+        rows = []
+        costs = self.cost.by_class()
+        gains = {label: sum(cost.dap.values()) for label, cost in costs.items()}
+        for label in sorted(costs, key=lambda c: (-gains[c], -costs[c].objects)):
+            cost = costs[label]
+            name = name_of(label, self._names)
+            row = {"class": name, "objects": cost.objects, "hits": cost.hits}
+            row["ap"] = round(cost.ap, 4)
+            row |= {kind: counts[name, kind] for kind in kinds}
+            row |= {f"dap {kind}": round(cost.dap[kind], 4) for kind in kinds}
+            rows.append(row)
+        return rows
+
+    def classes_csv(self) -> str:
+        """What :meth:`classes` gives."""
+        rows = self.classes()
+        return csv_text(list(rows[0]) if rows else [], (r.values() for r in rows))
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table as CSV."""
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    return text.getvalue()
 
 
 def name_of(label: int, class_names: Sequence[str]) -> str:
@@ -236,5 +289,17 @@ def name_of(label: int, class_names: Sequence[str]) -> str:
     return class_names[label] if known else f"class {label}"
 
 
-def _rounded(box_xyxy: np.ndarray) -> tuple[float, ...]:
+def kind_of(mechanism: str, kind: str) -> str:
+    """The kind of :data:`KINDS` of an object's mechanism, or of a false positive."""
+    return f"{MISSED}: {mechanism}" if mechanism else f"false: {kind}"
+
+
+def size_of(box_xyxy: np.ndarray) -> str:
+    """``'small'``, ``'medium'`` or ``'large'``, as COCO has it."""
+    width, height = box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1]
+    return SIZES[int(np.searchsorted(_LIMITS, width * height, side="right"))]
+
+
+def rounded(box_xyxy: Sequence[float] | np.ndarray) -> tuple[float, ...]:
+    """A box as it is written: to a tenth of a pixel."""
     return tuple(round(float(v), 1) for v in box_xyxy)

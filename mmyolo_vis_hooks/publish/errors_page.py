@@ -101,6 +101,7 @@ def write_errors_page(
     title: str,
     lead: str,
     noun: tuple[str, str],
+    order: str,
     images: Mapping[str, tuple[int, int]],
     pictures: Mapping[str, str],
     groups: Mapping[str, Sequence[str]],
@@ -115,6 +116,7 @@ def write_errors_page(
         title (str): Heading, any text.
         lead (str): A sentence below it.
         noun (tuple[str, str]): What is counted, one and many.
+        order (str): What the first order, by ``lost``, is called.
         images (Mapping): Height and width of each image in pixels.
         pictures (Mapping): Path of an image's finished picture, where there is one.
         groups (Mapping): What one can filter by, and its values in their order.
@@ -155,6 +157,7 @@ def write_errors_page(
     data = {
         "lead": lead,
         "noun": noun,
+        "order": order,
         "assets": ASSETS,
         "images": [
             [name, width, height, quote(pictures.get(name, ""))]

@@ -69,7 +69,7 @@ def call(tmp_path, monkeypatch):
 
 
 def test_what_is_written_of_a_photo(call, capsys):
-    out_dir = call("--score-thr", 0.75)
+    out_dir = call("--score-thr", 0.75, "--fiftyone")
     summary = json.loads((out_dir / "summary.json").read_text())
     assert (summary["images"], summary["hits"]) == (1, 1)
     assert {k: n for k, n in summary["missed"].items() if n} == {
@@ -94,9 +94,28 @@ def test_what_is_written_of_a_photo(call, capsys):
 
     rows = list(csv.reader((out_dir / "errors.csv").open()))
     assert ["missed", "not seen", "spoon", "large", "1"] in rows
+    first, *_, last = csv.DictReader((out_dir / "classes.csv").open())
+    assert {first["class"], last["class"]} == {"dining table", "cat"}
+    assert (last["objects"], last["hits"], last["ap"]) == ("1", "1", "1.0")
+    assert (first["missed"], first["dap missed"], first["ap"]) == ("1", "1.0", "0.0")
     picture = cv2.imread(str(out_dir / "001_1_cat.jpg"))
     assert picture is not None
     assert picture.shape[1] > 1200
+    detections = json.loads((out_dir / "detections.json").read_text())
+    assert {own["category_id"] for own in detections} == {
+        NAMES.index("cat"),
+        NAMES.index("cup"),
+    }
+    assert {own["image_id"] for own in detections} == {1}
+    kinds = [row["kind"] for row in csv.DictReader((out_dir / "boxes.csv").open())]
+    missed = ["missed: below threshold", "missed: not seen"]
+    assert kinds == ["found", *missed, "false: both"]
+    [sample] = json.loads((out_dir / "fiftyone" / "samples.json").read_text())[
+        "samples"
+    ]
+    assert Path(sample["filepath"]) == ROOT / "docs" / "images" / "cat.jpg"
+    heat = cv2.imread(str(out_dir / "fiftyone" / sample["error_map"]["map_path"]))
+    assert heat.max() > 200
     page = data_of(out_dir / "index.html")
     assert [entry[4] for entry in page["entries"]] == [
         "dining table: below threshold",
@@ -111,6 +130,7 @@ def test_what_is_written_of_a_photo(call, capsys):
         assert (out_dir / "index_files" / f"1_cat.{part}.jpg").exists()
     printed = capsys.readouterr().out
     assert "1 images, 1 objects found" in printed
+    assert "The 3 of 3 classes" in printed
     assert "loading annotations" not in printed
 
 
