@@ -50,7 +50,7 @@ from .spots import (
     views_of,
     why_blank,
 )
-from .targets import TARGETS, ChosenBoxes
+from .targets import TARGETS, ChosenBoxes, Target
 
 _BLACK_BOX_BATCH = 8
 _Found = tuple[InstanceData, list[BoxExplanation]]
@@ -215,6 +215,11 @@ class BoxAttributor:
         topk = self.options.topk
         return indices if topk < 0 else indices[:topk]
 
+    def targets(self) -> list[Target]:
+        """What is explained of them; of several, the maps are joined."""
+        names = self._method.targets or (self.options.target,)
+        return [TARGETS[name] for name in names]
+
     # The anchors.
 
     def _cases(
@@ -229,10 +234,9 @@ class BoxAttributor:
 
         boxes = ChosenBoxes(graph, indices, type(self._detector).__name__)
         cases = []
-        for name in self._method.targets or (self.options.target,):
-            target = TARGETS[name]
+        for target in self.targets():
             given = target.function(boxes)
-            scalars = shaped(given, (len(indices),), f"target={name!r}")
+            scalars = shaped(given, (len(indices),), f"target={target.name!r}")
             raw = graph.head_outputs
             anchors = locate_anchors(scalars, boxes.labels, raw) if raw else None
             cases.append(Case(boxes, target, scalars, anchors, forward, trace))

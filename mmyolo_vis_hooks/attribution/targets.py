@@ -65,12 +65,17 @@ class ChosenBoxes:
             )
         return locate_anchors(self.scores, self.labels, self.graph.head_outputs)
 
-    def raw_means(self, places: Callable[[Anchor], list[RawPlace]]) -> torch.Tensor:
+    def logits(self, labels: Sequence[int] | None = None) -> torch.Tensor:
+        """``(K,)``, raw scores at the anchors: of the boxes' classes, or of others."""
+        wanted = self.labels if labels is None else labels
+        return self.raw_means(list(map(class_logits, self.anchors, wanted)))
+
+    def raw_means(self, places: Sequence[list[RawPlace]]) -> torch.Tensor:
         """``(K,)``, means of raw outputs at places; 0 where a box has none."""
         raw = self.graph.head_outputs
         means = []
-        for anchor in self.anchors:
-            own = [raw[key][place] for key, place in places(anchor)]
+        for of_box in places:
+            own = [raw[key][place] for key, place in of_box]
             means.append(torch.stack(own).mean() if own else self.scores.new_zeros(()))
         return torch.stack(means)
 
@@ -130,14 +135,14 @@ def score(boxes: ChosenBoxes) -> torch.Tensor:
 
 @register_target("logit", summary="the raw class score at the anchor", compares=True)
 def logit(boxes: ChosenBoxes) -> torch.Tensor:
-    return boxes.raw_means(class_logits)
+    return boxes.logits()
 
 
 @register_target(
     "objectness", summary="the raw objectness or centerness there", compares=True
 )
 def objectness(boxes: ChosenBoxes) -> torch.Tensor:
-    return boxes.raw_means(objectness_logits)
+    return boxes.raw_means(list(map(objectness_logits, boxes.anchors)))
 
 
 def _side(column: int, boxes: ChosenBoxes) -> torch.Tensor:
@@ -150,12 +155,19 @@ for _column, _name in enumerate(BOX_SIDES):
     )
 
 
-def class_logits(anchor: Anchor) -> list[RawPlace]:
+def class_logits(anchor: Anchor, label: int | None = None) -> list[RawPlace]:
     """Places of the raw class logits of a detection, one per stage of a cascade.
 
     Heads give their class scores before everything else, and their class axis has
-    the number of the label, or the only element that the score depends on.
+    the number of the label, or the only element that the score depends on. There may
+    be several anchors in a cell, one after the other, with all classes each.
+
+    Args:
+        anchor (Anchor): Where the score of the detection was decided.
+        label (int, optional): Of another class at the same anchor. Defaults to None,
+            the detection's own.
     """
+    step = 0 if label is None else label - anchor.label
     logits = []
     for entries in _class_entries(anchor):
         places = [tuple(place) for place in entries.places.tolist()]
@@ -167,7 +179,11 @@ def class_logits(anchor: Anchor) -> list[RawPlace]:
                 "the class logit of a detection cannot be told from the other raw "
                 f"outputs of {entries.key.path}; use target='score'"
             )
-        logits.append((entries.key, places[0]))
+        place, axis = list(places[0]), 1 if len(entries.shape) == 4 else -1
+        place[axis] += step
+        if not 0 <= place[axis] < entries.shape[axis]:
+            raise VisError(f"{entries.key.path} gives no score for class {label}")
+        logits.append((entries.key, tuple(place)))
     return logits
 
 

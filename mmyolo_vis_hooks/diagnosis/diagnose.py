@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from logging import Logger
 from typing import Any
 
@@ -15,128 +15,17 @@ from torch import nn
 from ..data.alignment import Placement, network_input
 from ..data.pipeline import Loaded
 from ..data.samples import detections_of
-from ..errors import VisError
 from ..network.state import frozen
 from ..options import DiagnosisOptions
-from ..publish.files import encode
 from ..records import Detections
 from ..render.boxes import class_name
 from ..render.panel import joined
-from .maps import ErrorMap, ErrorMapper, above
+from .explainer import Explainer
+from .maps import above
 from .matching import DUPLICATE, FalseAlarm, GroundTruth, Matches, match
-from .mechanisms import MissedObject, sentence, why_missed
+from .mechanisms import sentence, why_missed
 from .opening import opened
-from .picture import draw_diagnosis
-
-
-@dataclass(frozen=True, eq=False)
-class Missed:
-    """An object that no detection found.
-
-    Attributes:
-        class_name: Of the object.
-        box_xyxy: ``(4,)`` float32 of the object, pixels of the image.
-        mechanism: ``'below threshold'``, ``'suppressed'``, ``'confused'``,
-            ``'badly placed'`` or ``'not seen'``.
-        why: What was missing, in one line.
-        map: What there was for its own class at its best candidate; None without a
-            candidate, and of objects that were not to be explained.
-        record: Candidate, scores and overlaps, with indices of the diagnosis.
-    """
-
-    class_name: str
-    box_xyxy: np.ndarray
-    mechanism: str
-    why: str
-    map: ErrorMap | None
-    record: MissedObject
-
-    def __repr__(self) -> str:
-        return f"Missed({self.class_name}, {self.mechanism}: {self.why})"
-
-
-@dataclass(frozen=True, eq=False)
-class FalsePositive:
-    """A detection that found no object.
-
-    Attributes:
-        class_name: Of the detection.
-        score: Of the detection.
-        box_xyxy: ``(4,)`` float32 of the detection, pixels of the image.
-        kind: ``'confused'``, ``'badly placed'``, ``'both'``, ``'duplicate'`` or
-            ``'background'``.
-        why: Which object it should have found, in one line.
-        map: What made it; None of detections that were not to be explained.
-        record: Object and overlap, with indices of the diagnosis.
-    """
-
-    class_name: str
-    score: float
-    box_xyxy: np.ndarray
-    kind: str
-    why: str
-    map: ErrorMap | None
-    record: FalseAlarm
-
-    def __repr__(self) -> str:
-        found = f"{self.class_name} {self.score:.2f}"
-        return f"FalsePositive({found}, {self.kind}: {self.why})"
-
-
-@dataclass(frozen=True, eq=False)
-class Diagnosis:
-    """What a detector found in an image, what it missed and invented, and why.
-
-    Attributes:
-        image_id: Name of the image.
-        image_rgb: ``(H, W, 3)`` uint8, RGB.
-        detections: Final ones above the threshold.
-        truth: The objects.
-        candidates: Boxes of all classes before threshold and NMS.
-        matches: Which detections hit which objects, by index.
-        missed: Objects that no detection found.
-        false_positives: Detections that found none.
-        class_names: Names of the classes.
-        note: What could not be found out about this detector; '' for nothing.
-    """
-
-    image_id: str
-    image_rgb: np.ndarray
-    detections: Detections
-    truth: GroundTruth
-    candidates: Detections
-    matches: Matches
-    missed: tuple[Missed, ...]
-    false_positives: tuple[FalsePositive, ...]
-    class_names: tuple[str, ...] = ()
-    note: str = ""
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers that have a map, each once."""
-        maps = [missed.map for missed in self.missed]
-        maps += [found.map for found in self.false_positives]
-        return tuple(dict.fromkeys(found.layer for found in maps if found is not None))
-
-    def draw(self, max_panels: int = 12) -> np.ndarray:
-        """The image with hits, misses and false positives, and a panel per error.
-
-        Args:
-            max_panels (int): At most so many panels, those with a map first.
-
-        Returns:
-            np.ndarray: ``(H, W, 3)`` uint8, RGB.
-        """
-        return draw_diagnosis(self, max_panels)
-
-    def _repr_jpeg_(self) -> bytes:
-        return encode(".jpg", self.draw(), 90)
-
-    def __repr__(self) -> str:
-        return (
-            f"Diagnosis({self.image_id}: {len(self.matches.hits)} found, "
-            f"{len(self.missed)} missed, {len(self.false_positives)} false)"
-        )
+from .result import Diagnosis, FalsePositive, Found, Missed
 
 
 class Diagnoser:
@@ -159,7 +48,9 @@ class Diagnoser:
         self._detector = detector
         self._options = options
         self._names = tuple(class_names)
-        self._mapper = ErrorMapper(detector, logger) if options.topk else None
+        self._explainer = None
+        if options.topk:
+            self._explainer = Explainer(detector, options.topk, class_names, logger)
 
     def look(
         self,
@@ -220,20 +111,14 @@ class Diagnoser:
             self._options,
             self._names,
         )
-        if maps and self._mapper is not None and not placement.proven:
-            notes.append(f"no maps: {placement.reason}")
-        elif maps and self._mapper is not None:
-            _, kept = above(final, self._options.score_thr)
-            wanted = self._explained(found, kept)
-            try:
-                of_detections, of_candidates = self._mapper.maps(
-                    inputs, metainfo, loaded.image_rgb.shape[:2], *wanted
-                )
-            except VisError as error:  # what was missed is known all the same
-                notes.append(f"no maps: {error}")
-            else:
-                found = _with_maps(found, kept, of_detections, of_candidates)
-        return replace(found, note=joined(notes))
+        found = replace(found, note=joined(notes))
+        if not maps or self._explainer is None:
+            return found
+        if not placement.proven:
+            reason = f"no maps: {placement.reason}"
+            return replace(found, note=joined([*notes, reason]))
+        _, numbers = above(final, self._options.score_thr)
+        return self._explainer.explain(found, numbers, inputs, metainfo)
 
     def predict(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> Detections:
         """What the detector finds in an input, with its settings of the moment."""
@@ -241,19 +126,6 @@ class Diagnoser:
         with frozen(self._detector, parameters=False), torch.no_grad():
             (output,) = self._detector(inputs, [sample], mode="predict")
         return detections_of(output)
-
-    def _explained(
-        self, found: Diagnosis, kept: np.ndarray
-    ) -> tuple[list[int], list[int]]:
-        """Which final detections and which candidates get a map."""
-        reached = [m.record.candidate for m in found.missed]
-        candidates = [index for index in reached if index is not None]
-        candidates.sort(key=lambda index: -found.candidates.scores[index])
-        wrong = [int(kept[own.record.detection]) for own in found.false_positives]
-        most = self._options.topk
-        if most < 0:
-            return wrong, candidates
-        return wrong[: max(most - len(candidates), 0)], candidates[:most]
 
 
 def judge(
@@ -297,6 +169,16 @@ def judge(
             iou_thr=options.iou_thr,
         )
     ]
+    hits = [
+        Found(
+            class_name(detections.labels[hit.detection], names),
+            float(detections.scores[hit.detection]),
+            detections.boxes_xyxy[hit.detection],
+            None,
+            hit,
+        )
+        for hit in matches.hits
+    ]
     false_positives = [
         FalsePositive(
             class_name(detections.labels[alarm.detection], names),
@@ -319,27 +201,8 @@ def judge(
         tuple(missed),
         tuple(false_positives),
         names,
+        found=tuple(hits),
     )
-
-
-def _with_maps(
-    found: Diagnosis,
-    kept: np.ndarray,
-    of_detections: Mapping[int, ErrorMap],
-    of_candidates: Mapping[int, ErrorMap],
-) -> Diagnosis:
-    """A diagnosis with maps, by final detection and by candidate."""
-    missed = [
-        replace(own, map=of_candidates.get(own.record.candidate))
-        if own.record.candidate is not None
-        else own
-        for own in found.missed
-    ]
-    false_positives = [
-        replace(own, map=of_detections.get(int(kept[own.record.detection])))
-        for own in found.false_positives
-    ]
-    return replace(found, missed=tuple(missed), false_positives=tuple(false_positives))
 
 
 def why_false(

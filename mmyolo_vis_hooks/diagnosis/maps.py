@@ -16,9 +16,10 @@ from torch import nn
 from ..attribution.attribute import BoxAttributor
 from ..attribution.saliency import box_saliency
 from ..data.alignment import packed_frame
+from ..geometry import FrameTransform, cells_per_pixel
 from ..metrics.pointing_game import energy_inside
 from ..options import BoxAMOptions
-from ..records import Detections
+from ..records import BoxExplanation, Detections
 from .opening import opened
 
 
@@ -31,11 +32,24 @@ class ErrorMap:
         layer: Where the box was decided, such as ``'neck[1]'``.
         inside: Share of the map that lies in the box: little of it says that the
             detector looked at the surroundings.
+        near: Share of it that lies in the box, or within a cell of the layer around it:
+            what a map cannot place more exactly.
     """
 
     saliency: np.ndarray
     layer: str
     inside: float
+    near: float
+
+    @property
+    def is_shortcut(self) -> bool:
+        """Whether more than half of the evidence lies outside of the box."""
+        return self.near < 0.5
+
+    @property
+    def note(self) -> str:
+        """Where it was looked at, and how much of it lies inside, in a few words."""
+        return f"map at {self.layer}, {self.inside:.0%} of it inside"
 
     def __repr__(self) -> str:
         return f"ErrorMap({self.layer}, {self.inside:.0%} inside)"
@@ -114,9 +128,24 @@ class ErrorMapper:
                 explanation, frame, box_xyxy, smooth=self._options.sigma
             )
             if saliency.any():
-                inside = energy_inside(saliency, box_xyxy)
-                maps[explanation.index] = ErrorMap(saliency, explanation.layer, inside)
+                cell_xy = _cell_xy(explanation, frame)
+                margin = np.concatenate([-cell_xy, cell_xy])
+                maps[explanation.index] = ErrorMap(
+                    saliency,
+                    explanation.layer,
+                    energy_inside(saliency, box_xyxy),
+                    energy_inside(saliency, box_xyxy + margin),
+                )
         return maps
+
+
+def _cell_xy(explanation: BoxExplanation, frame: FrameTransform) -> np.ndarray:
+    """Width and height of the largest cell of the maps, in pixels of the image."""
+    cells = [
+        cells_per_pixel(own.saliency.shape, frame.network_hw)[::-1]
+        for own in explanation.maps
+    ]
+    return 1 / (np.array(cells).min(axis=0) * frame.scale_xy)
 
 
 def above(detections: Detections, score_thr: float) -> tuple[Detections, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,16 @@ import numpy as np
 from ..records import Detections
 from ..render.box_layout import crop_window
 from ..render.boxes import Color, class_name, draw_detections, outline_boxes
-from ..render.heatmap import fade_heatmap
+from ..render.colorbar import ColorScale
+from ..render.heatmap import DIVERGING, diverge_heatmap, fade_heatmap
 from ..render.montage import Cell, cell_size_hw, gutter_of, montage, resize_image
 from ..render.panel import joined, resized_boxes
+from .mechanisms import SUPPRESSED
 
 if TYPE_CHECKING:
-    from .diagnose import Diagnosis, FalsePositive, Missed
+    from .contrast import ClassContrast
     from .maps import ErrorMap
+    from .result import Diagnosis, FalsePositive, Missed
 
 # Colours that people tell apart whatever their sight.
 _HIT, _MISSED, _FALSE = (44, 160, 80), (255, 176, 0), (220, 38, 127)
@@ -43,17 +47,33 @@ def draw_diagnosis(diagnosis: Diagnosis, max_panels: int = 12) -> np.ndarray:
     Returns:
         np.ndarray: ``(H, W, 3)`` uint8, RGB.
     """
-    errors = [(own.map, partial(_missed, diagnosis, own)) for own in diagnosis.missed]
+    told = {id(false.contrast) for false in diagnosis.false_positives}
+    errors = [
+        (
+            own.map or own.contrast,
+            partial(_missed, diagnosis, own, id(own.contrast) in told),
+        )
+        for own in diagnosis.missed
+    ]
     errors += [
         (own.map, partial(_false, diagnosis, own)) for own in diagnosis.false_positives
     ]
     errors.sort(key=lambda error: error[0] is None)
-    cells = [make() for _, make in errors[:max_panels]]
-    first = _overview(diagnosis, len(errors), len(cells))
-    if not cells:
+    groups: list[list[Cell]] = []
+    room = max_panels
+    for _, make in errors:
+        if room <= 0:
+            break
+        groups.append(make()[:room])
+        room -= len(groups[-1])
+    first = _overview(diagnosis, len(errors), len(groups))
+    if not groups:
         return montage([first])
     gutter = gutter_of(first.image_rgb.shape[:2])
-    rows = [montage([first], gutter=gutter), montage(cells, _COLUMNS, gutter=gutter)]
+    alone = [cell for group in groups if len(group) == 1 for cell in group]
+    blocks = [alone, *(group for group in groups if len(group) > 1)]
+    rows = [montage([first], gutter=gutter)]
+    rows += [montage(cells, _COLUMNS, gutter=gutter) for cells in blocks if cells]
     width = max(row.shape[1] for row in rows)
     gaps = [((0, 0), (0, width - row.shape[1]), (0, 0)) for row in rows]
     padded = [np.pad(r, g, constant_values=255) for r, g in zip(rows, gaps)]
@@ -112,17 +132,35 @@ def _overview_hw(diagnosis: Diagnosis) -> tuple[int, int]:
     return cell_size_hw(diagnosis.image_rgb.shape[:2], _MOST_SIZE, _LEAST_SIZE)
 
 
-def _missed(diagnosis: Diagnosis, missed: Missed) -> Cell:
-    record, boxes = missed.record, [(missed.box_xyxy, _MISSED)]
-    if record.other is not None:
-        boxes.append((diagnosis.detections.boxes_xyxy[record.other], _FALSE))
+_Boxes = Sequence[tuple[np.ndarray, Color]]
+
+
+def _missed(diagnosis: Diagnosis, missed: Missed, is_told: bool) -> list[Cell]:
+    """A missed object, and beside it what took its place."""
+    record, found = missed.record, diagnosis.detections
+    boxes, other = [(missed.box_xyxy, _MISSED)], record.other
+    color = _FALSE
+    if other is not None:
+        if any(hit.detection == other for hit in diagnosis.matches.hits):
+            color = _HIT
+        boxes.append((found.boxes_xyxy[other], color))
+    title = f"missed {missed.class_name} · {missed.mechanism}"
+    if missed.contrast is not None and not is_told:
+        return _apart(diagnosis, title, missed.why, missed.contrast, boxes)
+    winner = []
+    if record.mechanism == SUPPRESSED and other is not None and missed.other_map:
+        name = class_name(int(found.labels[other]), diagnosis.class_names)
+        heading = f"suppressed by {name} {found.scores[other]:.2f}"
+        note, shown = missed.other_map.note, [boxes[1], boxes[0]]
+        heat = missed.other_map.saliency
+        winner.append(_panel(diagnosis, heading, note, shown, heat))
     if record.box_xyxy is not None:
         boxes.append((record.box_xyxy, _CANDIDATE))
-    title = f"missed {missed.class_name} · {missed.mechanism}"
-    return _panel(diagnosis, title, missed.why, missed.map, boxes)
+    return [_explained(diagnosis, title, missed.why, boxes, missed.map), *winner]
 
 
-def _false(diagnosis: Diagnosis, false: FalsePositive) -> Cell:
+def _false(diagnosis: Diagnosis, false: FalsePositive) -> list[Cell]:
+    """A false positive; of a confused one also what tells the classes apart."""
     boxes = [(false.box_xyxy, _FALSE)]
     truth = false.record.truth
     if truth is not None:
@@ -130,16 +168,63 @@ def _false(diagnosis: Diagnosis, false: FalsePositive) -> Cell:
         box = diagnosis.truth.boxes_xyxy[truth]
         boxes.append((box, _MISSED if is_missed else _HIT))
     title = f"false {false.class_name} {false.score:.2f} · {false.kind}"
-    return _panel(diagnosis, title, false.why, false.map, boxes)
+    if false.contrast is not None:
+        return _apart(diagnosis, title, false.why, false.contrast, boxes)
+    return [_explained(diagnosis, title, false.why, boxes, false.map)]
+
+
+def _explained(
+    diagnosis: Diagnosis, title: str, why: str, boxes: _Boxes, own: ErrorMap | None
+) -> Cell:
+    if own is None:
+        return _panel(diagnosis, title, why, boxes)
+    return _panel(diagnosis, title, joined([why, own.note]), boxes, own.saliency)
+
+
+def _apart(
+    diagnosis: Diagnosis, title: str, why: str, own: ClassContrast, boxes: _Boxes
+) -> list[Cell]:
+    """What speaks for each of two classes, and their difference."""
+    given, right = repr(own.given_name), repr(own.right_name)
+    limit = float(np.abs(own.difference).max())
+    difference = _panel(
+        diagnosis,
+        f"{right} minus {given}",
+        f"their logits there: red speaks for {right}, blue for {given}",
+        boxes,
+        own.difference,
+        limit=limit,
+    )
+    scale = ColorScale(DIVERGING, -limit, limit, "logits per cell")
+    return [
+        _panel(
+            diagnosis,
+            title,
+            joined([why, f"what speaks for {given} at {own.layer}"]),
+            boxes,
+            own.given,
+        ),
+        _panel(
+            diagnosis,
+            f"{right} in its place",
+            f"what speaks for {right} at {own.layer}, on the same scale",
+            boxes,
+            own.right,
+        ),
+        replace(difference, scale=scale),
+    ]
 
 
 def _panel(
     diagnosis: Diagnosis,
     title: str,
-    why: str,
-    error_map: ErrorMap | None,
-    boxes: Sequence[tuple[np.ndarray, Color]],
+    note: str,
+    boxes: _Boxes,
+    heat: np.ndarray | None = None,
+    *,
+    limit: float | None = None,
 ) -> Cell:
+    """Part of the image around boxes, with a map; with a limit one of any sign."""
     image_rgb, image_hw = diagnosis.image_rgb, diagnosis.image_rgb.shape[:2]
     corners = np.stack([box for box, _ in boxes])
     around = np.concatenate([corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)])
@@ -149,13 +234,14 @@ def _panel(
     longest = round(0.975 * _overview_hw(diagnosis)[1] / _COLUMNS)
     size_hw = cell_size_hw(crop.shape[:2], longest, longest)
     picture = np.array(resize_image(crop, size_hw))
-    note = ""
-    if error_map is not None:
-        heat = cv2.resize(error_map.saliency[y1:y2, x1:x2], size_hw[::-1])
-        picture = fade_heatmap(heat, picture)
-        note = f"map at {error_map.layer}, {error_map.inside:.0%} of it inside"
+    if heat is not None:
+        heat = cv2.resize(heat[y1:y2, x1:x2], size_hw[::-1])
+        if limit is None:
+            picture = fade_heatmap(heat, picture)
+        else:
+            picture = diverge_heatmap(heat, picture, limit=limit)
     for box, color in reversed(boxes):  # the one that the panel is about on top
         shifted = box - np.array([x1, y1, x1, y1], np.float32)
         placed = resized_boxes(shifted[None], crop.shape[:2], size_hw)
         outline_boxes(picture, placed, color, _LINE_WIDTH)
-    return Cell(picture, title, joined([why, note]))
+    return Cell(picture, title, note)

@@ -1,0 +1,145 @@
+"""What tells two classes of one box apart: the one that it was given, and the right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from logging import CRITICAL, Logger
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+from torch import nn
+
+from ..attribution.attribute import BoxAttributor
+from ..attribution.saliency import box_sigma, render_saliency
+from ..attribution.targets import ChosenBoxes, Target
+from ..data.alignment import packed_frame
+from ..geometry import FrameTransform
+from ..options import BoxAMOptions
+from ..records import BoxExplanation
+from ..render.boxes import class_name
+
+Pair = tuple[int, int]
+"""Index of a detection, and the class that it should have been given."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClassContrast:
+    """What speaks for each of two classes of one box, and what tells them apart.
+
+    The maps are of the raw class scores at the anchor that made the box: gradient times
+    activation, summed over the channels, which tells what a cell adds to first order.
+    So the map of a difference is the difference of the maps.
+
+    Attributes:
+        given_name: The class that the box was given.
+        right_name: The class of the object.
+        given: ``(H, W)`` float32 over the image, 0 to 1: what speaks for the given
+            class, in shares of the larger maximum of both.
+        right: The same of the right class.
+        difference: ``(H, W)`` float32, the right class's score minus the given one's,
+            in logits per cell: positive where the image speaks for the right class.
+        layer: Where it was looked at, such as ``'neck[1]'``.
+    """
+
+    given_name: str
+    right_name: str
+    given: np.ndarray
+    right: np.ndarray
+    difference: np.ndarray
+    layer: str
+
+    def __repr__(self) -> str:
+        names = f"{self.right_name} against {self.given_name}"
+        return f"ClassContrast({names} at {self.layer})"
+
+
+class _Pairs(BoxAttributor):
+    """Explains four numbers of each pair: two raw scores and both their differences.
+
+    Maps are rectified, so it takes two to have one of any sign.
+    """
+
+    pairs: Sequence[Pair] = ()
+
+    def choose(self, predictions: InstanceData) -> list[int]:
+        return 4 * [detection for detection, _ in self.pairs]
+
+    def targets(self) -> list[Target]:
+        return [Target("class score", self._scores, "two raw class scores and more")]
+
+    def _scores(self, boxes: ChosenBoxes) -> torch.Tensor:
+        once = ChosenBoxes(boxes.graph, [own for own, _ in self.pairs], boxes.detector)
+        given, right = once.logits(), once.logits([label for _, label in self.pairs])
+        return torch.cat([given, right, right - given, given - right])
+
+
+class ClassComparer:
+    """Tells the classes of detections apart.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+        class_names (Sequence[str]): Names of the classes.
+    """
+
+    def __init__(self, detector: nn.Module, class_names: Sequence[str]) -> None:
+        self._names = class_names
+        # That nothing speaks for a class is no news here.
+        silent = Logger(__name__, CRITICAL)
+        self._pairs = _Pairs(detector, BoxAMOptions(method="hirescam"), logger=silent)
+        self._smooth = BoxAMOptions().sigma
+
+    def contrasts(
+        self,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+        image_hw: tuple[int, int],
+        pairs: Sequence[Pair],
+    ) -> dict[Pair, ClassContrast]:
+        """Compare the class of each detection with another one.
+
+        Args:
+            inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
+            metainfo (Mapping): Of its data sample.
+            image_hw (tuple[int, int]): Size of the image.
+            pairs (Sequence[Pair]): Which detections, each with the right class.
+
+        Returns:
+            dict: By pair; those without any influence are left out.
+
+        Raises:
+            VisError: If this detector's raw class scores cannot be had.
+        """
+        self._pairs.pairs = pairs
+        with torch.autocast(inputs.device.type, enabled=False):
+            predictions, found = self._pairs.explain(inputs, metainfo)
+        frame = packed_frame(image_hw, metainfo["batch_input_shape"], metainfo)
+        boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)
+        labels = predictions.labels.tolist()
+        contrasts = {}
+        for number, pair in enumerate(pairs):
+            four = found[number :: len(pairs)]
+            sigma = box_sigma(boxes[pair[0]].float().cpu().numpy(), self._smooth)
+            given, right, more, less = (_on_image(own, frame, sigma) for own in four)
+            difference, peak = more - less, max(given.max(), right.max())
+            if difference.any():
+                contrasts[pair] = ClassContrast(
+                    class_name(labels[pair[0]], self._names),
+                    class_name(pair[1], self._names),
+                    given / peak if peak else given,
+                    right / peak if peak else right,
+                    difference,
+                    four[2].layer or four[3].layer,
+                )
+        return contrasts
+
+
+def _on_image(
+    explanation: BoxExplanation, frame: FrameTransform, sigma: float
+) -> np.ndarray:
+    whole = np.zeros(frame.image_hw, np.float32)
+    for own in explanation.maps:
+        whole += render_saliency(own.saliency, frame, sigma_px=sigma)
+    return whole

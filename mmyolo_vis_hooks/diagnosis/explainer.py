@@ -1,0 +1,158 @@
+"""Adds to a diagnosis what speaks for each of its boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from logging import Logger
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import VisError
+from ..render.panel import joined
+from .contrast import ClassComparer, ClassContrast, Pair
+from .maps import ErrorMap, ErrorMapper
+from .matching import CONFUSED, FalseAlarm
+from .mechanisms import SUPPRESSED, MissedObject
+from .result import Diagnosis, FalsePositive
+
+
+class Explainer:
+    """Explains errors, and the hits beside them.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+        topk (int): At most so many errors of an image, missed objects first, and as
+            many hits, the best first; -1 explains all.
+        class_names (Sequence[str]): Names of the classes.
+        logger (Logger): Told what a user should know.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        topk: int,
+        class_names: Sequence[str],
+        logger: Logger,
+    ) -> None:
+        self._most = None if topk < 0 else topk
+        self._mapper = ErrorMapper(detector, logger)
+        self._comparer = ClassComparer(detector, class_names)
+
+    def explain(
+        self,
+        diagnosis: Diagnosis,
+        numbers: np.ndarray,
+        inputs: torch.Tensor,
+        metainfo: Mapping[str, Any],
+    ) -> Diagnosis:
+        """Give a diagnosis with maps; what cannot be explained is said in its note.
+
+        Args:
+            diagnosis (Diagnosis): Without maps.
+            numbers (np.ndarray): Which of all final detections its own are.
+            inputs (Tensor): ``(1, 3, H, W)``, in which they were found.
+            metainfo (Mapping): Of its data sample.
+        """
+        seen = inputs, metainfo, diagnosis.image_rgb.shape[:2]
+        candidates, detections, pairs = self._wanted(diagnosis)
+        final = {int(numbers[index]): index for index in detections}
+        try:
+            found, of_candidates = self._mapper.maps(*seen, list(final), candidates)
+        except VisError as error:  # what was missed is known all the same
+            return _noted(diagnosis, f"no maps: {error}")
+        of_detections = {final[number]: own for number, own in found.items()}
+        if pairs:
+            by_number = {(int(numbers[i]), label): (i, label) for i, label in pairs}
+            try:
+                apart = self._comparer.contrasts(*seen, list(by_number))
+            except VisError as error:
+                diagnosis = _noted(diagnosis, f"classes are not compared: {error}")
+            else:
+                contrasts = {by_number[pair]: own for pair, own in apart.items()}
+                diagnosis = _with_contrasts(diagnosis, contrasts)
+        return _with_maps(diagnosis, of_detections, of_candidates)
+
+    def _wanted(self, diagnosis: Diagnosis) -> tuple[list[int], list[int], list[Pair]]:
+        """Candidates and detections that get a map, and classes to compare."""
+        most, scores = self._most, diagnosis.candidates.scores
+        reached = [m.record for m in diagnosis.missed]
+        candidates = [r.candidate for r in reached if r.candidate is not None]
+        candidates = sorted(candidates, key=lambda index: -scores[index])[:most]
+        wrong = [own.record.detection for own in diagnosis.false_positives]
+        if most is not None:
+            wrong = wrong[: most - len(candidates)]
+        right = [own.record.detection for own in diagnosis.found][:most]
+        winners = [
+            record.other
+            for record in reached
+            if record.mechanism == SUPPRESSED and record.candidate in candidates
+        ]
+        detections = {i for i in (*wrong, *right, *winners) if i is not None}
+        records: list[MissedObject | FalseAlarm] = [*reached]
+        records += [own.record for own in diagnosis.false_positives]
+        pairs = dict.fromkeys(_pair_of(diagnosis, record) for record in records)
+        compared = [pair for pair in pairs if pair is not None][:most]
+        return candidates, sorted(detections), compared
+
+
+def _pair_of(diagnosis: Diagnosis, record: MissedObject | FalseAlarm) -> Pair | None:
+    """Of a confused error the detection, and the class that is right."""
+    if isinstance(record, MissedObject):
+        detection = record.other if record.mechanism == CONFUSED else None
+    else:
+        detection = record.detection if record.kind == CONFUSED else None
+    if detection is None or record.truth is None:
+        return None
+    return detection, int(diagnosis.truth.labels[record.truth])
+
+
+def _noted(diagnosis: Diagnosis, note: str) -> Diagnosis:
+    return replace(diagnosis, note=joined([diagnosis.note, note]))
+
+
+def _with_contrasts(
+    diagnosis: Diagnosis, contrasts: Mapping[Any, ClassContrast]
+) -> Diagnosis:
+    def compared(own: Any) -> Any:
+        return replace(own, contrast=contrasts.get(_pair_of(diagnosis, own.record)))
+
+    return replace(
+        diagnosis,
+        missed=tuple(map(compared, diagnosis.missed)),
+        false_positives=tuple(map(compared, diagnosis.false_positives)),
+    )
+
+
+def _with_maps(
+    diagnosis: Diagnosis,
+    of_detections: Mapping[Any, ErrorMap],
+    of_candidates: Mapping[Any, ErrorMap],
+) -> Diagnosis:
+    """A diagnosis with maps, by its own detections and by candidate."""
+
+    def explained(own: FalsePositive) -> FalsePositive:
+        error_map, why = of_detections.get(own.record.detection), own.why
+        if error_map is not None and error_map.is_shortcut:
+            why += f"; a shortcut: {error_map.inside:.0%} of the map is inside"
+        return replace(own, map=error_map, why=why)
+
+    return replace(
+        diagnosis,
+        found=tuple(
+            replace(own, map=of_detections.get(own.record.detection))
+            for own in diagnosis.found
+        ),
+        missed=tuple(
+            replace(
+                own,
+                map=of_candidates.get(own.record.candidate),
+                other_map=of_detections.get(own.record.other),
+            )
+            for own in diagnosis.missed
+        ),
+        false_positives=tuple(map(explained, diagnosis.false_positives)),
+    )
