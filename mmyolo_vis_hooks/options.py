@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
+from .attribution.evidence import BASELINES
 from .attribution.methods import METHODS, validate
 from .attribution.saliency import FUSIONS
 from .attribution.targets import TARGETS, validate_target
@@ -61,6 +62,15 @@ def number(remedy: str, most: float = 1.0, *, above_0: bool = False) -> Check:
 def count(remedy: str, special: int | None = None, least: int = 1) -> Check:
     def check(name: str, value: Any) -> int:
         if not is_int(value) or not (value >= least or value == special):
+            raise refuse(name, value, remedy)
+        return int(value)
+
+    return check
+
+
+def even(remedy: str) -> Check:
+    def check(name: str, value: Any) -> int:
+        if not is_int(value) or value < 0 or value % 2:
             raise refuse(name, value, remedy)
         return int(value)
 
@@ -277,7 +287,8 @@ class BoxAMOptions(_Seen):
         None,
         optional(number("use a share of the box's size, 0 (not smoothed) to 1")),
         "sigma of a Gaussian over the map, in units of the square root of the box's "
-        "area; `None` takes the method's own: 0.1 for `'boxam'`, 0 for the others",
+        "area; `None` takes the method's own: 0.1 for `'boxam'`, 0.03 for "
+        "`'evidence'`, 0 for the others",
         type=float,
     )
     norm_in_bbox: bool = option(
@@ -326,6 +337,28 @@ class BoxAMOptions(_Seen):
     num_masks: int = option(
         1000, count("use a positive number of masks"), "masks of `'drise'`"
     )
+    steps: int = option(
+        4,
+        count("use a positive number of steps"),
+        "steps of `'evidence'` from the baseline to the image",
+    )
+    masks: int = option(
+        4,
+        even("use an even number: each mask is followed by its complement"),
+        "coarse random masks of `'evidence'`; `0` takes the steps alone",
+    )
+    baseline: str = option(
+        "blur",
+        choice(BASELINES),
+        "the image without content of `'evidence'`: blurred, black, or of its mean "
+        "colour",
+        choices=BASELINES,
+    )
+    signed: bool = option(
+        True,
+        flag,
+        "show what speaks against a box too, of methods that know it (`'evidence'`)",
+    )
     alpha: float = option(
         0.6,
         _SHARE,
@@ -339,13 +372,14 @@ class BoxAMOptions(_Seen):
         super().__post_init__()
         method = validate(self.method, eigen_smooth=self.eigen_smooth)
         wrong: dict[str, str] = {}
-        if method.kind in ("ablation", "masking") and not TARGETS[self.target].compares:
+        compares = method.kind in ("ablation", "masking", "pixels")
+        if compares and not TARGETS[self.target].compares:
             wrong["target"] = "it compares scores; use 'score', 'logit' or 'objectness'"
         if method.targets and self.target != "score":
             wrong["target"] = "it joins several targets by itself; leave target='score'"
-        if method.kind == "black_box":
-            if self.target != "score":
-                wrong["target"] = "it sees what is found, not how; leave target='score'"
+        if method.kind == "black_box" and self.target != "score":
+            wrong["target"] = "it sees what is found, not how; leave target='score'"
+        if method.kind in ("black_box", "pixels"):
             if self.aug_smooth:
                 wrong["aug_smooth"] = "it is a mean over many images; leave it False"
             if self.target_layers is not None:
@@ -355,6 +389,11 @@ class BoxAMOptions(_Seen):
                 f"{name}={getattr(self, name)!r} cannot work with "
                 f"method={self.method!r}: {remedy}"
             )
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether maps have negative values too, what speaks against a box."""
+        return self.signed and METHODS[self.method].kind == "pixels"
 
     @property
     def sigma(self) -> float:

@@ -90,9 +90,10 @@ class LayerMap:
 
     Attributes:
         layer: Name of the layer for captions.
-        saliency: ``(h, w)`` float32, finite and not negative, cells over the
-            network frame. It is not normalised: its unit is that of the target
-            for methods that weigh activations by gradients.
+        saliency: ``(h, w)`` float32, finite, cells over the network frame; negative
+            where a method that is signed found what speaks against the detection. It
+            is not normalised: its unit is that of the target for methods that
+            multiply by gradients.
     """
 
     layer: str

@@ -49,7 +49,7 @@ class Explanation:
         box_xyxy: ``(4,)`` float32, in pixels of the image.
         layer: The layers whose maps are shown, such as ``'neck[1]'``; '' for none.
         raw_maps: Map of each layer on its own grid, ``(h, w)`` float32, not
-            normalised, over the network's input.
+            normalised, over the network's input; ``'image'`` is a map of its pixels.
         note: Why the maps are missing or not to be trusted; '' where they are.
     """
 
@@ -67,6 +67,8 @@ class Explanation:
     @cached_property
     def saliency(self) -> np.ndarray:
         """The map over the image, ``(H, W)`` float32, 0 to 1: 1 is its maximum.
+
+        A signed one, as of ``method='evidence'``, is -1 to 1.
 
         As it is drawn: smoothed, fused and normalised as the options say. All zero
         where nothing has any influence.
@@ -112,7 +114,6 @@ class _Result(Sequence):
 
     _items: tuple[Any, ...]
     _page_title: str
-    _fades: bool
     # Where the sample has what the items are made of.
     _parts: str
     # Options that a finished result can still be drawn with.
@@ -259,7 +260,7 @@ class Explanations(_Result):
     """
 
     panel_kind = BoxAMPanel
-    _page_title, _fades, _parts = "Box activation maps", True, "explanations"
+    _page_title, _parts = "Box activation maps", "explanations"
     _drawing = (
         "scope", "fusion", "normalize_layers", "smooth", "norm_in_bbox", "alpha",
         "colormap", "score_thr",
@@ -329,7 +330,7 @@ class FeatureMaps(_Result):
     """Feature maps of an image, in the order of the layers and their calls."""
 
     panel_kind = FeatMapPanel
-    _page_title, _fades, _parts = "Feature maps", False, "activations"
+    _page_title, _parts = "Feature maps", "activations"
     _drawing = (
         "channel_reduction", "topk", "arrangement", "alpha", "colormap", "score_thr",
     )  # fmt: skip
@@ -370,8 +371,8 @@ class Gallery(list):
         page = HtmlPage(
             folder,
             title=first._page_title,
-            colormap=first.options.colormap,
-            fade=first._fades,
+            colormap=first._panel.colormap,
+            fade=first._panel.fades,
             alpha=first.options.alpha,
         )
         files: list[Path] = []

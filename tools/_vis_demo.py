@@ -140,12 +140,10 @@ def look(
     panel_kind: Any,
     *,
     title: str,
-    fade: bool,
 ) -> None:
     """Do what both tools do, from the command line to the status of the process.
 
-    The panel draws what the kind of options asks for; the page has the title, and fades
-    as HtmlPage says.
+    The panel draws what the kind of options asks for; the page has the title.
     """
     demo = Demo(args, kind)
     detector = demo.build()
@@ -159,7 +157,7 @@ def look(
     )
     demo.try_on_first(maker, detector)
     panel = panel_kind(demo.options, demo.class_names, demo.palette)
-    sys.exit(demo.run(maker, panel, title=title, fade=fade))
+    sys.exit(demo.run(maker, panel, title=title))
 
 
 class Demo:
@@ -256,15 +254,15 @@ class Demo:
             # Perhaps it is this image only; each says for itself what fails.
             logger.debug(f"the trial before the first image: {error}")
 
-    def run(self, maker: SampleMaker, panel: Any, *, title: str, fade: bool) -> int:
+    def run(self, maker: SampleMaker, panel: Any, *, title: str) -> int:
         """Make a picture of every image; gives the status of the process."""
         page = None
         if self.args.out_dir is not None:
             page = HtmlPage(
                 self.args.out_dir,
                 title=f"{title} · {os.path.basename(self.args.config)}",
-                colormap=self.options.colormap,
-                fade=fade,
+                colormap=panel.colormap,
+                fade=panel.fades,
                 alpha=self.options.alpha,
             )
         done, interrupted = 0, False

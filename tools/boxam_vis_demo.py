@@ -15,7 +15,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    look(parse_args(), BoxAMOptions, BoxAMPanel, title="Box activation maps", fade=True)
+    look(parse_args(), BoxAMOptions, BoxAMPanel, title="Box activation maps")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    look(parse_args(), FeatMapOptions, FeatMapPanel, title="Feature maps", fade=False)
+    look(parse_args(), FeatMapOptions, FeatMapPanel, title="Feature maps")
 
 
 if __name__ == "__main__":

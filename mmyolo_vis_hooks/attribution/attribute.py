@@ -29,24 +29,17 @@ from .anchors import locate_anchors
 from .augment import Choose, smoothed
 from .blackbox import MaskedImage, final_scores
 from .gradient import joined_targets
-from .methods import (
-    CamMethod,
-    limited,
-    rectified,
-    shaped,
-    validate,
-    weigh,
-    weigh_channels,
-)
-from .perturb import PerturbedLayer, input_target, layer_target
+from .maps import MapMaker
+from .methods import CamMethod, rectified, shaped, validate
+from .perturb import input_target
 from .scoring import Scorer
 from .spots import (
     Case,
     Spot,
     View,
-    derivatives,
     spots_at,
     spots_of_levels,
+    spots_of_pixels,
     views_of,
     why_blank,
 )
@@ -94,6 +87,7 @@ class BoxAttributor:
         self._show_progress = show_progress
         self._engine = ReplayEngine(detector, logger)
         self._scorer = partial(Scorer, self._engine, options, show=show_progress)
+        self._maker = MapMaker(detector, options, self._engine, self._scorer)
         self._forward: GraphForward | None = None
         self._pyramid: Pyramid | None = None
         self._said_note = False
@@ -136,12 +130,14 @@ class BoxAttributor:
     ) -> _Found:
         with frozen(self._detector):
             graph = self._run(inputs, metainfo)
+            taps = self._forward.taps if self._forward is not None else ()
             chosen = choose(graph.predictions)
             rounds = []
             for case in self._cases(graph, metainfo, chosen) if chosen else ():
                 maps: list[list[LayerMap]] = [[] for _ in chosen]
                 for spot in self._spots(case):
-                    for k, saliency in zip(spot.members, self._maps(case, spot)):
+                    found = self._maker.maps(case, spot, taps)
+                    for k, saliency in zip(spot.members, found):
                         own = LayerMap(spot.view.title, saliency.cpu().numpy())
                         maps[k].append(own)
                 rounds.append([self._explained(case, k, m) for k, m in enumerate(maps)])
@@ -179,7 +175,7 @@ class BoxAttributor:
     def _tap_points(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> Sequence[TapPoint]:
-        if self._method.kind == "black_box":
+        if self._method.kind in ("black_box", "pixels"):
             return [last_maps(self._detector)]
         if not self._named:
             run = prediction_of(self._detector, inputs, metainfo)
@@ -245,49 +241,12 @@ class BoxAttributor:
     # The layer.
 
     def _spots(self, case: Case) -> list[Spot]:
+        if self._method.kind == "pixels":
+            return spots_of_pixels(case)
         if self._pyramid is None:
             return spots_at(case, self._views(case.graph))
         first_order = self._method.kind == "gradient" and not self._method.second_order
         return spots_of_levels(case, self._pyramid, with_gradients=first_order)
-
-    # The method.
-
-    def _maps(self, case: Case, spot: Spot) -> torch.Tensor:
-        """Maps ``(K, h, w)`` of the boxes of a spot."""
-        method, eigen_smooth = self._method, self.options.eigen_smooth
-        limit = partial(limited, limits=self.options.max_shape)
-        activations = limit(spot.view.activations)
-        if method.kind in ("ablation", "masking"):
-            weights = method.function(self._perturbed(case, spot))
-            shape = len(spot.members), activations.shape[1]
-            weights = shaped(weights, shape, f"method={method.name!r}")
-            return weigh_channels(activations[0], weights, eigen_smooth=eigen_smooth)
-        if method.kind == "activation":
-            shared = weigh(method.name, activations)
-            return shared.expand(len(spot.members), -1, -1)
-        map_hw = spot.view.activations.shape[-2:]
-        is_whole = eigen_smooth or not method.elementwise
-        if spot.windows and not is_whole and activations.shape[-2:] == map_hw:
-            crops = torch.stack([w.cut(activations[0]) for w in spot.windows])
-            parts = weigh(method.name, crops, torch.stack(spot.gradients))
-            return torch.stack([w.pad(p, map_hw) for w, p in zip(spot.windows, parts)])
-        maps = []
-        for number in range(len(spot.members)):
-            slopes = derivatives(case, spot, number, second=method.second_order)
-            given = activations, *map(limit, slopes)
-            maps.append(weigh(method.name, *given, eigen_smooth=eigen_smooth))
-        return torch.cat(maps)
-
-    def _perturbed(self, case: Case, spot: Spot) -> PerturbedLayer:
-        view, inputs = spot.view, case.graph.inputs
-        if self._method.kind == "masking":
-            target = input_target(case, self._engine, self._method.name)
-        else:
-            taps = self._forward.taps if self._forward is not None else ()
-            target = layer_target(self._engine, taps, view)
-        scorer = self._scorer(case, members=spot.members, target=target)
-        ratio = self.options.ratio_channels_to_ablate
-        return PerturbedLayer(view.activations[0], ratio, view, scorer, inputs)
 
     # What looks at no layer.
 
@@ -347,7 +306,7 @@ class BoxAttributor:
     # The record.
 
     def _explained(self, case: Case, k: int, maps: list[LayerMap]) -> BoxExplanation:
-        shown = tuple(m for m in maps if m.saliency.max() > 0)
+        shown = tuple(m for m in maps if m.saliency.any())
         warning = "" if shown else why_blank(case, k, maps, self._names)
         index, label = case.boxes.indices[k], case.boxes.labels[k]
         if warning:

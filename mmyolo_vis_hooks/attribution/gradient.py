@@ -31,6 +31,7 @@ _SPACE = (2, 3)
     "area)",
     elementwise=True,
     default_smooth=0.1,
+    tells="tells where",
 )
 def layercam(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     return (gradients.relu() * activations).sum(1)

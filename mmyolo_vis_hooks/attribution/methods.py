@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from ..errors import FeatureShapeError, VisConfigError, VisError
 from . import library
 
-KINDS = ("gradient", "activation", "ablation", "masking", "black_box")
+KINDS = ("gradient", "activation", "ablation", "masking", "pixels", "black_box")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class CamMethod:
             the target's gradients, alike, and gives maps ``(K, h, w)``.
             ``'activation'``: the same without gradients, once for all boxes.
             ``'ablation'`` and ``'masking'``: it is given a ``PerturbedLayer`` and gives
-            the weight of each channel, ``(K, C)``. ``'black_box'``: it is given a
-            ``MaskedImage`` and gives maps of the input, ``(K, H, W)``.
+            the weight of each channel, ``(K, C)``. ``'pixels'``: it is given a
+            ``PixelPath`` and gives signed maps of the input, ``(K, H, W)``.
+            ``'black_box'``: it is given a ``MaskedImage`` and gives such maps that
+            are not negative.
         function: Tensors in, tensor out, all on the tensors' own device.
         summary: What the map shows, one sentence.
         formula: Plain text, with the words of this module's docstring.
@@ -55,6 +57,7 @@ class CamMethod:
         takes_eigen_smooth: Whether there are weighted channels to project.
         targets: If not empty, the method joins the normalised maps of these targets
             by their maximum.
+        tells: What question a map answers, for captions: ``'tells where'``, or ``''``.
         library_class: Name in pytorch-grad-cam; empty if nothing of it is needed.
         since: First release of grad-cam that has the class.
     """
@@ -71,6 +74,7 @@ class CamMethod:
     box_specific: bool = True
     takes_eigen_smooth: bool = True
     targets: tuple[str, ...] = ()
+    tells: str = ""
     library_class: str = ""
     since: str = "1.5"
 
@@ -105,9 +109,11 @@ def register_method(
 
 
 def caption_of(method: str, target: str) -> str:
-    """What pictures say of a method and a target: ``'boxam · score'``."""
-    shared = "" if validate(method).box_specific else " · not of the box alone"
-    return f"{method} · {target}{shared}"
+    """What pictures say of a method and a target: ``'odam · score'``."""
+    shown = validate(method)
+    shared = "" if shown.box_specific else " · not of the box alone"
+    tells = f" · {shown.tells}" if shown.tells else ""
+    return f"{method} · {target}{tells}{shared}"
 
 
 def validate(name: Any, *, eigen_smooth: bool = False) -> CamMethod:

@@ -105,27 +105,27 @@ def fuse_saliency(
 def normalize_saliency(
     saliency: np.ndarray, *, box_xyxy: np.ndarray | None = None
 ) -> np.ndarray:
-    """Divide a map by its maximum.
+    """Divide a map by its maximum, a signed one by that of its sizes.
 
     The minimum is **not** subtracted: zero keeps its meaning, no influence, and a
     map that is the same everywhere becomes 1, not noise.
 
     Args:
-        saliency (np.ndarray): ``(H, W)`` floating point, not negative.
+        saliency (np.ndarray): ``(H, W)`` floating point.
         box_xyxy (np.ndarray, optional): ``(4,)``, pixels of the map. With it only
             the inside counts: it is divided by its own maximum, and everything
             outside becomes 0. A pixel is inside if its centre is.
 
     Returns:
-        np.ndarray: Same shape and dtype, 0 to 1; zero where there is nothing to
-        normalise, also for a box without area or outside the map.
+        np.ndarray: Same shape and dtype, 0 to 1, or -1 to 1; zero where there is
+        nothing to normalise, also for a box without area or outside the map.
     """
     result = np.zeros_like(saliency)
     part = (slice(None), slice(None))
     if box_xyxy is not None:
         part = _inside(box_xyxy, saliency.shape)
     values = saliency[part]
-    peak = values.max() if values.size else 0.0
+    peak = np.abs(values).max(initial=0)
     if peak > 0:
         np.divide(values, peak, out=result[part])
     return result
@@ -164,7 +164,7 @@ def box_saliency(
     """The map of one box over the image.
 
     Each layer's map is interpolated and smoothed, the layers are fused, and the
-    result is divided by its maximum.
+    result is divided by its maximum, or that of its sizes where it is signed.
 
     Args:
         explanation (BoxExplanation): Of the box.
@@ -179,7 +179,8 @@ def box_saliency(
             Defaults to False.
 
     Returns:
-        np.ndarray: ``(H, W)`` float32, 0 to 1; all zero without any influence.
+        np.ndarray: ``(H, W)`` float32, 0 to 1, a signed one -1 to 1; all zero without
+            any influence.
     """
     if not explanation.maps:
         return np.zeros(frame.image_hw, dtype=np.float32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from rich.progress import track
 
 from ..errors import VisError
+from ..network.graph import gradients
 from ..network.partial import Job, ReplayTarget
 from ..network.replay import Replay, ReplayEngine, batch_axis
 from .anchors import Anchor, RawEntries, wanted_outputs
@@ -124,26 +125,45 @@ class Scorer:
     @torch.no_grad()
     def scores(self, values: torch.Tensor) -> torch.Tensor:
         """Scores ``(n, K)`` float64 for values ``(n, ...)`` of the target."""
-        outputs = dict(zip(self._replay.job.wanted, self._replay.run(values)))
-        columns = [
-            link([_read(entries, outputs[entries.key]) for entries in anchor.entries])
-            for anchor, link in self._anchors
-        ]
-        return torch.stack(columns, dim=1).double()
+        return torch.stack(self._columns(values), dim=1).double()
+
+    @torch.enable_grad()
+    def slopes(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums ``(K, ...)`` over values ``(n, ...)`` of each score's derivatives."""
+        values = values.detach().requires_grad_()
+        scores = self._columns(values)
+        found = [gradients(score.sum(), [values])[0] for score in scores]
+        nothing = torch.zeros_like(values)
+        return torch.stack([(nothing if s is None else s).sum(dim=0) for s in found])
 
     def scores_of_many(
         self, count: int, values: Callable[[slice], torch.Tensor], title: str
     ) -> torch.Tensor:
         """The same for ``count`` values, made batch by batch, under a progress bar."""
-        begins = track(
-            range(0, count, self.batch_size),
-            title,
-            transient=True,
-            disable=not self._show,
-        )
+        parts = self._parts(count, title)
+        return torch.cat([self.scores(values(part)) for part in parts])
+
+    def slopes_of_many(
+        self, count: int, values: Callable[[slice], torch.Tensor], title: str
+    ) -> torch.Tensor:
+        """The sums of :meth:`slopes` over ``count`` values, made batch by batch."""
+        total = torch.zeros(())
+        for part in self._parts(count, title):
+            slopes = self.slopes(values(part))
+            total = total.to(slopes) + slopes
+        return total
+
+    def _parts(self, count: int, title: str) -> Iterable[slice]:
         size = self.batch_size
-        found = [self.scores(values(slice(b, min(b + size, count)))) for b in begins]
-        return torch.cat(found)
+        parts = [slice(b, min(b + size, count)) for b in range(0, count, size)]
+        return track(parts, title, transient=True, disable=not self._show)
+
+    def _columns(self, values: torch.Tensor) -> list[torch.Tensor]:
+        outputs = dict(zip(self._replay.job.wanted, self._replay.run(values)))
+        return [
+            link([_read(entries, outputs[entries.key]) for entries in anchor.entries])
+            for anchor, link in self._anchors
+        ]
 
 
 def _read(entries: RawEntries, output: torch.Tensor) -> torch.Tensor:

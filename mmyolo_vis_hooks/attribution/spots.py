@@ -23,6 +23,9 @@ from ..records import LayerMap
 from .anchors import Anchor, wanted_outputs
 from .targets import BOX_SIDES, ChosenBoxes, Target
 
+PIXELS = "image"
+"""What stands for a layer where the pixels themselves are explained."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -174,6 +177,14 @@ def influences(case: Case, k: int, taps: Sequence[TapKey]) -> list[Spot]:
     return [Spot(view, [k], [g[0]]) for view, g in pairs if bool(g.any())]
 
 
+def spots_of_pixels(case: Case) -> list[Spot]:
+    """The image itself, for the boxes whose score is not saturated."""
+    view = View(PIXELS, TapKey(PIXELS, 0, ()), case.graph.inputs)
+    count, anchors = len(case.boxes.indices), case.anchors
+    members = [k for k in range(count) if anchors is None or anchors[k].entries]
+    return [Spot(view, members)] if members else []
+
+
 def spots_at(case: Case, views: Sequence[View]) -> list[Spot]:
     """Given maps, each with the boxes that it has an influence on."""
     titles = {view.title for view in views}
@@ -308,6 +319,11 @@ def why_blank(
     target = case.target.name
     if maps:
         silent = ", ".join(layer_map.layer for layer_map in maps)
+        if silent == PIXELS:
+            return (
+                f"no pixel speaks for this {target}, which may be saturated all the "
+                "way from the baseline; try target='logit'"
+            )
         return (
             f"nothing at {silent} speaks for this {target}: all weighted "
             "activations are negative or zero"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ from ..records import BoxExplanation, BoxSample, OverlayMap
 from .box_layout import crop_window, panel_layout, panel_size_hw
 from .boxes import class_name, outline_boxes
 from .colorbar import ColorScale
-from .heatmap import fade_heatmap
+from .heatmap import DIVERGING, diverge_heatmap, fade_heatmap
 from .montage import Cell, cell_size_hw, gutter_of, montage, resize_image
 from .panel import (
     MAX_OVERLAY_SIZE,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..options import BoxAMOptions
 
 _UNIT = "share of the map's maximum"
+_SIGNS = "red for, blue against"
 _MIN_PICTURE_SIZE = 640
 # Many boxes need room for their labels, and for their panels below.
 _MANY_PANELS = 12
@@ -46,7 +47,8 @@ class BoxAMPanel(Panel):
     First comes the image with its boxes, then the maps of all explained boxes in
     one, then a panel per box or class; a single panel takes the place of the joint
     map. Each box's map is divided by its maximum, and the colour bar of a row gives
-    the share of it. The colours fade out on the grey image.
+    the share of it. The colours fade out on the grey image; those of signed maps are
+    blue for what speaks against a box, white for nothing, red for what speaks for it.
 
     A box whose class and score, as they are written, are those of another box has a
     number on its label and in the title of its panel: its place among the panels.
@@ -82,7 +84,7 @@ class BoxAMPanel(Panel):
         num_silent = 0
         panels: list[Cell] = []
         for group, group_map, silent in self._group_maps(sample, size_hw):
-            np.maximum(joint_map, group_map, out=joint_map)
+            _keep_larger(joint_map, group_map)
             num_silent += silent
             if num_panels:
                 picture = self._part(sample, group, group_map, panel_hw, columns == 1)
@@ -109,12 +111,17 @@ class BoxAMPanel(Panel):
         joint_map = np.zeros(size_hw, np.float32)
         maps: list[OverlayMap] = []
         for group, group_map, silent in self._group_maps(sample, size_hw):
-            np.maximum(joint_map, group_map, out=joint_map)
+            _keep_larger(joint_map, group_map)
             if self.options.scope != "image":
                 title, note = self._group_texts(sample, group, silent, numbers)
-                maps.append(OverlayMap(title, note, _levels(group_map), group[0].index))
+                levels = self._levels(group_map)
+                maps.append(OverlayMap(title, note, levels, group[0].index))
         title = _explained(len(sample.explanations))
-        return (OverlayMap(title, self._caption, _levels(joint_map)), *maps)
+        return (OverlayMap(title, self._caption, self._levels(joint_map)), *maps)
+
+    def _levels(self, saliency: np.ndarray) -> np.ndarray:
+        shares = (1 + saliency) / 2 if self.options.is_signed else saliency
+        return np.rint(shares * 255).astype(np.uint8)
 
     def box_map(
         self, explanation: BoxExplanation, frame: FrameTransform, box_xyxy: np.ndarray
@@ -131,8 +138,19 @@ class BoxAMPanel(Panel):
         )
 
     @property
+    def colormap(self) -> str | int:
+        """That of the maps; one of its own where they are signed."""
+        return DIVERGING if self.options.is_signed else self.options.colormap
+
+    @property
+    def fades(self) -> bool:
+        """Whether weak heat is transparent; the white of signed maps is a colour."""
+        return not self.options.is_signed
+
+    @property
     def _caption(self) -> str:
-        return caption_of(self.options.method, self.options.target)
+        caption = caption_of(self.options.method, self.options.target)
+        return joined([caption, _SIGNS if self.options.is_signed else ""])
 
     def _groups(self, sample: BoxSample) -> list[list[BoxExplanation]]:
         """The explanations that share a panel, in the order of their best box."""
@@ -173,7 +191,7 @@ class BoxAMPanel(Panel):
                 box_xyxy = boxes_xyxy[explanation.index]
                 box_map = self.box_map(explanation, frame, box_xyxy)
                 silent += not box_map.any()
-                np.maximum(group_map, box_map, out=group_map)
+                _keep_larger(group_map, box_map)
             yield group, group_map, silent
 
     def _joint_cell(
@@ -236,13 +254,17 @@ class BoxAMPanel(Panel):
         self, saliency: np.ndarray, image_rgb: np.ndarray, boxes_xyxy: np.ndarray
     ) -> np.ndarray:
         """A map on the grey image, with outlines of boxes."""
-        alpha, colormap = self.options.alpha, self.options.colormap
-        overlay = fade_heatmap(saliency, image_rgb, alpha=alpha, colormap=colormap)
+        look: dict[str, Any] = dict(alpha=self.options.alpha, colormap=self.colormap)
+        if self.options.is_signed:
+            overlay = diverge_heatmap(saliency, image_rgb, limit=1, **look)
+        else:
+            overlay = fade_heatmap(saliency, image_rgb, **look)
         outline_boxes(overlay, boxes_xyxy)
         return overlay
 
     def _scale(self, has_heat: bool, label: str) -> ColorScale | None:
-        return ColorScale(self.options.colormap, label=label) if has_heat else None
+        low = -1.0 if self.options.is_signed else 0.0
+        return ColorScale(self.colormap, low, label=label) if has_heat else None
 
     def _group_texts(
         self,
@@ -276,7 +298,7 @@ class BoxAMPanel(Panel):
         layers = ", ".join(f"{m.layer} {cells_text(m.saliency.shape)}" for m in maps)
         lows, highs = zip(*(saliency_range(m.saliency, sample.frame) for m in maps))
         # What three digits of the high do not show is 0.
-        low = 0.0 if min(lows) < 5e-4 * max(highs) else min(lows)
+        low = 0.0 if abs(min(lows)) < 5e-4 * max(highs) else min(lows)
         shown = f"{low:.3g} to {max(highs):.3g}".replace(" ", NO_BREAK)
         if len(maps) == 1:
             return [layers, f"map{NO_BREAK}{shown}"]
@@ -298,7 +320,7 @@ def _with_heat(
     box_xyxy: np.ndarray, saliency: np.ndarray, image_hw: tuple[int, int]
 ) -> np.ndarray:
     """A box of the image, widened to hold what is strong in its map."""
-    rows, columns = np.nonzero(saliency >= 0.5)
+    rows, columns = np.nonzero(np.abs(saliency) >= 0.5)
     if not len(rows):
         return box_xyxy
     heat = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
@@ -307,8 +329,9 @@ def _with_heat(
     return np.array([low[0], low[1], high[2], high[3]])
 
 
-def _levels(saliency: np.ndarray) -> np.ndarray:
-    return np.rint(saliency * 255).astype(np.uint8)
+def _keep_larger(joint: np.ndarray, other: np.ndarray) -> None:
+    """Put into a map what is larger in size in another."""
+    np.copyto(joint, other, where=np.abs(other) > np.abs(joint))
 
 
 def _explained(count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,10 +31,17 @@ class Panel:
             small image is enlarged.
     """
 
+    fades: ClassVar[Any] = False
+
     options: Any
     class_names: Sequence[str] = ()
     palette: Sequence[Sequence[int]] | None = None
     max_cell_size: int = 1024
+
+    @property
+    def colormap(self) -> str | int:
+        """That of the maps."""
+        return self.options.colormap
 
     def overview(
         self,

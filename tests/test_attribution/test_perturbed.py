@@ -233,5 +233,5 @@ def test_every_method_runs_on_every_family(method, name):
     (found,) = explanation.maps
     assert found.saliency.ndim == 2
     assert np.isfinite(found.saliency).all()
-    assert found.saliency.min() >= 0
+    assert found.saliency.min() >= 0 or METHODS[method].kind == "pixels"
     assert found.saliency.max() > 0

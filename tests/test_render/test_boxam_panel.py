@@ -105,7 +105,7 @@ class TestCaptions:
         )
         high = sample().explanations[1].maps[0].saliency.max()
         assert cells[3].note == (
-            f"boxam · score · neck[1] 26 x 26 cells · map 0 to {high:.3g}"
+            f"boxam · score · tells where · neck[1] 26 x 26 cells · map 0 to {high:.3g}"
         )
         assert cells[0].scale is None
         assert {(c.scale.low, c.scale.high) for c in cells[1:]} == {(0.0, 1.0)}
@@ -153,8 +153,8 @@ class TestCaptions:
         cells = draw(replace(given, note="16 bits, stretched"))
         assert cells[0].note.startswith("640 x 480 px · 16 bits, stretched · 3 boxes")
         assert cells[1].note == (
-            "boxam · score · sum of neck[0] 52 x 52 cells, neck[1] 26 x 26 cells · "
-            f"maps 0 to {maps[1].max():.3g} · grows with the seed"
+            "boxam · score · tells where · sum of neck[0] 52 x 52 cells, neck[1] 26 x "
+            f"26 cells · maps 0 to {maps[1].max():.3g} · grows with the seed"
         )
         assert not is_grey(cells[1].image_rgb).all()
         low = np.linspace(0.5, 2, 169, dtype=np.float32).reshape(13, 13)
@@ -380,3 +380,46 @@ def test_sample_is_left_alone(scope):
     for array in arrays:
         array.flags.writeable = False
     boxam_panel(scope=scope, norm_in_bbox=True)(given)
+
+
+def test_signed_maps_are_red_for_and_blue_against(draw):
+    """White is nothing: zero keeps its colour whatever a map's ends are."""
+    against = bump((93.6, 138.7), 20.0)
+    given = with_maps(sample(GREY), against * 0.5 - np.roll(against, 8, axis=1))
+    _, second = draw(given, method="evidence", alpha=1.0)
+    assert second.scale.colormap == "bwr"
+    assert (second.scale.low, second.scale.high) == (-1, 1)
+    assert "evidence · score · tells what · red for, blue against" in second.note
+    assert "-0.0" in second.note
+    red, _, blue = second.image_rgb.astype(int).transpose(2, 0, 1)
+    row, column = np.unravel_index((blue - red).argmax(), red.shape)
+    assert blue[row, column] - red[row, column] > 240
+    # Half as strong, for the box, elsewhere.
+    other = (red - blue).max()
+    assert 110 < other < 140
+    (joint, own) = boxam_panel(method="evidence").overlay_maps(given)
+    assert own.levels.min() == 0
+    assert 185 < own.levels.max() < 197
+    assert np.array_equal(joint.levels, own.levels)
+    assert np.median(own.levels) == 128
+    assert not boxam_panel(method="evidence").fades
+    positive = boxam_panel(method="evidence", signed=False)
+    assert (positive.fades, positive.colormap) == (True, "plasma")
+
+
+def test_of_signed_maps_the_larger_in_size_is_joined():
+    one, other = bump((93.6, 138.7), 20.0), bump((312, 208), 20.0)
+    given = sample(GREY)
+    explanations = (
+        BoxExplanation(0, (LayerMap("image", -one),)),
+        BoxExplanation(1, (LayerMap("image", other),)),
+    )
+    panel = boxam_panel(method="evidence", smooth=0.0)
+    joint, first, second = panel.overlay_maps(replace(given, explanations=explanations))
+    assert joint.levels.min() == first.levels.min() == 0
+    assert joint.levels.max() == second.levels.max() == 255
+
+
+def test_captions_say_which_question_a_map_answers(draw):
+    _, second = draw(with_maps(sample(), bump((93.6, 138.7), 20.0)))
+    assert "boxam · score · tells where" in second.note

@@ -1,0 +1,133 @@
+"""Evidence: which pixels of an object speak for its score, and which against.
+
+Gradients of a box's own score at the pixels, on images between one without content and
+the image itself: along the straight way, and under coarse random masks with their
+complements, where the score is asked for parts of the object.
+
+Sources: Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks"
+(integrated gradients); Okhrati and Lipani 2021, "A Multilinear Sampling Algorithm to
+Estimate Shapley Values" (masks of every size with their complements).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .methods import register_method
+from .scoring import Scorer
+
+CELLS = 12
+"""Cells of a mask along the longer side of the input."""
+BLUR = 0.05
+"""Sigma of the blurred image, in units of the longer side of the input."""
+BASELINES = ("blur", "black", "mean")
+
+
+@dataclass(frozen=True)
+class PixelPath:
+    """What a method may ask of an image ``(1, C, H, W)`` and K boxes on it.
+
+    ``baseline`` is the image without content, of the same shape.
+    """
+
+    inputs: torch.Tensor
+    baseline: torch.Tensor
+    steps: int
+    num_masks: int
+    scorer: Scorer
+
+    def evidence(self, shares: torch.Tensor) -> torch.Tensor:
+        """What each pixel adds to the scores, ``(K, H, W)``.
+
+        The mean over images with shares ``(n, 1, H, W)`` of the image, or ``(n, 1, 1,
+        1)``, the rest of which is the baseline.
+        """
+        change = self.inputs - self.baseline
+
+        def between(part: slice) -> torch.Tensor:
+            return self.baseline + shares[part] * change
+
+        slopes = self.scorer.slopes_of_many(len(shares), between, "evidence")
+        return (slopes * change).sum(dim=1) / len(shares)
+
+
+@register_method(
+    "evidence",
+    kind="pixels",
+    summary="What inside a box speaks for its score, and what against: gradients at "
+    "the pixels on the way from the blurred image and under coarse masks.",
+    formula="mean of sum_c g * (x - b), b = the blurred image, g at b + m * (x - b), m "
+    "= steps from 0 to 1, and random masks with their complements; then a Gaussian "
+    "with sigma = 0.03 * sqrt(box area)",
+    default_smooth=0.03,
+    tells="tells what",
+    takes_eigen_smooth=False,
+)
+def evidence(path: PixelPath) -> torch.Tensor:
+    inputs = path.inputs
+    shares = (torch.arange(path.steps).to(inputs) + 0.5) / path.steps
+    masks = complementary_masks(path.num_masks, inputs.shape[-2:]).to(inputs)
+    ways = [shares.view(-1, 1, 1, 1), masks]
+    maps = [path.evidence(way) for way in ways if len(way)]
+    # Either may be several times as large; both have half of the say.
+    sizes = [own.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12) for own in maps]
+    return torch.stack([own / size for own, size in zip(maps, sizes)]).sum(dim=0)
+
+
+def complementary_masks(count: int, image_hw: Sequence[int]) -> torch.Tensor:
+    """Random masks that keep coarse cells, each followed by what it leaves out.
+
+    Their shares are spread evenly between 0 and 1. Cells are enlarged bilinearly and
+    shifted, and the masks are the same in every run.
+
+    Args:
+        count (int): Even.
+        image_hw (Sequence[int]): Height and width, pixels.
+
+    Returns:
+        Tensor: ``(count, 1, H, W)`` float32, 0 to 1, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(0)
+    cell = -(-max(image_hw) // CELLS)
+    rows, columns = (-(-size // cell) + 1 for size in image_hw)
+    masks = []
+    for number in range(count // 2):
+        cells = torch.rand(1, 1, rows, columns, generator=generator)
+        kept = (cells < (number + 0.5) / count).float()
+        large = F.interpolate(kept, scale_factor=cell, mode="bilinear")
+        top, left = torch.randint(cell, (2,), generator=generator).tolist()
+        mask = large[..., top : top + image_hw[0], left : left + image_hw[1]]
+        masks += [mask, 1 - mask]
+    return torch.cat(masks) if masks else torch.zeros(0, 1, *image_hw)
+
+
+def baseline_of(kind: str, inputs: torch.Tensor, preprocessor: Any) -> torch.Tensor:
+    """The image without content: blurred, black, or of its mean colour.
+
+    Args:
+        kind (str): One of ``BASELINES``.
+        inputs (Tensor): ``(1, C, H, W)``, as the preprocessor gives it.
+        preprocessor: Of the detector, which knows what black became.
+    """
+    if kind == "mean":
+        return inputs.mean(dim=(2, 3), keepdim=True).expand_as(inputs)
+    if kind == "black":
+        black = inputs.new_zeros(inputs.shape[1], 1, 1)
+        if getattr(preprocessor, "_enable_normalize", False):
+            black = (black - preprocessor.mean) / preprocessor.std
+        return black.to(inputs).expand_as(inputs)
+    sigma = BLUR * max(inputs.shape[-2:])
+    rows, columns = (_gaussians(size, sigma).to(inputs) for size in inputs.shape[-2:])
+    return rows @ inputs @ columns.T
+
+
+def _gaussians(size: int, sigma: float) -> torch.Tensor:
+    """``(size, size)``: each pixel's share of each blurred one; rows have the sum 1."""
+    places = torch.arange(size, dtype=torch.float32)
+    weights = torch.exp(-((places[:, None] - places) ** 2) / (2 * sigma**2))
+    return weights / weights.sum(dim=1, keepdim=True)

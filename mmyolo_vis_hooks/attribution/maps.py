@@ -1,0 +1,109 @@
+"""From a layer, or the image itself, to the maps of the boxes, as a method has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..network.graph import TapPoint
+from ..network.replay import ReplayEngine
+from .evidence import PixelPath, baseline_of
+from .methods import (
+    limited,
+    require_finite,
+    shaped,
+    validate,
+    weigh,
+    weigh_channels,
+)
+from .perturb import PerturbedLayer, input_target, layer_target
+from .scoring import Scorer
+from .spots import Case, Spot, derivatives
+
+
+class MapMaker:
+    """Makes maps of the kinds of methods that look at spots.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+        options (BoxAMOptions): The method, and what it is asked for.
+        engine (ReplayEngine): That of the detector.
+        scorer (Callable): From case, members and target to what scores the boxes.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        options: Any,
+        engine: ReplayEngine,
+        scorer: Callable[..., Scorer],
+    ) -> None:
+        self._method = validate(options.method, eigen_smooth=options.eigen_smooth)
+        self._options = options
+        self._engine = engine
+        self._scorer = scorer
+        self._preprocessor = getattr(detector, "data_preprocessor", None)
+
+    def maps(self, case: Case, spot: Spot, taps: Sequence[TapPoint]) -> torch.Tensor:
+        """Maps ``(K, h, w)`` of the boxes of a spot, on its device.
+
+        Args:
+            case (Case): The image and its boxes.
+            spot (Spot): Where they are explained.
+            taps (Sequence[TapPoint]): Where the forward was tapped.
+
+        Raises:
+            VisError: If the method cannot work here.
+        """
+        method, eigen_smooth = self._method, self._options.eigen_smooth
+        if method.kind == "pixels":
+            return self._pixel_maps(case, spot)
+        limit = partial(limited, limits=self._options.max_shape)
+        activations = limit(spot.view.activations)
+        if method.kind in ("ablation", "masking"):
+            weights = method.function(self._perturbed(case, spot, taps))
+            shape = len(spot.members), activations.shape[1]
+            weights = shaped(weights, shape, f"method={method.name!r}")
+            return weigh_channels(activations[0], weights, eigen_smooth=eigen_smooth)
+        if method.kind == "activation":
+            shared = weigh(method.name, activations)
+            return shared.expand(len(spot.members), -1, -1)
+        map_hw = spot.view.activations.shape[-2:]
+        is_whole = eigen_smooth or not method.elementwise
+        if spot.windows and not is_whole and activations.shape[-2:] == map_hw:
+            crops = torch.stack([w.cut(activations[0]) for w in spot.windows])
+            parts = weigh(method.name, crops, torch.stack(spot.gradients))
+            return torch.stack([w.pad(p, map_hw) for w, p in zip(spot.windows, parts)])
+        maps = []
+        for number in range(len(spot.members)):
+            slopes = derivatives(case, spot, number, second=method.second_order)
+            given = activations, *map(limit, slopes)
+            maps.append(weigh(method.name, *given, eigen_smooth=eigen_smooth))
+        return torch.cat(maps)
+
+    def _pixel_maps(self, case: Case, spot: Spot) -> torch.Tensor:
+        method, options, inputs = self._method, self._options, case.graph.inputs
+        target = input_target(case, self._engine, method.name)
+        scorer = self._scorer(case, members=spot.members, target=target)
+        baseline = baseline_of(options.baseline, inputs, self._preprocessor)
+        path = PixelPath(inputs, baseline, options.steps, options.masks, scorer)
+        shape = len(spot.members), *case.graph.network_hw
+        maps = shaped(method.function(path), shape, f"method={method.name!r}")
+        require_finite(maps, "the gradients at the pixels")
+        return maps.float() if options.signed else maps.float().relu()
+
+    def _perturbed(
+        self, case: Case, spot: Spot, taps: Sequence[TapPoint]
+    ) -> PerturbedLayer:
+        view, inputs = spot.view, case.graph.inputs
+        if self._method.kind == "masking":
+            target = input_target(case, self._engine, self._method.name)
+        else:
+            target = layer_target(self._engine, taps, view)
+        scorer = self._scorer(case, members=spot.members, target=target)
+        ratio = self._options.ratio_channels_to_ablate
+        return PerturbedLayer(view.activations[0], ratio, view, scorer, inputs)

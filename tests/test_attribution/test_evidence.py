@@ -1,0 +1,162 @@
+"""Evidence: gradients at the pixels, against plain autograd and by its properties."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmyolo_vis_hooks.attribution.evidence import baseline_of, complementary_masks
+from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.options import BoxAMOptions
+from tests.families import Family, build_family
+from tests.test_attribution.helpers import LOGGER, RawOutputs, attributor, explain
+
+
+def slow_evidence(
+    family: Family, index: int, shares: list[torch.Tensor], baseline: torch.Tensor
+) -> np.ndarray:
+    """One image at a time, through the whole network."""
+    raw = RawOutputs(family)
+    place = raw.place(index)
+    change, total = family.inputs - baseline, 0
+    for share in shares:
+        image = (baseline + share * change).requires_grad_()
+        other = copy.copy(family)
+        object.__setattr__(other, "inputs", image)
+        raw.family = other
+        scores, factors = raw.run()
+        (slope,) = torch.autograd.grad(raw.score(scores, factors, place), image)
+        total = total + (slope * change)[0].sum(dim=0)
+    return (total / len(shares)).numpy()
+
+
+@pytest.mark.parametrize("baseline", ["blur", "black"])
+def test_it_is_the_mean_of_gradients_between_the_baseline_and_the_image(baseline):
+    family = build_family("yolox")
+    options = dict(method="evidence", baseline=baseline, target="score", topk=2)
+    _, alone = explain(family, masks=0, steps=3, **options)
+    _, both = explain(family, masks=2, steps=3, batch_size=2, **options)
+    preprocessor = family.detector.data_preprocessor
+    neutral = baseline_of(baseline, family.inputs, preprocessor)
+    steps = [torch.tensor(share) for share in (1 / 6, 3 / 6, 5 / 6)]
+    masks = list(complementary_masks(2, (128, 160)))
+    for first, second in zip(alone, both):
+        parts = [
+            slow_evidence(family, first.index, shares, neutral)
+            for shares in (steps, masks)
+        ]
+        expected = [part / np.linalg.norm(part) for part in parts]
+        assert min(part.min() for part in expected) < -1e-3
+        (found,), (joined,) = first.maps, second.maps
+        assert found.layer == joined.layer == "image"
+        assert np.abs(found.saliency - expected[0]).max() < 1e-4
+        assert np.abs(joined.saliency - sum(expected)).max() < 1e-4
+
+
+def test_without_signs_it_is_the_positive_part():
+    family = build_family("yolox")
+    _, signed = explain(family, method="evidence", topk=2)
+    _, positive = explain(family, method="evidence", topk=2, signed=False)
+    for one, other in zip(signed, positive):
+        assert one.maps[0].saliency.min() < 0
+        assert np.array_equal(one.maps[0].saliency.clip(0), other.maps[0].saliency)
+
+
+def test_boxes_share_the_forwards(monkeypatch):
+    family = build_family("yolox")
+    own = attributor(family, method="evidence", topk=3)
+    own.explain(family.inputs, family.data_samples[0].metainfo)  # the trial
+    images = []
+    stem = family.detector.backbone.stem
+    handle = stem.register_forward_hook(lambda m, a, out: images.append(len(out)))
+    _, found = own.explain(family.inputs, family.data_samples[0].metainfo)
+    handle.remove()
+    assert len(found) == 3
+    # One to find the boxes, one that is traced.
+    assert sum(images) == 4 + 4 + 2
+
+
+def test_masks_cover_every_pixel_once_and_keep_shares_of_all_sizes():
+    state = torch.get_rng_state()
+    masks = complementary_masks(40, (90, 120))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert masks.shape == (40, 1, 90, 120)
+    assert (float(masks.min()), float(masks.max())) == (0, 1)
+    assert torch.allclose(masks[::2] + masks[1::2], torch.ones(1))
+    shares = masks[::2].mean(dim=(1, 2, 3))
+    assert torch.allclose(shares, (torch.arange(20) + 0.5) / 40, atol=0.15)
+    assert shares[10:].mean() - shares[:10].mean() > 0.2
+    assert torch.equal(masks, complementary_masks(40, (90, 120)))
+    # A cell is a twelfth of the longer side: within it a mask hardly changes.
+    assert float(masks.diff(dim=3).abs().max()) <= 1 / 10 + 1e-6
+
+
+def test_baselines():
+    family = build_family("yolox")
+    preprocessor = copy.deepcopy(family.detector.data_preprocessor)
+    image = torch.rand(1, 3, 40, 60)
+    mean = baseline_of("mean", image, preprocessor)
+    assert torch.allclose(mean, image.mean(dim=(2, 3), keepdim=True).expand_as(image))
+    black = baseline_of("black", image, preprocessor)
+    assert not black.any()  # this one does not normalise
+    preprocessor._enable_normalize = True
+    preprocessor.mean = torch.tensor([10.0, 20, 30]).view(3, 1, 1)
+    preprocessor.std = torch.tensor([1.0, 2, 5]).view(3, 1, 1)
+    black = baseline_of("black", image, preprocessor)
+    assert black.shape == image.shape
+    assert black[0, :, 3, 4].tolist() == [-10, -10, -6]
+    flat = torch.full((1, 3, 40, 60), 0.7)
+    assert torch.allclose(baseline_of("blur", flat, preprocessor), flat, atol=1e-6)
+    point = torch.zeros(1, 1, 101, 101)
+    point[..., 50, 50] = 1
+    blurred = baseline_of("blur", point, preprocessor)[0, 0]
+    sigma = 0.05 * 101
+    expected = np.exp(-(np.arange(12) ** 2) / (2 * sigma**2)) / (2 * np.pi * sigma**2)
+    assert np.allclose(blurred[50, 50:62], expected, rtol=1e-3)
+
+
+def test_a_score_that_is_saturated_all_the_way_says_so(caplog):
+    family = copy.copy(build_family("yolox"))
+    object.__setattr__(family, "detector", copy.deepcopy(family.detector))
+    for module in family.detector.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.bias is not None:
+            module.bias.data += 200
+    with caplog.at_level(logging.WARNING, LOGGER.name):
+        _, (first, *_) = explain(family, method="evidence")
+    assert not first.maps
+    assert "may be saturated" in first.warning
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "dino"])
+def test_regions_and_queries_stay_those_of_the_image(name):
+    """What moves with the image would change the score without a gradient."""
+    family = build_family(name)
+    own = attributor(family, method="evidence", topk=1, target="logit")
+    _, (found,) = own.explain(family.inputs, family.data_samples[0].metainfo)
+    assert found.maps[0].saliency.any()
+    assert not found.note
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (dict(target="x1"), "target='x1'.*'evidence'"),
+    (dict(aug_smooth=True), "aug_smooth=True.*'evidence'"),
+    (dict(target_layers=["neck"]), "target_layers=.*'evidence'"),
+    (dict(eigen_smooth=True), "eigen_smooth=True.*evidence"),
+    (dict(steps=0), "steps=0"),
+    (dict(masks=3), "masks=3.*even"),
+    (dict(masks=-2), "masks=-2"),
+    (dict(masks=2.0), r"masks=2\.0"),
+    (dict(baseline="white"), "baseline='white'.*'blur', 'black', 'mean'"),
+    (dict(signed=1), "signed=1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_what_cannot_work_is_refused(options, message):
+    with pytest.raises(VisConfigError, match=message):
+        BoxAMOptions(method="evidence", **options)
