@@ -31,11 +31,14 @@ class GroundTruth:
         labels: ``(M,)`` int64, indices into the classes.
         ignored: ``(M,)`` bool: crowds and objects that count neither as found nor as
             missed; a detection that lies on one of its class is no false alarm.
+        masks: Outlines of the objects, as COCO writes them or ``(H, W)`` bool, None
+            for one without; empty where there are none.
     """
 
     boxes_xyxy: np.ndarray
     labels: np.ndarray
     ignored: np.ndarray
+    masks: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, given: Any) -> GroundTruth:
@@ -44,7 +47,8 @@ class GroundTruth:
         Args:
             given (GroundTruth | Sequence[Mapping] | Mapping): ``instances`` of
                 MMEngine's data sets (``bbox``, ``bbox_label``, ``ignore_flag``), or a
-                mapping with ``boxes_xyxy``, ``labels`` and, if need be, ``ignored``.
+                mapping with ``boxes_xyxy``, ``labels`` and, if need be, ``ignored``
+                and ``masks`` ``(M, H, W)`` bool.
 
         Raises:
             VisConfigError: If these are no boxes with labels.
@@ -55,14 +59,17 @@ class GroundTruth:
             if isinstance(given, Mapping):
                 boxes, labels = given["boxes_xyxy"], given["labels"]
                 ignored = given.get("ignored", np.zeros(len(labels), bool))
+                masks = tuple(given.get("masks", ()))
             else:
                 boxes = [instance["bbox"] for instance in given]
                 labels = [instance["bbox_label"] for instance in given]
                 ignored = [bool(i.get("ignore_flag", 0)) for i in given]
+                masks = tuple(i.get("mask") for i in given)
             truth = cls(
                 _array(boxes, np.float32).reshape(-1, 4),
                 _array(labels, np.int64).reshape(-1),
                 _array(ignored, bool).reshape(-1),
+                masks,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise VisConfigError(
@@ -76,7 +83,25 @@ class GroundTruth:
                 f"labels and {len(truth.ignored)} marks of ignored objects: give one "
                 "of each per object"
             )
+        if truth.masks and len(truth.masks) != len(truth):
+            raise VisConfigError(
+                f"ground_truth has {len(truth.masks)} masks for {len(truth)} objects: "
+                "give one for each, or none"
+            )
         return truth
+
+    def region(self, index: int, image_hw: tuple[int, int]) -> np.ndarray:
+        """Where an object is: its mask ``(H, W)`` bool, else its box ``(4,)`` xyxy."""
+        mask: Any = self.masks[index] if self.masks else None
+        if mask is None or not len(mask):
+            return self.boxes_xyxy[index]
+        if isinstance(mask, (np.ndarray, torch.Tensor)):
+            return _array(mask, bool)
+        if isinstance(mask, list) or isinstance(mask["counts"], list):
+            mask = coco_mask.frPyObjects(mask, *image_hw)
+        if isinstance(mask, list):  # the polygons of one object
+            mask = coco_mask.merge(mask)
+        return coco_mask.decode(mask).astype(bool)
 
     def check(self, num_classes: int) -> None:
         """Refuse what no detection could hit; ``num_classes`` is 0 if unknown.

@@ -9,6 +9,7 @@ import numpy as np
 from ..publish.files import encode
 from ..records import Detections
 from .contrast import ClassContrast
+from .energy import mean_by_class, shares_inside
 from .maps import ErrorMap
 from .matching import FalseAlarm, GroundTruth, Hit, Matches
 from .mechanisms import MissedObject
@@ -136,6 +137,15 @@ class Diagnosis:
         maps = [missed.map for missed in self.missed]
         maps += [found.map for found in self.false_positives]
         return tuple(dict.fromkeys(found.layer for found in maps if found is not None))
+
+    def energy_inside(self) -> dict[str, float]:
+        """Share of the evidence that lies inside of the objects that were found.
+
+        Returns:
+            dict: By class, the mean over its explained hits: of the map, what lies in
+            the object's mask where the ground truth has one, else in its box.
+        """
+        return mean_by_class(shares_inside(self))
 
     def draw(self, max_panels: int = 12) -> np.ndarray:
         """The image with hits, misses and false positives, and a panel per error.

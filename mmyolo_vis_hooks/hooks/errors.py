@@ -20,6 +20,7 @@ from ..data.selector import ImageSelector, SelectedImage
 from ..declare import takes_options
 from ..diagnosis.cost import ErrorCost
 from ..diagnosis.diagnose import Diagnosis
+from ..diagnosis.energy import EnergyWatch, Shares, mean_by_class, shares_inside
 from ..diagnosis.maps import above
 from ..diagnosis.matching import GroundTruth, match
 from ..diagnosis.sample import DiagnosisMaker
@@ -28,7 +29,7 @@ from ..options import DiagnosisOptions, RunOptions
 from ..records import Detections
 from ..samples import SampleMaker
 from .base import BaseVisHook
-from .vis_loop import VisLoop, predicting_model
+from .vis_loop import Panel, VisLoop, predicting_model
 
 _Counted = tuple[Detections, GroundTruth]
 
@@ -49,8 +50,10 @@ class ErrorVisHook(BaseVisHook):
     images are counted: ``errors/missed``, ``errors/false/confused`` and so on, and
     ``errors/dap/...``, the AP that mending a kind would gain, are logged beside the
     metrics, in every validation, whatever ``interval`` says. ``num_images`` images are
-    drawn, with the reason of each miss and the evidence of each error. Add it to a
-    config:
+    drawn, with the reason of each miss and the evidence of each error. Of what they
+    show, ``errors/energy_inside/CLASS`` is the share of the evidence for found objects
+    that lies inside of them; a warning says when it falls while AP does not. Add it to
+    a config:
 
     .. code-block:: python
 
@@ -84,12 +87,29 @@ class ErrorVisHook(BaseVisHook):
         self._everything: dict[str, ImageSelector] = {}
         # Of the current run, by the name of the pass and of the image.
         self._found: dict[str, dict[str, _Counted]] = {}
+        # The same of the evidence of the images that are drawn.
+        self._shares: dict[str, Shares] = {}
+        self._pass = ""
+        self._watches: dict[str, EnergyWatch] = {}
 
     def build_maker(
         self, model: nn.Module, options: Any, class_names: Sequence[str], logger: Logger
     ) -> SampleMaker:
         """Give what turns a forward of the loop into a diagnosis."""
         return DiagnosisMaker(model, options, class_names, logger)
+
+    def build_panel(
+        self, class_names: Sequence[str], palette: Sequence[Any] | None
+    ) -> Panel:
+        """Give what draws a diagnosis, and keeps how much of it is about objects."""
+        draw = super().build_panel(class_names, palette)
+
+        def drawn(diagnosis: Diagnosis) -> np.ndarray:
+            shares = shares_inside(diagnosis)
+            self._shares.setdefault(self._pass, {}).update(shares)
+            return draw(diagnosis)
+
+        return drawn
 
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
         dataset = loop.dataloader.dataset
@@ -126,6 +146,7 @@ class ErrorVisHook(BaseVisHook):
     def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
         if mode in self._loops:
             self._found.clear()
+            self._shares.clear()
             # The log repeats what is still there.
             scalars = runner.message_hub.log_scalars
             for name in [n for n in scalars if n.startswith(f"{mode}/{self.name}/")]:
@@ -141,6 +162,7 @@ class ErrorVisHook(BaseVisHook):
         mode: str = "train",
     ) -> None:
         if mode in self._loops:
+            self._pass = self._loops[mode].pass_name
             for output in outputs or ():
                 with self._policy.guard(f"count the errors of a {mode} image"):
                     self._keep(self._loops[mode], output)
@@ -156,20 +178,19 @@ class ErrorVisHook(BaseVisHook):
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
         if mode in self._loops:
-            # Samplers repeat images so that all ranks have equally many.
-            everything: dict[str, dict[str, _Counted]] = {}
-            for of_rank in all_gather_object(self._found):
-                for name, found in of_rank.items():
-                    everything.setdefault(name, {}).update(found)
+            everything = _of_all_ranks(self._found)
+            shares = _of_all_ranks(self._shares)
             with self._policy.guard("add the errors up"):
                 for name, found in everything.items():
-                    parts = mode, self.name, name
-                    self._log(runner, "/".join(filter(None, parts)), found)
+                    start = "/".join(filter(None, (mode, self.name, name)))
+                    self._log(runner, start, found, shares.get(name, {}))
             if self._drawn(mode) is None:
                 self._policy.share()
         super()._after_epoch(runner, mode)
 
-    def _log(self, runner: Runner, start: str, images: dict[str, _Counted]) -> None:
+    def _log(
+        self, runner: Runner, start: str, images: dict[str, _Counted], shares: Shares
+    ) -> None:
         cost = ErrorCost()
         for found, truth in images.values():
             cost.update(match(found, truth, iou_thr=self.options.iou_thr), found, truth)
@@ -178,6 +199,20 @@ class ErrorVisHook(BaseVisHook):
         for group in ("false", "dap"):
             for kind, value in summary[group].items():
                 scalars[f"{group}/{kind.replace(' ', '_')}"] = value
+        for name, share in mean_by_class(shares).items():
+            scalars[f"energy_inside/{name.replace(' ', '_')}"] = share
+        watch = self._watches.setdefault(start, EnergyWatch())
+        for alarm in watch.update(shares, summary["ap"]["ap"]):
+            runner.logger.warning(f"{self.name}: {alarm}")
         # MMEngine's LoggerHook logs them with the metrics, at their step.
         for name, value in scalars.items():
             runner.message_hub.update_scalar(f"{start}/{name}", np.float64(value))
+
+
+def _of_all_ranks(own: dict[str, dict]) -> dict[str, dict]:
+    """Samplers repeat images so that all ranks have equally many; each counts once."""
+    everything: dict[str, dict] = {}
+    for of_rank in all_gather_object(own):
+        for name, found in of_rank.items():
+            everything.setdefault(name, {}).update(found)
+    return everything

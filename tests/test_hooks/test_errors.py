@@ -93,6 +93,23 @@ def test_the_scalars_stand_beside_the_metrics_at_their_step(tmp_path, toy_data):
     assert len(pictures(tmp_path)) == 2  # of the first validation alone
 
 
+def test_the_share_of_evidence_inside_is_that_of_the_drawn_images(tmp_path, toy_data):
+    runner = looked_at(tmp_path, toy_data, num_images=-1)
+    (name,) = runner.test_dataloader.dataset.metainfo["classes"]
+    share = logged(runner)[f"energy_inside/{name}"]
+    dataset = DATASETS.build(runner.cfg.test_dataloader.dataset)
+    shares = []
+    for info in map(dataset.get_data_info, range(len(dataset))):
+        given = info["img_path"], info["instances"]
+        own = diagnose(runner.model, *given, config=runner.cfg)
+        for hit in own.found:
+            x1, y1, x2, y2 = (int(v) for v in own.truth.boxes_xyxy[hit.record.truth])
+            saliency = hit.map.saliency
+            shares.append(float(saliency[y1:y2, x1:x2].sum() / saliency.sum()))
+    assert share == pytest.approx(sum(shares) / len(shares), abs=1e-4)
+    assert 0.1 < share < 1
+
+
 def test_no_count_of_an_earlier_run_is_logged_again(tmp_path, toy_data, monkeypatch):
     runner = looked_at(tmp_path, toy_data, on_error="log")
     assert logged(runner)

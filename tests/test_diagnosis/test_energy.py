@@ -1,0 +1,110 @@
+"""How much of the evidence lies in the objects, and when it is said to leave them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from mmyolo_vis_hooks.diagnosis.diagnose import judge
+from mmyolo_vis_hooks.diagnosis.energy import EnergyWatch
+from mmyolo_vis_hooks.diagnosis.explainer import Explainer
+from mmyolo_vis_hooks.diagnosis.maps import ErrorMap, ErrorMapper
+from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
+from mmyolo_vis_hooks.diagnosis.result import Diagnosis
+from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.options import DiagnosisOptions
+
+from .test_matching import SQUARE, detections
+
+HALF = np.zeros((100, 100), bool)
+HALF[10:50, 10:30] = True  # the left half of SQUARE
+
+
+def explained(monkeypatch, truth: Any, rows: list, own: ErrorMap) -> Diagnosis:
+    """Detections that all have one map."""
+    image = np.zeros((100, 100, 3), np.uint8)
+    found = detections(*rows)
+    options = DiagnosisOptions()
+    without = judge("a", image, found, found, GroundTruth.of(truth), options, ("dog",))
+    maps = lambda self, *args: (dict.fromkeys(args[3], own), {})  # noqa: E731
+    monkeypatch.setattr(ErrorMapper, "maps", maps)
+    monkeypatch.setattr(ErrorMapper, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(
+        "mmyolo_vis_hooks.diagnosis.explainer.ClassComparer", lambda *_: None
+    )
+    logger = logging.getLogger("test")
+    numbers = np.arange(len(found))
+    return Explainer(None, 10, ("dog",), logger).explain(without, numbers, None, {})
+
+
+@pytest.mark.parametrize(
+    ("mask", "share"),
+    [
+        (None, 0.75),
+        (HALF, 0.5),
+        ([[10, 10, 30, 10, 30, 50, 10, 50]], 0.5),
+        (coco_mask.encode(np.asfortranarray(HALF.astype(np.uint8))), 0.5),
+        ([], 0.75),
+    ],
+)
+def test_the_share_of_a_map_inside_mask_or_box(monkeypatch, mask, share):
+    """Half of it lies on the left, a quarter on the right, a quarter outside."""
+    saliency = np.zeros((100, 100), np.float32)
+    saliency[20, 20], saliency[20, 40], saliency[80, 80] = 1.0, 0.5, 0.5
+    instance = dict(bbox=SQUARE, bbox_label=0)
+    if mask is not None:
+        instance["mask"] = mask
+    own = ErrorMap(saliency, "neck[0]", 0.75, 0.75)
+    found = explained(monkeypatch, [instance], [(SQUARE, 0.9, 0)], own)
+    assert found.energy_inside() == {"dog": pytest.approx(share)}
+    assert found.found[0].map is own
+    assert repr(found.found[0]) == "Found(dog 0.90, IoU 1.00)"
+
+
+def test_a_mask_for_each_object_or_none():
+    given = dict(boxes_xyxy=[SQUARE], labels=[0], masks=np.stack([HALF, HALF]))
+    with pytest.raises(VisConfigError, match="2 masks for 1 objects"):
+        GroundTruth.of(given)
+    given["masks"] = HALF[None]
+    assert GroundTruth.of(given).region(0, (100, 100)).sum() == 800
+
+
+@pytest.mark.parametrize(("near", "said"), [(0.4, True), (0.6, False)])
+def test_a_false_positive_whose_evidence_lies_outside_is_called_a_shortcut(
+    monkeypatch, near, said
+):
+    own = ErrorMap(np.ones((100, 100), np.float32), "neck[0]", 0.16, near)
+    (false,) = explained(monkeypatch, [], [(SQUARE, 0.9, 0)], own).false_positives
+    line = "greatest IoU with any object 0.00"
+    if said:
+        line += "; a shortcut: 16% of the map is inside"
+    assert false.why == line
+
+
+def shares(*values: float, first: int = 0) -> dict:
+    return {("a", first + i): ("dog", value) for i, value in enumerate(values)}
+
+
+def test_the_alarm_is_for_evidence_that_leaves_while_ap_does_not_fall():
+    watch = EnergyWatch()
+    assert watch.update(shares(0.8, 0.8, 0.8), 0.4) == []
+    assert watch.update(shares(0.76, 0.76, 0.76), 0.5) == []  # too little
+    assert watch.update(shares(0.7, 0.7, 0.7), 0.3) == []  # AP falls too
+    (alarm,) = watch.update(shares(0.7, 0.72, 0.74), 0.45)
+    assert alarm == (
+        "of the evidence for 'dog', 72% lies inside of 3 objects, where it was 80%, "
+        "and AP went from 0.400 to 0.450: their surroundings may be learnt instead of "
+        "them"
+    )
+    assert watch.update(shares(0.7, 0.72, 0.74), 0.5) == []  # said once
+
+
+def test_objects_that_were_found_once_are_no_loss():
+    watch = EnergyWatch()
+    watch.update(shares(0.8, 0.8, 0.8), 0.4)
+    assert watch.update(shares(0.8, 0.8, 0.8, 0.1, 0.1), 0.5) == []
+    assert watch.update(shares(0.2, 0.2, first=10), 0.6) == []  # nothing in common
