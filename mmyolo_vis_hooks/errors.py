@@ -4,6 +4,7 @@ ending a training."""
 from __future__ import annotations
 
 import contextlib
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -83,6 +84,7 @@ class ErrorPolicy:
         self._logger = logger
         self._name = name
         self._failures: dict[tuple[str, str, int], _Failure] = {}
+        self._lock = threading.Lock()  # pictures are written in a thread
         self._waiting: Exception | None = None
 
     @property
@@ -166,10 +168,9 @@ class ErrorPolicy:
         self._failures.clear()
 
     def _add(self, failure: _Failure) -> None:
-        known = self._failures.get(failure.kind)
+        with self._lock:
+            known = self._failures.get(failure.kind)
+            count = failure.count + (known.count if known else 0)
+            self._failures[failure.kind] = replace(known or failure, count=count)
         if known is None:
-            self._failures[failure.kind] = failure
             self._logger.error(f"{self._name}: {failure.report}")
-        else:
-            count = known.count + failure.count
-            self._failures[failure.kind] = replace(known, count=count)

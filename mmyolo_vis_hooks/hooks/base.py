@@ -29,6 +29,7 @@ from ..options import RunOptions
 from ..publish.gather import RankSpool
 from ..publish.publisher import Publisher
 from ..publish.window import why_no_window
+from ..publish.writer import Writer
 from ..records import VisImage
 from ..samples import SampleMaker, make_sample_maker
 from .boxed import boxed_image
@@ -119,18 +120,22 @@ class BaseVisHook(Hook):
             )
         # Two hooks of one name get different tags.
         earlier = runner.hooks[: runner.hooks.index(self)]
-        others = [h for h in earlier if isinstance(h, BaseVisHook)]
-        taken = {other.name for other in others if other.run_options.draw}
+        visual = [h for h in earlier if isinstance(h, BaseVisHook)]
+        others = [hook for hook in visual if hook.run_options.draw]
+        taken = {other.name for other in others}
         base, count = self.name, 1
         while self.name in taken:
             count += 1
             self.name = f"{base}_{count}"
         self._policy = ErrorPolicy(self.run_options.on_error, runner.logger, self.name)
+        # One thread for all of them: their backends are the same.
+        self._writer: Writer = others[0]._writer if others else Writer()
         self._spool = RankSpool(runner.work_dir)
         self._publisher = Publisher(
             runner.visualizer,
             name=self.name,
             policy=self._policy,
+            writer=self._writer,
             show=show,
             wait_time=self.run_options.wait_time,
             table=self.run_options.table,
@@ -281,13 +286,18 @@ class BaseVisHook(Hook):
                 if is_main_process():
                     self._publisher.publish(mode, picture, state.step)
                 else:
-                    self._spool.add(picture)
+                    self._writer.submit(self._store, picture)
         state.record = None
+
+    def _store(self, picture: VisImage) -> None:
+        with self._policy.guard(f"keep {picture.image_id} for rank 0"):
+            self._spool.add(picture)
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
         state = self._drawn(mode)
         if state is None:
             return
+        self._writer.wait()
         # Between the first and the last collective no rank may fail alone.
         met = set().union(*all_gather_object(state.seen))
         with self._policy.guard("gather the pictures of all ranks"):

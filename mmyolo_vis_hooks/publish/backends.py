@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import numpy as np
+from mmengine.visualization import LocalVisBackend
 from PIL import Image
 
 from ..errors import PublishError
@@ -54,6 +55,14 @@ class BackendAdapter:
 
         Only where ``draws_boxes``. ``table``: also as a row of the run's table.
         """
+
+    @property
+    def beside_the_loop(self) -> bool:
+        """Whether pictures may be handed over in another thread than the loop's.
+
+        Not in general: the run of MLflow, for one, is that of a thread.
+        """
+        return False
 
     def notice(self) -> str:
         """What its user should know before the run; empty if there is nothing."""
@@ -101,6 +110,11 @@ class LocalAdapter(BackendAdapter):
             f"LocalVisBackend did not write {self._path(name, step)} ({problem}); look "
             "at the free space and the permissions of the work dir"
         )
+
+    @property
+    def beside_the_loop(self) -> bool:
+        """Files can be written in any thread; who knows what a subclass does."""
+        return type(self.backend).add_image is LocalVisBackend.add_image
 
     def reopen(self) -> None:
         """Do nothing: folders are not closed."""

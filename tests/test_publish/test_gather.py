@@ -75,7 +75,7 @@ def test_two_ranks_give_the_pictures_of_one(runs, tmp_path, toy_data, alignment)
     ("fault", "there", "says"),
     [
         ("drawing", (1, 3, 5), ["rank 1: Could not draw 2_image", "3 x OSError"]),
-        ("spool", (1, 2, 3, 5), ["rank 1: Could not draw 4_image", "1 x OSError"]),
+        ("spool", (1, 2, 3, 5), ["rank 1: Could not keep 4_image", "1 x OSError"]),
         ("reading", (1, 3, 5), ["rank 1: Could not gather", "3 picture(s) did not ar"]),
         ("arriving", (1, 3, 5), ["3 picture(s) did not arrive at rank 0 (MemoryErr"]),
         ("backend", (1, 3, 4, 5), ["publish test/featmap/2_image", "1 x OSError"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -14,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmyolo_vis_hooks.errors import ErrorPolicy, PublishError, VisConfigError
 from mmyolo_vis_hooks.publish.publisher import Publisher
+from mmyolo_vis_hooks.publish.writer import Writer
 from mmyolo_vis_hooks.records import VisImage
 from tests import wandb_file
 from tests.test_hooks.helpers import box_spy, pictures, spy, vis_hooks
@@ -177,7 +180,8 @@ def make_publisher(backends, on_error="log", visualizer=None):
     visualizer = visualizer or Visualizer()
     visualizer._vis_backends = backends
     policy = ErrorPolicy(on_error, MMLogger.get_instance("publisher_test"), "featmap")
-    return Publisher(visualizer, name="featmap", policy=policy), policy
+    options = dict(name="featmap", policy=policy, writer=Writer())
+    return Publisher(visualizer, **options), policy
 
 
 TAG = "val/featmap/7_x"
@@ -194,6 +198,7 @@ def test_a_broken_backend_keeps_nothing_from_the_others():
     assert (name, step) == (TAG, 3)
     np.testing.assert_array_equal(image, PICTURE.image_rgb)
     assert policy.num_failures == 1
+    publisher.finish(commit=True)
     assert publisher.num_published == 1
     publisher.reopen()
     assert policy.num_failures == 2
@@ -237,20 +242,55 @@ def test_what_waits_for_a_row_is_published_with_it():
     assert Experiment.rows == expected
 
 
+def test_files_are_written_beside_the_loop(tmp_path, monkeypatch):
+    """In the order of the pictures, whole, and all before a run is finished."""
+    add, calls = LocalVisBackend.add_image, []
+
+    def slow(self, name, image, step=0):
+        time.sleep(0.02)
+        calls.append((name, step, threading.current_thread().name))
+        add(self, name, image, step)
+
+    monkeypatch.setattr(LocalVisBackend, "add_image", slow)
+    backend, keeping = LocalVisBackend(save_dir=str(tmp_path)), Keeping()
+    publisher, _ = make_publisher({"Local": backend, "Keeping": keeping}, "raise")
+    ids = [f"{number}_x" for number in range(7)]
+    for number, image_id in enumerate(ids):
+        picture = VisImage(image_id, PICTURE.image_rgb + np.uint8(number))
+        publisher.publish("val", picture, 3)
+    assert len(calls) < len(ids)
+    # Nobody knows in which threads another backend may be asked.
+    assert [name for name, *_ in keeping.images] == [f"val/featmap/{i}" for i in ids]
+    publisher.finish(commit=True)
+    names = [f"val.featmap.{image_id}" for image_id in ids]
+    assert [(name, step) for name, step, _ in calls] == [(name, 3) for name in names]
+    assert not any("MainThread" in thread for *_, thread in calls)
+    for number, name in enumerate(names):
+        image = cv2.imread(str(tmp_path / "vis_image" / f"{name}_3.png"))
+        np.testing.assert_array_equal(
+            image[..., ::-1], PICTURE.image_rgb + np.uint8(number)
+        )
+    assert publisher.num_published == len(ids)
+
+
 def test_local_file_that_was_not_written_is_an_error(tmp_path):
     backend = LocalVisBackend(save_dir=str(tmp_path))
     publisher, _ = make_publisher({"Local": backend}, on_error="raise")
     publisher.publish("val", PICTURE, 2)
+    publisher.finish(commit=True)
+    assert publisher.num_published == 1
     path = tmp_path / "vis_image" / "val.featmap.7_x_3.png"
     # A folder in the place of the file: imwrite gives False and says nothing.
     path.mkdir()
+    publisher.publish("val", PICTURE, 3)
     with pytest.raises(PublishError, match=rf"did not write {path}.*free space"):
-        publisher.publish("val", PICTURE, 3)
+        publisher.finish(commit=True)
     # A full disk: imwrite says nothing either.
     backend.add_image = lambda name, image, step: path.write_bytes(b"half a PNG")
     path.rmdir()
+    publisher.publish("val", PICTURE, 3)
     with pytest.raises(PublishError, match="it is not whole"):
-        publisher.publish("val", PICTURE, 3)
+        publisher.finish(commit=True)
     assert not path.exists()
     assert publisher.num_published == 1
 
