@@ -31,9 +31,10 @@ DOCUMENTS = sorted(
 )
 DEMOS = ["featmap_vis_demo", "boxam_vis_demo"]
 TOOLS = [*DEMOS, "list_layers", "convert_ultralytics"]
+ERROR_TOOLS = ["explain_errors", "compare_checkpoints"]
 TABLES = [
     *((guide, tool) for guide in GUIDES for tool in TOOLS),
-    *((page, "explain_errors") for page in ERRORS),
+    *((page, tool) for page in ERRORS for tool in ERROR_TOOLS),
 ]
 # What the tables write instead of a value, in English and Chinese.
 WORDS = {"required": "必需", "on": "开", "off": "关", "none": "无"}

@@ -161,12 +161,12 @@ def write_page(
         maps = drawn.known.get(key_of(errors, record.image), ())
         # A detector that is not deterministic may have found other errors by then.
         found = maps[number] if number < len(maps) else None
-        note = f"No map: of more than {errors.options.topk} errors (--topk)"
+        note = f"of more than {errors.options.topk} errors (--topk)"
         if record.mechanism and "candidate" not in dict(record.others):
-            note = "No map: there was no candidate"
+            note = "there was no candidate"
         elif record.image not in ranks:
-            note = f"No map: not of the {len(worst)} images that lose most"
-        shown.append(page_error(record, found and PageMap(**found), note))
+            note = f"not of the {len(worst)} images that lose most"
+        shown.append(page_error(record, PageMap(**found or _no_map(note))))
     summary = report.summary()
     missed, false = sum(summary["missed"].values()), sum(summary["false"].values())
     write_errors_page(
@@ -186,7 +186,11 @@ def write_page(
     )
 
 
-def page_error(record: ErrorRecord, page_map: PageMap | None, note: str) -> PageError:
+def _no_map(why: str) -> dict[str, str]:
+    return {"asset": "", "title": "No map", "note": why}
+
+
+def page_error(record: ErrorRecord, page_map: PageMap) -> PageError:
     boxes = (_role(record.full_kind), record.box_xyxy), *record.others
     return PageError(
         record.image,
@@ -196,8 +200,7 @@ def page_error(record: ErrorRecord, page_map: PageMap | None, note: str) -> Page
         record.score,
         record.lost,
         tuple((ROLES[role], box) for role, box in boxes),
-        () if page_map is None else (page_map,),
-        note,
+        (page_map,),
     )
 
 

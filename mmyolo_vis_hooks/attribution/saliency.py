@@ -182,6 +182,32 @@ def box_saliency(
         np.ndarray: ``(H, W)`` float32, 0 to 1, a signed one -1 to 1; all zero without
             any influence.
     """
+    raw = raw_saliency(
+        explanation,
+        frame,
+        box_xyxy,
+        smooth=smooth,
+        fusion=fusion,
+        normalize_layers=normalize_layers,
+    )
+    normalized = normalize_saliency(raw, box_xyxy=box_xyxy if norm_in_bbox else None)
+    return normalized.astype(np.float32, copy=False)
+
+
+def raw_saliency(
+    explanation: BoxExplanation,
+    frame: FrameTransform,
+    box_xyxy: np.ndarray,
+    *,
+    smooth: float | None = None,
+    fusion: str = "sum",
+    normalize_layers: bool = False,
+) -> np.ndarray:
+    """:func:`box_saliency` before it is divided by its maximum, in its maps' unit.
+
+    Returns:
+        np.ndarray: ``(H, W)`` floating point, not negative.
+    """
     if not explanation.maps:
         return np.zeros(frame.image_hw, dtype=np.float32)
     sigma_px = box_sigma(box_xyxy, explanation.smooth if smooth is None else smooth)
@@ -189,10 +215,6 @@ def box_saliency(
         render_saliency(layer.saliency, frame, sigma_px=sigma_px)
         for layer in explanation.maps
     ]
-    fused = (
-        maps[0]
-        if len(maps) == 1
-        else fuse_saliency(maps, fusion, normalize=normalize_layers)
-    )
-    normalized = normalize_saliency(fused, box_xyxy=box_xyxy if norm_in_bbox else None)
-    return normalized.astype(np.float32, copy=False)
+    if len(maps) == 1:
+        return maps[0]
+    return fuse_saliency(maps, fusion, normalize=normalize_layers)

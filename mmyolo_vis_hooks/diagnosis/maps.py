@@ -14,7 +14,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from ..attribution.attribute import BoxAttributor
-from ..attribution.saliency import box_saliency
+from ..attribution.saliency import normalize_saliency, raw_saliency
 from ..data.alignment import packed_frame
 from ..geometry import FrameTransform, cells_per_pixel
 from ..metrics.pointing_game import energy_inside
@@ -29,6 +29,8 @@ class ErrorMap:
 
     Attributes:
         saliency: ``(H, W)`` float32 over the image, 0 to 1: 1 is its maximum.
+        peak: Its maximum before it was divided by it, in the unit of what is explained:
+            with it maps of several detectors have one scale.
         layer: Where the box was decided, such as ``'neck[1]'``.
         inside: Share of the map that lies in the box: little of it says that the
             detector looked at the surroundings.
@@ -37,6 +39,7 @@ class ErrorMap:
     """
 
     saliency: np.ndarray
+    peak: float
     layer: str
     inside: float
     near: float
@@ -124,14 +127,14 @@ class ErrorMapper:
         for explanation in explanations:
             box = predictions.bboxes[explanation.index]
             box_xyxy = getattr(box, "tensor", box).detach().float().cpu().numpy()
-            saliency = box_saliency(
-                explanation, frame, box_xyxy, smooth=self._options.sigma
-            )
+            raw = raw_saliency(explanation, frame, box_xyxy, smooth=self._options.sigma)
+            saliency = normalize_saliency(raw).astype(np.float32, copy=False)
             if saliency.any():
                 cell_xy = _cell_xy(explanation, frame)
                 margin = np.concatenate([-cell_xy, cell_xy])
                 maps[explanation.index] = ErrorMap(
                     saliency,
+                    float(raw.max()),
                     explanation.layer,
                     energy_inside(saliency, box_xyxy),
                     energy_inside(saliency, box_xyxy + margin),

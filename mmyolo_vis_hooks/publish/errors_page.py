@@ -28,9 +28,9 @@ class PageMap:
     """A map that was stored for a page.
 
     Attributes:
-        asset: Part of the file's name.
+        asset: Part of the file's name; '' where there is no map.
         title: What it is of.
-        note: Layer, or a number that goes with it.
+        note: Layer, or a number that goes with it; why there is no map.
         signed: Whether the middle level is zero, and those below are negative.
     """
 
@@ -54,7 +54,6 @@ class PageError:
         boxes: Role and ``(4,)`` x1, y1, x2, y2 in pixels of the image; the first is the
             one that it is about.
         maps: Laid over the image.
-        note: Why there is no map; '' where there is one.
     """
 
     image: str
@@ -65,7 +64,6 @@ class PageError:
     lost: float
     boxes: tuple[tuple[str, Sequence[float]], ...]
     maps: tuple[PageMap, ...] = ()
-    note: str = ""
 
 
 class PageImages:
@@ -151,7 +149,6 @@ def write_errors_page(
             [box for box in boxes if box[1]],
             outline(_window([box for _, box in error.boxes], image_hw), image_hw),
             [list(asdict(page_map).values()) for page_map in error.maps],
-            error.note,
         ]
 
     data = {

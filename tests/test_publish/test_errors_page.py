@@ -31,7 +31,8 @@ CURRENT = "return document.querySelector('[aria-current] h2').textContent"
 
 def error(title: str, kind: str = "missed", **changes: Any) -> PageError:
     given = dict(image="a", why="", score=0.5, lost=0.0, boxes=(("object", BOX),))
-    given = dict(groups=(kind, "dog", "small"), note="no map", **given)
+    no_map = PageMap("", "No map", "not drawn")
+    given = dict(groups=(kind, "dog", "small"), maps=(no_map,), **given)
     return PageError(title=title, **{**given, **changes})
 
 
@@ -123,6 +124,7 @@ def test_texts_are_texts(browser, mixed):
     assert browser.run("return document.title") == HOSTILE
     assert browser.texts("h1, #lead") == [HOSTILE, HOSTILE]
     assert HOSTILE in browser.texts(".why")
+    assert browser.texts(".no-map") == ["not drawn"] * 3
     assert browser.texts("#menu-1 .name") == ["dog", "cat", HOSTILE]
     assert browser.texts("#legend li") == ["object", HOSTILE]
     link = browser.run("return document.querySelector('.place a').href")

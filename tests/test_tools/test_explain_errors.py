@@ -13,54 +13,21 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmdet.datasets import CocoDataset
 
 import explain_errors
 from tests.test_publish.pages import data_of
-
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "examples" / "yolox_nano_coco.py"
-WEIGHTS = ROOT / "docs" / "weights" / "yolox_nano_coco.pth"
-NAMES = CocoDataset.METAINFO["classes"]
-# The cup of the photo is missing.
-OBJECTS = {
-    "cat": (8, 5, 512, 385),
-    "dining table": (605, 5, 1120, 395),
-    "spoon": (940, 225, 1045, 325),
-}
+from tests.test_tools.helpers import NAMES, OBJECTS, ROOT, WEIGHTS
+from tests.test_tools.helpers import NANO as CONFIG
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch):
+def call(photo_settings, tmp_path, monkeypatch):
     """Runs the program on the photo; gives the folder of what it wrote."""
-    boxes = [
-        dict(
-            id=number,
-            image_id=1,
-            category_id=NAMES.index(name),
-            bbox=[x1, y1, x2 - x1, y2 - y1],
-            area=(x2 - x1) * (y2 - y1),
-            iscrowd=0,
-        )
-        for number, (name, (x1, y1, x2, y2)) in enumerate(OBJECTS.items(), 1)
-    ]
-    content = dict(
-        images=[dict(id=1, file_name="cat.jpg", width=1200, height=400)],
-        annotations=boxes,
-        categories=[dict(id=i, name=name) for i, name in enumerate(NAMES)],
-    )
-    (tmp_path / "objects.json").write_text(json.dumps(content))
-    data = {
-        "data_root": "",
-        "ann_file": str(tmp_path / "objects.json"),
-        "data_prefix.img": str(ROOT / "docs" / "images"),
-    }
-    settings = [f"val_dataloader.dataset.{name}={v}" for name, v in data.items()]
     out_dir = tmp_path / "errors"
 
     def run(*words: Any, weights: Path = WEIGHTS) -> Path:
         line = [CONFIG, weights, "--out-dir", out_dir, "--device", "cpu", *words]
-        words = "explain_errors", *line, "--cfg-options", *settings
+        words = "explain_errors", *line, "--cfg-options", *photo_settings
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         explain_errors.run_tool(explain_errors.main)
         return out_dir
@@ -123,9 +90,12 @@ def test_what_is_written_of_a_photo(call, capsys):
         "cup: both",
     ]
     assert page["images"] == [["1_cat", 1200, 400, "001_1_cat.jpg"]]
-    maps, notes = zip(*((entry[8], entry[9]) for entry in page["entries"]))
-    assert [len(own) for own in maps] == [1, 0, 1]
-    assert "no candidate" in notes[1]
+    [[part, _, note, _], [none, _, why, _], [other, *_]] = (
+        entry[8][0] for entry in page["entries"]
+    )
+    assert (part, none, other) == ("0", "", "2")
+    assert "% of it inside" in note
+    assert "no candidate" in why
     for part in ("image", "0", "2"):
         assert (out_dir / "index_files" / f"1_cat.{part}.jpg").exists()
     printed = capsys.readouterr().out
