@@ -257,8 +257,8 @@ class BoxAMOptions(_Seen):
         "score",
         checked_by(validate_target),
         "what is explained: the final `'score'`, the raw class `'logit'`, the raw "
-        "`'objectness'` (centerness counts), or a side `'x1'`, `'y1'`, `'x2'`, "
-        "`'y2'` of the box",
+        "`'objectness'` (centerness counts), the mean raw score inside the predicted "
+        "`'mask'`, or a side `'x1'`, `'y1'`, `'x2'`, `'y2'` of the box",
         metavar="TARGET",
     )
     target_layers: Sequence[str] | str | None = option(

@@ -234,7 +234,9 @@ class BoxAttributor:
             given = target.function(boxes)
             scalars = shaped(given, (len(indices),), f"target={target.name!r}")
             raw = graph.head_outputs
-            anchors = locate_anchors(scalars, boxes.labels, raw) if raw else None
+            anchors = None
+            if raw and target.at_anchor:
+                anchors = locate_anchors(scalars, boxes.labels, raw)
             cases.append(Case(boxes, target, scalars, anchors, forward, trace))
         return cases
 

@@ -334,6 +334,8 @@ def why_blank(
         reason = "the score is saturated, 1 or 0 to the last digit"
         if target in BOX_SIDES:
             reason = "the box is cut off there, at the border of the image"
+        elif target == "mask":
+            reason = "its mask is empty"
         return f"the {target} cannot be differentiated here: {reason}"
     made_at = [s.view.title for s in influences(case, k, list(case.graph.taps))]
     where = f"; it was made at {', '.join(made_at)}" if made_at else ""

@@ -65,6 +65,27 @@ class ChosenBoxes:
             )
         return locate_anchors(self.scores, self.labels, self.graph.head_outputs)
 
+    @property
+    def mask_logits(self) -> torch.Tensor:
+        """``(K, h, w)``, raw scores of their masks, on the image or each on its box."""
+        final = self.graph.predictions
+        if "masks" not in final:
+            raise VisConfigError(
+                f"target='mask' cannot work with {self.detector}, which predicts no "
+                "masks; use 'score' or another target"
+            )
+        for logits in reversed(self.graph.squashed):
+            if logits.shape[1:] == final.masks.shape:
+                return logits[0, self.indices]
+            if len(logits) == len(final.masks):
+                one_for_all = logits.shape[1] == 1
+                labels = [0] * len(self.labels) if one_for_all else self.labels
+                return logits[self.indices, labels]
+        raise VisError(
+            f"the raw scores of the masks of {self.detector} cannot be found; use "
+            "target='score'"
+        )
+
     def logits(self, labels: Sequence[int] | None = None) -> torch.Tensor:
         """``(K,)``, raw scores at the anchors: of the boxes' classes, or of others."""
         wanted = self.labels if labels is None else labels
@@ -89,29 +110,33 @@ class Target:
     """One number of a detection: ``(K,)`` with a graph for ``ChosenBoxes``.
 
     It ``compares`` if changes of it mean something to the methods that change what the
-    network computes: it must be linear in the raw outputs, or the score.
+    network computes: it must be linear in the raw outputs, or the score. It is
+    ``at_anchor`` if the head decides it where it decides the box.
     """
 
     name: str
     function: Callable[[ChosenBoxes], torch.Tensor]
     summary: str
     compares: bool = False
+    at_anchor: bool = True
 
 
 TARGETS: dict[str, Target] = {}
 
 
-def register_target(name: str, *, summary: str, compares: bool = False) -> Callable:
+def register_target(
+    name: str, *, summary: str, compares: bool = False, at_anchor: bool = True
+) -> Callable:
     """Make a function a target that can be asked for by name.
 
     Args:
         name (str): As users will write it. The name of a target that is there already
             is taken over.
-        summary, compares: See :class:`Target`.
+        summary, compares, at_anchor: See :class:`Target`.
     """
 
     def register(function: Callable) -> Callable:
-        TARGETS[name] = Target(name, function, summary, compares)
+        TARGETS[name] = Target(name, function, summary, compares, at_anchor)
         return function
 
     return register
@@ -153,6 +178,17 @@ for _column, _name in enumerate(BOX_SIDES):
     register_target(_name, summary=f"the side {_name} of the box, pixels")(
         partial(_side, _column)
     )
+
+
+@register_target(
+    "mask", summary="the mean raw score inside the predicted mask", at_anchor=False
+)
+def mask(boxes: ChosenBoxes) -> torch.Tensor:
+    """Inside is where the mask's probability is above one half."""
+    logits = boxes.mask_logits
+    inside = logits.detach() > 0
+    total = torch.where(inside, logits, 0).sum(dim=(1, 2))
+    return total / inside.sum(dim=(1, 2)).clamp(min=1)
 
 
 def class_logits(anchor: Anchor, label: int | None = None) -> list[RawPlace]:

@@ -68,13 +68,15 @@ class PredictionGraph:
     ``taps`` are nodes of the graph in the order in which they ran: ``(1, C, h, w)`` or
     tokens ``(1, N, C)``. ``head_outputs`` are raw, in the order of the calls. Scores,
     and mostly boxes, of ``predictions`` carry gradients; they are in the original
-    frame.
+    frame. ``squashed`` are maps ``(n, c, h, w)`` that went through a sigmoid behind the
+    head, such as the raw scores of masks.
     """
 
     inputs: torch.Tensor
     taps: dict[TapKey, torch.Tensor] = field(default_factory=dict)
     head_outputs: dict[HeadKey, torch.Tensor] = field(default_factory=dict)
     predictions: InstanceData = field(default_factory=InstanceData)
+    squashed: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def network_hw(self) -> tuple[int, int]:
@@ -142,7 +144,7 @@ class GraphForward:
         calls: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            mode = _KeepGraph(keep_graph)
+            mode = _KeepGraph(keep_graph, graph.squashed)
             for tap in self.taps:
                 stack.callback(_attach_tap(tap, graph, calls).remove)
             for path, head in self.heads.items():
@@ -280,11 +282,15 @@ def _head_hook(
 
 
 class _KeepGraph(TorchFunctionMode):
-    """Undoes what would cut the graph between raw outputs and detections."""
+    """Undoes what would cut the graph between raw outputs and detections.
 
-    def __init__(self, keep_detached: bool) -> None:
+    It keeps the maps that are put through a sigmoid meanwhile.
+    """
+
+    def __init__(self, keep_detached: bool, squashed: list[torch.Tensor]) -> None:
         super().__init__()
         self._keep_detached = keep_detached
+        self._squashed = squashed
         self._active = False
 
     def enter(self) -> None:
@@ -305,6 +311,8 @@ class _KeepGraph(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._keep_detached and func is torch.Tensor.detach:
             return args[0]
+        if func in _SIGMOIDS and args[0].ndim == 4:
+            self._squashed.append(args[0])
         if func in _OUT_OF_PLACE and isinstance(args[0], torch.Tensor):
             target = args[0]
             if target.requires_grad and target._is_view():
@@ -315,6 +323,7 @@ class _KeepGraph(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid)
 _OUT_OF_PLACE: dict[Any, Callable] = {
     torch.Tensor.mul_: torch.mul,
     torch.Tensor.__imul__: torch.mul,
