@@ -20,6 +20,7 @@ from .data.alignment import ALIGNMENTS
 from .declare import Check, Options, option, refuse
 from .errors import ErrorPolicy, VisConfigError
 from .featmap import CHANNEL_REDUCTIONS
+from .metrics.metric import METRICS, validate_metric
 from .network.layer_path import parse_layer_path
 from .render.heatmap import colormap_lut
 
@@ -147,6 +148,13 @@ def map_limit(name: str, value: Any) -> tuple[int, int]:
         remedy = "use one number of cells, or a height and a width; -1 sets no limit"
         raise refuse(name, value, remedy)
     return int(sizes[0]), int(sizes[-1])
+
+
+def metric_list(name: str, value: Any) -> tuple[str, ...]:
+    wanted = [value] if isinstance(value, str) else value
+    if not isinstance(wanted, (list, tuple)):
+        raise refuse(name, value, f"use a list of {', '.join(map(repr, METRICS))}")
+    return tuple(validate_metric(metric).name for metric in wanted)
 
 
 def tag(name: str, value: Any) -> str:
@@ -481,3 +489,16 @@ class RunOptions(Options):
                 "table=True cannot work with show=True, which publishes nothing; leave "
                 "one of them False"
             )
+
+
+@dataclass(frozen=True)
+class BoxRunOptions(RunOptions):
+    """The same of a hook whose maps can be measured."""
+
+    metrics: Sequence[str] = option(
+        (),
+        metric_list,
+        "scalars of each run, means over the explained boxes of the drawn images: "
+        + ", ".join(f"`{name!r}`" for name in METRICS)
+        + "; see [what they are](docs/faithfulness.md)",
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from mmengine.structures import InstanceData
 
 from .geometry import FrameTransform
 
@@ -133,10 +136,31 @@ class BoxExplanation:
 
 
 @dataclass(frozen=True)
+class Look:
+    """A forward whose detections were explained.
+
+    Attributes:
+        inputs: ``(1, C, H, W)``, what the network saw.
+        metainfo: Of the data sample that it was given, with ``batch_input_shape``.
+        predictions: All final detections, without a graph, in the frame that
+            ``metainfo`` asks for, which is the original one but for
+            ``alignment='network'`` where nothing leads there.
+    """
+
+    inputs: torch.Tensor
+    metainfo: Mapping[str, Any]
+    predictions: InstanceData
+
+
+@dataclass(frozen=True)
 class BoxSample(Sample):
-    """An image with what made some of its detections, the highest score first."""
+    """An image with what made some of its detections, the highest score first.
+
+    ``look`` is the forward that found them.
+    """
 
     explanations: tuple[BoxExplanation, ...]
+    look: Look | None = field(default=None, kw_only=True, repr=False)
 
     @property
     def layers(self) -> tuple[str, ...]:

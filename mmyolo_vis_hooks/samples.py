@@ -29,7 +29,7 @@ from .network.recorder import ForwardRecord, LayerRecorder
 from .network.settings import other_settings
 from .network.state import frozen, preserve_rng_state
 from .options import BoxAMOptions, FeatMapOptions
-from .records import BoxSample, Detections, VisSample
+from .records import BoxSample, Detections, Look, VisSample
 
 
 class SampleMaker:
@@ -207,8 +207,15 @@ class BoxSampleMaker(SampleMaker):
         found = detections_of(DetDataSample(pred_instances=predictions))
         detections = on_picture(found, placement, metainfo)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
+        look = Look(inputs, asked, predictions)
         return BoxSample(
-            image_id, image_rgb, frame, detections, explanations, note=note
+            image_id,
+            image_rgb,
+            frame,
+            detections,
+            explanations,
+            note=note,
+            look=look,
         )
 
 

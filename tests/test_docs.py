@@ -17,6 +17,8 @@ import pytest
 import guide_pictures
 from mmyolo_vis_hooks.attribution.methods import METHODS
 from mmyolo_vis_hooks.attribution.targets import TARGETS
+from mmyolo_vis_hooks.metrics.baselines import BASELINES
+from mmyolo_vis_hooks.metrics.metric import METRICS
 from option_tables import with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +27,7 @@ GUIDES = ["docs/visualization.md", "docs/visualization.zh-CN.md"]
 PYTHON = ["docs/python.md", "docs/python.zh-CN.md"]
 HOOKS = ["docs/hooks.md", "docs/hooks.zh-CN.md"]
 ERRORS = ["docs/errors.md", "docs/errors.zh-CN.md"]
+FAITHFULNESS = ["docs/faithfulness.md", "docs/faithfulness.zh-CN.md"]
 TROUBLES = ["docs/troubleshooting.md", "docs/troubleshooting.zh-CN.md"]
 DOCUMENTS = sorted(
     [*READMES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
@@ -35,6 +38,7 @@ ERROR_TOOLS = ["explain_errors", "compare_checkpoints"]
 TABLES = [
     *((guide, tool) for guide in GUIDES for tool in TOOLS),
     *((page, tool) for page in ERRORS for tool in ERROR_TOOLS),
+    *((page, "eval_boxam") for page in FAITHFULNESS),
 ]
 # What the tables write instead of a value, in English and Chinese.
 WORDS = {"required": "必需", "on": "开", "off": "关", "none": "无"}
@@ -60,6 +64,13 @@ def test_every_method_and_target_is_named(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     for name in (*METHODS, *TARGETS):
         assert re.search(rf"`'?{re.escape(name)}'?`", text), name
+
+
+@pytest.mark.parametrize("document", FAITHFULNESS)
+def test_every_metric_and_baseline_is_named(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for name in (*METRICS, *BASELINES):
+        assert f"| `{name}` |" in text, name
 
 
 def test_the_formulas_of_simple_methods_are_those_of_the_code():
@@ -172,7 +183,7 @@ def test_every_command_of_a_demo_can_be_parsed(document, monkeypatch):
 
 
 def test_both_languages_show_the_same_commands_and_pictures():
-    for one, other in (READMES, GUIDES, HOOKS, ERRORS):
+    for one, other in (READMES, GUIDES, HOOKS, ERRORS, FAITHFULNESS):
         assert commands_of(one) == commands_of(other)
         assert pictures_of(one) == pictures_of(other)
 
@@ -195,7 +206,7 @@ def code_of(document: str) -> list[str]:
 
 
 def test_both_languages_show_the_same_python():
-    for one, other in (READMES, PYTHON, HOOKS):
+    for one, other in (READMES, PYTHON, HOOKS, FAITHFULNESS):
         assert code_of(one) == code_of(other)
         for block in code_of(one):
             ast.parse(block)

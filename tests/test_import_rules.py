@@ -25,6 +25,7 @@ LEVELS = {
     "detector": 2,
     "diagnosis": 2,
     "samples": 2,
+    "subjects": 2,
     "options": 2,
     "results": 3,
     "api": 3,

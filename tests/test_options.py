@@ -13,7 +13,12 @@ import pytest
 from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
 from mmyolo_vis_hooks.declare import add_arguments, fields_of, options_from
 from mmyolo_vis_hooks.errors import VisConfigError
-from mmyolo_vis_hooks.options import BoxAMOptions, FeatMapOptions, RunOptions
+from mmyolo_vis_hooks.options import (
+    BoxAMOptions,
+    BoxRunOptions,
+    FeatMapOptions,
+    RunOptions,
+)
 
 NAN = float("nan")
 BOTH: list[tuple[dict[str, Any], str]] = [
@@ -123,7 +128,8 @@ def test_values_are_kept_in_one_form() -> None:
 @pytest.mark.parametrize("hook", [FeatMapVisHook, BoxAMVisHook])
 def test_a_hook_shows_its_options_in_signature_and_docstring(hook) -> None:
     kind = FeatMapOptions if hook is FeatMapVisHook else BoxAMOptions
-    declared = [*fields_of(kind), *fields_of(RunOptions)]
+    run = RunOptions if hook is FeatMapVisHook else BoxRunOptions
+    declared = [*fields_of(kind), *fields_of(run)]
     parameters = inspect.signature(hook).parameters
     assert list(parameters) == [own.name for own in declared]
     for own in declared:

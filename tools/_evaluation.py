@@ -8,28 +8,24 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import InstanceData
-from pycocotools import mask as coco_mask
 from torch import nn
 
 from _common import ToolError
 from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
-from mmyolo_vis_hooks.attribution.saliency import box_saliency
 from mmyolo_vis_hooks.data.alignment import (
     Placement,
     first_loaded,
     network_input,
     own_placement,
-    packed_frame,
 )
 from mmyolo_vis_hooks.data.pictures import network_picture
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
@@ -44,11 +40,14 @@ from mmyolo_vis_hooks.detector import (
 from mmyolo_vis_hooks.diagnosis.matching import GroundTruth, match
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
-from mmyolo_vis_hooks.metrics.faithfulness import subjects_of
 from mmyolo_vis_hooks.metrics.metric import Metric, Subject
 from mmyolo_vis_hooks.metrics.search import greedy_cells
 from mmyolo_vis_hooks.network.graph import prediction_of
 from mmyolo_vis_hooks.options import BoxAMOptions
+from mmyolo_vis_hooks.records import Look
+from mmyolo_vis_hooks.render.boxam_panel import BoxAMPanel
+from mmyolo_vis_hooks.render.boxes import class_name
+from mmyolo_vis_hooks.subjects import subjects_with_objects
 
 logger = logging.getLogger("mmyolo_vis_hooks")
 
@@ -144,37 +143,31 @@ class Evaluation:
         inputs, metainfo = network_input(self.detector, placement.pipeline.pack(loaded))
         with torch.no_grad():
             (output,) = prediction_of(self.detector, inputs, metainfo)()
-        predictions: InstanceData = output.pred_instances
         found = detections_of(output)
-        truth = self.truth(image)
         hits = [
-            hit
-            for hit in match(found, truth).hits
+            hit.detection
+            for hit in match(found, self.truth(image)).hits
             if found.scores[hit.detection] > self._score_thr
-        ][: self._per_image]
+        ]
+        chosen = hits[: self._per_image]
         picture, _ = network_picture(inputs[0], self.detector.data_preprocessor)
-        if not hits:
+        if not chosen:
             return picture, []
-        chosen = [hit.detection for hit in hits]
-        subjects = subjects_of(self.detector, inputs, metainfo, predictions, chosen)
-        height, width = metainfo["ori_shape"][:2]
-        network_hw = inputs.shape[-2], inputs.shape[-1]
-        frame = packed_frame((height, width), network_hw, metainfo)
-        boxes = frame.boxes_to_network(truth.boxes_xyxy)
+        look = Look(inputs, metainfo, output.pred_instances)
         instances = image.dataset.get_data_info(image.index)["instances"]
         explained = []
-        for hit, subject in zip(hits, subjects):
-            mask = _mask_of(instances[hit.truth], frame)
-            subject = replace(subject, truth_xyxy=boxes[hit.truth], mask=mask)
-            label = int(found.labels[hit.detection])
-            name = self.names[label] if label < len(self.names) else str(label)
-            title = f"{name} {found.scores[hit.detection]:.2f}"
+        for index, subject in zip(
+            chosen, subjects_with_objects(self.detector, look, chosen, instances)
+        ):
+            name = class_name(int(found.labels[index]), self.names)
+            title = f"{name} {found.scores[index]:.2f}"
             explained.append(Explained(subject, title, {}, {}))
         for name in self._methods:
             self._add_maps(name, inputs, metainfo, chosen, explained)
+        height, width = inputs.shape[-2:]
         for own in explained:
             for name, make in BASELINES.items():
-                drawn = make(own.subject, network_hw)
+                drawn = make(own.subject, (height, width))
                 if drawn is not None:
                     own.maps[name] = drawn
         return picture, explained
@@ -217,18 +210,10 @@ class Evaluation:
         if inputs.is_cuda:
             torch.cuda.synchronize()
         spent = (time.perf_counter() - start) * 1e3
-        options = attributor.options
+        box_map = BoxAMPanel(attributor.options, (), None).box_map
         whole = FrameTransform.identity(network_hw)
         for own, explanation in zip(explained, explanations, strict=True):
-            own.maps[name] = box_saliency(
-                explanation,
-                whole,
-                own.subject.box_xyxy,
-                smooth=options.sigma,
-                fusion=options.fusion,
-                normalize_layers=options.normalize_layers,
-                norm_in_bbox=options.norm_in_bbox,
-            )
+            own.maps[name] = box_map(explanation, whole, own.subject.box_xyxy)
             own.costs[name] = dict(
                 ms=spent / len(chosen), forwards=count() / len(chosen)
             )
@@ -263,32 +248,6 @@ def options_of(method: str) -> BoxAMOptions:
         except (ValueError, SyntaxError):
             options[key] = text
     return BoxAMOptions(method=name, **options)
-
-
-def _mask_of(instance: Mapping[str, Any], frame: FrameTransform) -> np.ndarray | None:
-    """The outline of an object in the network's frame, ``(H, W)`` bool."""
-    outline = instance.get("mask")
-    if not outline:
-        return None
-    height, width = frame.image_hw
-    if isinstance(outline, Mapping) and not isinstance(outline["counts"], list):
-        encoded: Any = outline
-    else:
-        parts = coco_mask.frPyObjects(outline, height, width)
-        encoded = coco_mask.merge(parts) if isinstance(parts, list) else parts
-    (scale_x, scale_y), (left, top) = frame.scale_xy, frame.offset_xy
-    # OpenCV counts from the centres of pixels.
-    matrix = np.array(
-        [
-            [scale_x, 0, left + scale_x / 2 - 0.5],
-            [0, scale_y, top + scale_y / 2 - 0.5],
-        ]
-    )
-    size = frame.network_hw[::-1]
-    mask = cv2.warpAffine(
-        coco_mask.decode(encoded), matrix, size, flags=cv2.INTER_NEAREST
-    )
-    return mask.astype(bool)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,9 @@ def _options(table: str) -> list[tuple[str, str, str]]:
     if table == "shared":
         return [*shared, *option_rows(options.RunOptions)]
     own = option_rows(getattr(options, table))
+    if table == "BoxAMOptions":
+        of_runs = option_rows(options.RunOptions)
+        own += [r for r in option_rows(options.BoxRunOptions) if r not in of_runs]
     if table == "DiagnosisOptions":  # of a hook that has not all that the others share
         return own
     return [row for row in own if row not in shared]

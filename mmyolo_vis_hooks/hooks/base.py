@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from logging import Logger
 from typing import Any
 
+import numpy as np
 from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
@@ -49,11 +50,12 @@ class BaseVisHook(Hook):
     priority = "NORMAL"
     default_name: str
     options_kind: type[Options]
+    run_kind: type[RunOptions] = RunOptions
     panel_kind: Callable[..., Panel]
 
     def __init__(self, **options: Any) -> None:
         drawn, run = read_options(
-            type(self).__name__, options, self.options_kind, RunOptions
+            type(self).__name__, options, self.options_kind, self.run_kind
         )
         if run.override_loop_pipeline and drawn.alignment not in (None, "resize"):
             raise VisConfigError(
@@ -279,6 +281,8 @@ class BaseVisHook(Hook):
             with self._policy.guard(f"draw {picture_id}"), preserve_rng_state():
                 output, boxed = outputs[position], None
                 sample = state.make_sample(image, position, output)
+                with self._policy.guard(f"measure {picture_id}"):
+                    self._measure(state, sample, image)
                 if self._publisher.wants_boxes:
                     with self._policy.guard(f"find the boxes of {picture_id}"):
                         boxed = boxed_image(state, sample, image, output)
@@ -314,6 +318,23 @@ class BaseVisHook(Hook):
                 f"{mode} loop: {', '.join(missing[:5])}"
             )
 
+    def _measure(self, state: VisLoop, sample: Any, image: SelectedImage) -> None:
+        """Take what is logged of a sample beside its picture."""
+
+    def _forget_scalars(self, runner: Runner, mode: str) -> None:
+        """Take out those of an earlier run: the log repeats what is still there."""
+        scalars = runner.message_hub.log_scalars
+        for name in [n for n in scalars if n.startswith(f"{mode}/{self.name}/")]:
+            del scalars[name]
+
+    def _log_scalars(
+        self, runner: Runner, mode: str, pass_name: str, scalars: Mapping[str, float]
+    ) -> None:
+        """Log with the metrics of a loop, at their step, as MMEngine's hook does."""
+        start = "/".join(filter(None, (mode, self.name, pass_name)))
+        for name, value in scalars.items():
+            runner.message_hub.update_scalar(f"{start}/{name}", np.float64(value))
+
     def after_run(self, runner: Runner) -> None:
         """Say what was drawn and what failed."""
         if not self._loops:
@@ -347,6 +368,15 @@ class BaseVisHook(Hook):
         """The loop of a mode, if its current run is drawn."""
         state = self._loops.get(mode)
         return state if state is not None and state.drawing else None
+
+
+def of_all_ranks(own: dict[str, dict]) -> dict[str, dict]:
+    """Samplers repeat images so that all ranks have equally many; each counts once."""
+    everything: dict[str, dict] = {}
+    for of_rank in all_gather_object(own):
+        for name, found in of_rank.items():
+            everything.setdefault(name, {}).update(found)
+    return everything
 
 
 def _validation(loop: BaseLoop) -> tuple[int, int]:

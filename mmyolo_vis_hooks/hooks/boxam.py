@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from mmengine.registry import HOOKS
+from typing import Any
 
+import torch
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ..data.selector import SelectedImage
 from ..declare import takes_options
-from ..options import BoxAMOptions, RunOptions
+from ..geometry import FrameTransform
+from ..metrics.metric import METRICS, mean_values
+from ..network.state import frozen
+from ..options import BoxAMOptions, BoxRunOptions
+from ..records import BoxSample
 from ..render.boxam_panel import BoxAMPanel
-from .base import BaseVisHook
+from ..subjects import subjects_with_objects
+from .base import BaseVisHook, of_all_ranks
+from .vis_loop import VisLoop, predicting_model
+
+_Measured = list[dict[str, float]]
 
 
 @HOOKS.register_module()
-@takes_options(BoxAMOptions, RunOptions)
+@takes_options(BoxAMOptions, BoxRunOptions)
 class BoxAMVisHook(BaseVisHook):
     """Draw what made the detections of the same images in every run.
 
@@ -26,7 +39,9 @@ class BoxAMVisHook(BaseVisHook):
         custom_hooks = [dict(type='BoxAMVisHook')]
 
     The hook makes a forward of its own per image, of the very weights that are
-    evaluated, in eval mode and with a graph that begins at the explained layers. The
+    evaluated, in eval mode and with a graph that begins at the explained layers.
+    ``metrics`` logs what the maps are worth as ``boxam/energy_box`` and so on, beside
+    the metrics of the run: whether attention sharpens, or a shortcut is learnt. The
     run itself is not changed: metrics, weights, buffers, gradients and random states
     are what they are without the hook.
 
@@ -42,3 +57,47 @@ class BoxAMVisHook(BaseVisHook):
     default_name = "boxam"
     options_kind = BoxAMOptions
     panel_kind = BoxAMPanel
+
+    run_kind = BoxRunOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # Of the current run, by the name of the pass and of the image.
+        self._measured: dict[str, dict[str, _Measured]] = {}
+
+    def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
+        if mode in self._loops:
+            self._measured.clear()
+            self._forget_scalars(runner, mode)
+        super()._before_epoch(runner, mode)
+
+    def _measure(self, state: VisLoop, sample: BoxSample, image: SelectedImage) -> None:
+        look, metrics = sample.look, self.run_options.metrics
+        if not metrics or look is None:
+            return
+        _, model = predicting_model(self._detector)
+        instances = image.dataset.get_data_info(image.index).get("instances") or ()
+        chosen = [explanation.index for explanation in sample.explanations]
+        height, width = look.inputs.shape[-2:]
+        whole = FrameTransform.identity((height, width))
+        box_map = BoxAMPanel(self.options, (), None).box_map
+        found: _Measured = []
+        with (
+            frozen(model, parameters=False),
+            torch.autocast(look.inputs.device.type, enabled=False),
+        ):
+            subjects = subjects_with_objects(model, look, chosen, instances)
+            for explanation, subject in zip(sample.explanations, subjects):
+                saliency = box_map(explanation, whole, subject.box_xyxy)
+                values: dict[str, float] = {}
+                for name in metrics:
+                    values |= METRICS[name].function(saliency, subject)
+                found.append({k: v for k, v in values.items() if "_curve" not in k})
+        self._measured.setdefault(state.pass_name, {})[image.image_id] = found
+
+    def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
+        if self.run_options.metrics and self._drawn(mode) is not None:
+            for name, found in of_all_ranks(self._measured).items():
+                means = mean_values(own for boxes in found.values() for own in boxes)
+                self._log_scalars(runner, mode, name, means)
+        super()._after_epoch(runner, mode)

@@ -8,7 +8,6 @@ from logging import Logger
 from typing import Any
 
 import numpy as np
-from mmengine.dist import all_gather_object
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
@@ -28,7 +27,7 @@ from ..errors import VisConfigError
 from ..options import DiagnosisOptions, RunOptions
 from ..records import Detections
 from ..samples import SampleMaker
-from .base import BaseVisHook
+from .base import BaseVisHook, of_all_ranks
 from .vis_loop import Panel, VisLoop, predicting_model
 
 _Counted = tuple[Detections, GroundTruth]
@@ -147,10 +146,7 @@ class ErrorVisHook(BaseVisHook):
         if mode in self._loops:
             self._found.clear()
             self._shares.clear()
-            # The log repeats what is still there.
-            scalars = runner.message_hub.log_scalars
-            for name in [n for n in scalars if n.startswith(f"{mode}/{self.name}/")]:
-                del scalars[name]
+            self._forget_scalars(runner, mode)
         super()._before_epoch(runner, mode)
 
     def _after_iter(
@@ -178,18 +174,22 @@ class ErrorVisHook(BaseVisHook):
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
         if mode in self._loops:
-            everything = _of_all_ranks(self._found)
-            shares = _of_all_ranks(self._shares)
+            everything = of_all_ranks(self._found)
+            shares = of_all_ranks(self._shares)
             with self._policy.guard("add the errors up"):
                 for name, found in everything.items():
-                    start = "/".join(filter(None, (mode, self.name, name)))
-                    self._log(runner, start, found, shares.get(name, {}))
+                    self._log(runner, mode, name, found, shares.get(name, {}))
             if self._drawn(mode) is None:
                 self._policy.share()
         super()._after_epoch(runner, mode)
 
     def _log(
-        self, runner: Runner, start: str, images: dict[str, _Counted], shares: Shares
+        self,
+        runner: Runner,
+        mode: str,
+        name: str,
+        images: dict[str, _Counted],
+        shares: Shares,
     ) -> None:
         cost = ErrorCost()
         for found, truth in images.values():
@@ -199,20 +199,9 @@ class ErrorVisHook(BaseVisHook):
         for group in ("false", "dap"):
             for kind, value in summary[group].items():
                 scalars[f"{group}/{kind.replace(' ', '_')}"] = value
-        for name, share in mean_by_class(shares).items():
-            scalars[f"energy_inside/{name.replace(' ', '_')}"] = share
-        watch = self._watches.setdefault(start, EnergyWatch())
+        for class_name, share in mean_by_class(shares).items():
+            scalars[f"energy_inside/{class_name.replace(' ', '_')}"] = share
+        watch = self._watches.setdefault(f"{mode}/{name}", EnergyWatch())
         for alarm in watch.update(shares, summary["ap"]["ap"]):
             runner.logger.warning(f"{self.name}: {alarm}")
-        # MMEngine's LoggerHook logs them with the metrics, at their step.
-        for name, value in scalars.items():
-            runner.message_hub.update_scalar(f"{start}/{name}", np.float64(value))
-
-
-def _of_all_ranks(own: dict[str, dict]) -> dict[str, dict]:
-    """Samplers repeat images so that all ranks have equally many; each counts once."""
-    everything: dict[str, dict] = {}
-    for of_rank in all_gather_object(own):
-        for name, found in of_rank.items():
-            everything.setdefault(name, {}).update(found)
-    return everything
+        self._log_scalars(runner, mode, name, scalars)

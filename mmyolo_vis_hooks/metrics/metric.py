@@ -12,7 +12,7 @@ it gives named numbers, and curves of one length, or nothing where it does not a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,14 +101,22 @@ class Metric:
     def update(self, saliency: np.ndarray, subject: Subject) -> Values:
         """Measure one map ``(H, W)``; gives its own values."""
         values = self.kind.function(saliency, subject)
-        for name, value in values.items():
-            self._values.setdefault(name, []).append(value)
+        self._found.append(values)
         return values
 
     def compute(self) -> dict[str, Any]:
         """Mean of each value over the maps that have it."""
-        return {name: np.mean(own, axis=0) for name, own in self._values.items()}
+        return mean_values(self._found)
 
     def reset(self) -> None:
         """Forget all maps."""
-        self._values: dict[str, list[Any]] = {}
+        self._found: list[Values] = []
+
+
+def mean_values(found: Iterable[Values]) -> dict[str, Any]:
+    """Mean of each value over those that have it."""
+    values: dict[str, list[Any]] = {}
+    for own in found:
+        for name, value in own.items():
+            values.setdefault(name, []).append(value)
+    return {name: np.mean(own, axis=0) for name, own in values.items()}

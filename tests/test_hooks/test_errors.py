@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 
 from mmyolo_vis_hooks import diagnose
 from mmyolo_vis_hooks.errors import VisConfigError
-from mmyolo_vis_hooks.hooks import errors
+from mmyolo_vis_hooks.hooks import base, errors
 from tests.test_hooks.helpers import pictures
 from tests.test_hooks.test_loops import teacher_student
 from tests.toy import SIZES
@@ -68,8 +68,8 @@ def test_the_counts_are_those_of_each_image_by_itself(tmp_path, toy_data, score_
 
 def test_images_that_two_ranks_met_are_counted_once(tmp_path, toy_data, monkeypatch):
     alone = logged(looked_at(tmp_path / "alone", toy_data))
-    gather = errors.all_gather_object
-    monkeypatch.setattr(errors, "all_gather_object", lambda own: 2 * gather(own))
+    gather = base.all_gather_object
+    monkeypatch.setattr(base, "all_gather_object", lambda own: 2 * gather(own))
     assert logged(looked_at(tmp_path / "both", toy_data)) == alone
 
 

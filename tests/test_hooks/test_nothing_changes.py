@@ -192,6 +192,21 @@ def test_counting_errors_changes_no_training(tmp_path, toy_data, plain_runs, var
     assert_same_run(runner, notes, checkpoint, metrics, plain_runs(variant))
 
 
+@pytest.mark.parametrize("variant", ["ema", "amp"])
+def test_measuring_maps_changes_no_training(tmp_path, toy_data, plain_runs, variant):
+    hook = box_spy(num_images=2, topk=2, metrics=["energy", "inside"])
+    runner, notes, checkpoint, metrics = train(
+        tmp_path, toy_data, hook, **VARIANTS[variant]
+    )
+    assert len(pictures(tmp_path)) == 4
+    assert "boxam/inside" in metrics[-1]
+    metrics = [
+        {k: v for k, v in line.items() if not k.startswith("boxam/")}
+        for line in metrics
+    ]
+    assert_same_run(runner, notes, checkpoint, metrics, plain_runs(variant))
+
+
 @pytest.mark.parametrize(
     "options",
     [

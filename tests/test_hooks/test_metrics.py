@@ -1,0 +1,109 @@
+"""What ``BoxAMVisHook`` logs of its maps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.runner import Runner
+
+from mmyolo_vis_hooks.attribution.saliency import box_saliency
+from mmyolo_vis_hooks.diagnosis.matching import box_iou
+from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.hooks import base
+from mmyolo_vis_hooks.metrics.pointing_game import energy_inside
+from tests.test_hooks.helpers import box_spy, vis_hooks
+from tests.test_hooks.test_loops import teacher_student
+from tests.toy_boxes import box_config
+
+
+def measured(work_dir: Path, toy_data: Path, **options: Any) -> Runner:
+    torch.manual_seed(0)
+    options = dict(metrics=["energy"], num_images=3) | options
+    cfg = box_config(work_dir, [box_spy(**options)], data_root=toy_data)
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    return runner
+
+
+def logged(runner: Runner, mode: str = "test") -> dict[str, float]:
+    start = f"{mode}/boxam/"
+    return {
+        name.removeprefix(start): value.current()
+        for name, value in runner.message_hub.log_scalars.items()
+        if name.startswith(start)
+    }
+
+
+@pytest.mark.parametrize("alignment", ["resize", "letterbox", "network"])
+def test_the_energy_is_that_of_each_box_by_itself(tmp_path, toy_data, alignment):
+    """Measured on the original image here, on the network's input by the hook."""
+    runner = measured(tmp_path, toy_data, alignment=alignment)
+    (hook,) = vis_hooks(runner)
+    dataset = runner.test_dataloader.dataset
+    by_id = {info["img_id"]: info for info in map(dataset.get_data_info, range(6))}
+    energies = []
+    for sample in hook.samples:
+        (found,) = by_id[int(sample.image_id.split("_")[0])]["instances"]
+        truth = np.array([found["bbox"]], np.float32)
+        if alignment == "network":
+            (metainfo,) = [sample.look.metainfo]
+            scale, pad = metainfo["scale_factor"], metainfo["pad_param"]
+            truth = truth * np.array(scale * 2) + np.array([pad[2], pad[0]] * 2)
+        boxes = sample.detections.boxes_xyxy
+        hit = False
+        for explanation in sample.explanations:
+            box = boxes[explanation.index]
+            # The best detection takes the object, the others are measured on their box.
+            takes = not hit and box_iou(box[None], truth)[0, 0] >= 0.5
+            hit |= takes
+            saliency = box_saliency(explanation, sample.frame, box)
+            energies.append(energy_inside(saliency, truth[0] if takes else box))
+    assert len(energies) > 3
+    assert logged(runner)["energy_box"] == pytest.approx(np.mean(energies), abs=0.01)
+
+
+def test_images_that_two_ranks_met_are_counted_once(tmp_path, toy_data, monkeypatch):
+    alone = logged(measured(tmp_path / "alone", toy_data))
+    gather = base.all_gather_object
+    monkeypatch.setattr(base, "all_gather_object", lambda own: 2 * gather(own))
+    assert logged(measured(tmp_path / "both", toy_data)) == alone != {}
+
+
+def test_scalars_stand_beside_the_metrics_of_the_runs_that_are_drawn(
+    tmp_path, toy_data
+):
+    metrics = ["energy", "inside", "sparsity"]
+    hook = box_spy(metrics=metrics, interval=2, num_images=1, topk=1)
+    cfg = box_config(tmp_path, [hook], data_root=toy_data, max_epochs=3)
+    Runner.from_cfg(cfg).train()
+    (path,) = tmp_path.rglob("vis_data/scalars.json")
+    lines = list(map(json.loads, path.read_text().splitlines()))
+    validations = [line for line in lines if "coco/bbox_mAP" in line]
+    assert [line["step"] for line in validations] == [1, 2, 3]
+    ours = [{k for k in line if k.startswith("boxam/")} for line in validations]
+    names = {"energy_box", "inside", "inside_ins", "inside_del", "sparsity"}
+    assert ours == [{f"boxam/{n}" for n in names}, set(), ours[0]]
+    assert validations[0]["boxam/inside"] != validations[2]["boxam/inside"]
+
+
+def test_each_pass_of_a_loop_is_measured_by_itself(tmp_path, toy_data):
+    hook = box_spy(metrics=["energy"], num_images=1)
+    runner = teacher_student(tmp_path, toy_data, hook)
+    runner.val()
+    assert set(logged(runner, "val")) == {"teacher/energy_box", "student/energy_box"}
+
+
+def test_nothing_is_logged_that_was_not_asked_for(tmp_path, toy_data):
+    assert logged(measured(tmp_path, toy_data, metrics=[])) == {}
+
+
+def test_what_is_unknown_is_refused_before_the_run(tmp_path, toy_data):
+    for wrong in (["energie"], 3, [None]):
+        cfg = box_config(tmp_path, [box_spy(metrics=wrong)], data_root=toy_data)
+        with pytest.raises(VisConfigError, match="metrics"):
+            Runner.from_cfg(cfg)
