@@ -126,7 +126,7 @@ def draw_maps(
         found = []
         for number, own in enumerate(changes[name]):
             pair = (of_a.get(place(own, own.a)), of_b.get(place(own, own.b)))
-            found.append(write_maps(name, number, pair, images))
+            found.append(write_maps(own, number, pair, images))
         kept.add(key_of(a, name), found)
 
 
@@ -152,24 +152,25 @@ def maps_of(errors: Errors, name: str) -> dict[tuple[str, int | None], Any]:
 
 
 def write_maps(
-    name: str, number: int, pair: tuple[Any, Any], images: PageImages
+    change: Change, number: int, pair: tuple[Any, Any], images: PageImages
 ) -> list[dict[str, Any]]:
     """Write the maps of both on one scale, and their difference."""
     peak = max((own.peak for own in pair if own is not None), default=0.0)
     written, values = [], []
-    for side, own in zip("AB", pair):
+    for side, own, seen in zip("AB", pair, (change.a, change.b)):
         if own is None:
-            written.append(PageMap("", f"Map of {side}", "no map"))
+            note = "there is no box" if seen.box_xyxy is None else "beyond --topk"
+            written.append(PageMap("", f"Map of {side}", note))
             continue
         share = own.peak / peak
         note = f"{own.layer}, {own.inside:.0%} inside, maximum {share:.2f}"
         written.append(PageMap(f"{number}{side.lower()}", f"Map of {side}", note))
         values.append(own.saliency * share)
-        images.write_map(name, written[-1], values[-1])
+        images.write_map(change.image, written[-1], values[-1])
     if len(values) == 2:
         note = "red: more under B, blue: more under A"
         written.append(PageMap(f"{number}d", "B minus A", note, signed=True))
-        images.write_map(name, written[-1], values[1] - values[0])
+        images.write_map(change.image, written[-1], values[1] - values[0])
     return [asdict(page_map) for page_map in written]
 
 
@@ -269,6 +270,7 @@ def main() -> None:
         f"only, {objects['both']} by both, {objects['neither']} by neither; AP "
         f"{reports[0]['ap']:.3f} → {reports[1]['ap']:.3f}.",
         noun=("box", "boxes"),
+        columns=4,
         order="Greatest change first",
         images={own.image: own.image_hw for own in found_a},
         pictures={},

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from rich.table import Table
 from _common import config_mistakes, run_tool
 from _errors import Errors, add_shared_arguments, read_merged
 from _kept import Kept, open_out_dir, progress
-from mmyolo_vis_hooks.diagnosis.diagnose import FalsePositive, Missed
 from mmyolo_vis_hooks.diagnosis.export import Export
 from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS
 from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS
@@ -34,6 +34,7 @@ from mmyolo_vis_hooks.diagnosis.report import (
     ErrorRecord,
     ErrorReport,
 )
+from mmyolo_vis_hooks.diagnosis.result import FalsePositive, Missed
 from mmyolo_vis_hooks.publish.errors_page import (
     ASSETS,
     PageError,
@@ -108,26 +109,54 @@ def draw(
         if key_of(errors, name) in kept and picture_of(rank, name, out_dir).exists():
             continue
         diagnosis = errors.diagnose(name, maps=True)
-        maps: list[dict | None] = []
+        maps: list[list[dict]] = []
         wrong: list[Missed | FalsePositive] = [*diagnosis.missed]
         wrong += diagnosis.false_positives
         for number, own in enumerate(wrong):
-            maps.append(None)
-            if own.map is not None:
-                note = f"{own.map.layer}, {own.map.inside:.0%} of it inside"
-                page_map = PageMap(str(number), f"Map of {own.class_name}", note)
-                images.write_map(name, page_map, own.map.saliency)
-                maps[-1] = asdict(page_map)
+            maps.append([])
+            for page_map, values in maps_of(own, str(number)):
+                images.write_map(name, page_map, values)
+                maps[-1].append(asdict(page_map))
         write_image(str(picture_of(rank, name, out_dir)), diagnosis.draw())
         kept.add(key_of(errors, name), maps)
+
+
+def maps_of(
+    own: Missed | FalsePositive, asset: str
+) -> Iterator[tuple[PageMap, np.ndarray]]:
+    """The maps that the page shows of an error, with their values."""
+    apart = own.contrast
+    if apart is not None:
+        limit = float(np.abs(apart.difference).max()) or 1.0
+        right, given = f"For {apart.right_name}", f"For {apart.given_name}"
+        note = f"red for {apart.right_name}, blue for {apart.given_name}"
+        yield PageMap(f"{asset}r", right, f"right class, {apart.layer}"), apart.right
+        yield PageMap(f"{asset}g", given, f"given class, {apart.layer}"), apart.given
+        yield (
+            PageMap(f"{asset}d", "Their difference", note, signed=True),
+            apart.difference / limit,
+        )
+        return
+    other = own.other_map if isinstance(own, Missed) else None
+    for name, title, error_map in (
+        (asset, f"Map of {own.class_name}", own.map),
+        (f"{asset}o", "Map of the detection", other),
+    ):
+        if error_map is not None:
+            note = f"{error_map.layer}, {error_map.inside:.0%} of it inside"
+            yield PageMap(name, title, note), error_map.saliency
 
 
 def joint_maps(errors: Errors, drawn: Kept, out_dir: Path) -> dict[str, np.ndarray]:
     """The strongest of the maps of each image that has some, ``(h, w)`` uint8."""
     joint = {}
     for name in errors.images:
-        found = filter(None, drawn.known.get(key_of(errors, name), ()))
-        paths = [out_dir / ASSETS / f"{name}.{own['asset']}.jpg" for own in found]
+        found = [m for own in drawn.known.get(key_of(errors, name), ()) for m in own]
+        paths = [
+            out_dir / ASSETS / f"{name}.{own['asset']}.jpg"
+            for own in found
+            if not own["signed"]
+        ]
         maps = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in paths]
         known = [levels for levels in maps if levels is not None]
         if known:
@@ -160,13 +189,14 @@ def write_page(
         positions[record.image] += 1
         maps = drawn.known.get(key_of(errors, record.image), ())
         # A detector that is not deterministic may have found other errors by then.
-        found = maps[number] if number < len(maps) else None
+        found = maps[number] if number < len(maps) else []
         note = f"of more than {errors.options.topk} errors (--topk)"
         if record.mechanism and "candidate" not in dict(record.others):
             note = "there was no candidate"
         elif record.image not in ranks:
             note = f"not of the {len(worst)} images that lose most"
-        shown.append(page_error(record, PageMap(**found or _no_map(note))))
+        own = [PageMap(**kept) for kept in found] or [PageMap("", "No map", note)]
+        shown.append(page_error(record, own))
     summary = report.summary()
     missed, false = sum(summary["missed"].values()), sum(summary["false"].values())
     write_errors_page(
@@ -177,6 +207,7 @@ def write_page(
         f"{summary['images']} images; {summary['hits']} objects found, AP "
         f"{summary['ap']:.3f}.",
         noun=("error", "errors"),
+        columns=2,
         order="Most AP lost first",
         images={name: report.sizes[name] for name in positions},
         pictures={n: picture_of(r, n, Path()).name for n, r in ranks.items()},
@@ -186,11 +217,7 @@ def write_page(
     )
 
 
-def _no_map(why: str) -> dict[str, str]:
-    return {"asset": "", "title": "No map", "note": why}
-
-
-def page_error(record: ErrorRecord, page_map: PageMap) -> PageError:
+def page_error(record: ErrorRecord, maps: list[PageMap]) -> PageError:
     boxes = (_role(record.full_kind), record.box_xyxy), *record.others
     return PageError(
         record.image,
@@ -200,7 +227,7 @@ def page_error(record: ErrorRecord, page_map: PageMap) -> PageError:
         record.score,
         record.lost,
         tuple((ROLES[role], box) for role, box in boxes),
-        (page_map,),
+        tuple(maps),
     )
 
 

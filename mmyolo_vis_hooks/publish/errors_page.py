@@ -100,6 +100,7 @@ def write_errors_page(
     lead: str,
     noun: tuple[str, str],
     order: str,
+    columns: int,
     images: Mapping[str, tuple[int, int]],
     pictures: Mapping[str, str],
     groups: Mapping[str, Sequence[str]],
@@ -114,6 +115,7 @@ def write_errors_page(
         title (str): Heading, any text.
         lead (str): A sentence below it.
         noun (tuple[str, str]): What is counted, one and many.
+        columns (int): Pictures side by side in each place, the image itself first.
         order (str): What the first order, by ``lost``, is called.
         images (Mapping): Height and width of each image in pixels.
         pictures (Mapping): Path of an image's finished picture, where there is one.
@@ -155,6 +157,7 @@ def write_errors_page(
         "lead": lead,
         "noun": noun,
         "order": order,
+        "columns": columns,
         "assets": ASSETS,
         "images": [
             [name, width, height, quote(pictures.get(name, ""))]

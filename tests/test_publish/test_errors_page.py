@@ -45,7 +45,9 @@ def write(folder: Path, errors: list[PageError], **changes: Any) -> Path:
         images.write_image(name, plain(240, 320))
         images.write_map(name, MAP, half)
         images.write_map(name, SIGNED, half * 2 - 1)
-    texts = dict(title="Errors", lead=HOSTILE, noun=("error", "errors"), order="Lost")
+    texts = dict(
+        title="Errors", lead=HOSTILE, noun=("error", "errors"), order="Lost", columns=3
+    )
     groups = {
         "Kind": ("missed", "false"),
         "Class": ("dog", "cat", HOSTILE),

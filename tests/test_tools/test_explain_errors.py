@@ -15,6 +15,9 @@ import pytest
 import torch
 
 import explain_errors
+from mmyolo_vis_hooks.diagnosis.contrast import ClassContrast
+from mmyolo_vis_hooks.diagnosis.matching import FalseAlarm
+from mmyolo_vis_hooks.diagnosis.result import FalsePositive
 from tests.test_publish.pages import data_of
 from tests.test_tools.helpers import NAMES, OBJECTS, ROOT, WEIGHTS
 from tests.test_tools.helpers import NANO as CONFIG
@@ -102,6 +105,21 @@ def test_what_is_written_of_a_photo(call, capsys):
     assert "1 images, 1 objects found" in printed
     assert "The 3 of 3 classes" in printed
     assert "loading annotations" not in printed
+
+
+def test_maps_of_a_confused_box_are_those_of_both_classes():
+    given, right = np.eye(4, dtype=np.float32), np.zeros((4, 4), np.float32)
+    contrast = ClassContrast("cat", "dog", given, right, -3 * given, "neck[1]")
+    alarm, box = FalseAlarm(0, "confused", 0, 0.9), np.zeros(4, np.float32)
+    own = FalsePositive("cat", 0.9, box, "confused", "", None, alarm, contrast)
+    maps = list(explain_errors.maps_of(own, "7"))
+    assert [(m.asset, m.title) for m, _ in maps] == [
+        ("7r", "For dog"),
+        ("7g", "For cat"),
+        ("7d", "Their difference"),
+    ]
+    assert [page_map.signed for page_map, _ in maps] == [False, False, True]
+    assert (maps[2][1] == -given).all()
 
 
 def test_a_call_goes_on_where_it_was(call, monkeypatch):
