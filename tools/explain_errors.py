@@ -93,7 +93,8 @@ def print_report(report: ErrorReport) -> None:
     for row in most:
         kind = max((MISSED, *FALSE_KINDS), key=lambda kind: row[f"dap {kind}"])
         false = sum(row[kind] for kind in FALSE_KINDS)
-        numbers = (row["objects"], row["hits"], row["ap"], row[MISSED], false)
+        ap = f"{row['ap']:.3f}"
+        numbers = (row["objects"], row["hits"], ap, row[MISSED], false)
         table.add_row(
             row["class"], *map(str, numbers), f"+{row[f'dap {kind}']:.3f} {kind}"
         )
