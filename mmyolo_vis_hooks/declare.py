@@ -8,7 +8,7 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -134,9 +134,13 @@ def _doc_line(declared: dataclasses.Field) -> str:
     return textwrap.fill(text.replace("`", ""), 84, subsequent_indent="    ") + "\n"
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, kind: type[Options], without: Sequence[str] = ()
+) -> None:
     """Give a command line the options of a kind, ``--num-masks`` for ``num_masks``."""
     for declared in fields_of(kind):
+        if declared.name in without:
+            continue
         extra = dict(declared.metadata["command_line"])
         default = extra.pop("program_default", declared.default)
         help = re.sub("`'?([^`]*?)'?`", r"\1", declared.metadata["help"])

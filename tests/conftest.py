@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.toy import write_dataset
+
+if TYPE_CHECKING:
+    from tests.test_publish.browser import Browser
 
 torch.set_num_threads(1)
 
@@ -18,14 +23,19 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILDER_TESTS = ("test_mmcv_builder.py", "test_setup_env.py")
 BUILDER = [f"tests/test_tools/{name}" for name in BUILDER_TESTS]
 BUILDER += ["tools/mmcv_builder.py", "tools/setup_env.py", "requirements", "Makefile"]
+EXPLORE = ["tests/test_tools/test_explore.py", "mmyolo_vis_hooks/diagnosis"]
+EXPLORE += ["tools/explore.py", "tools/_explore.py", "tools/_explore_page.py"]
+# What starts processes, servers and browsers, and the files that it is of.
+LONG = {BUILDER_TESTS: BUILDER, ("test_explore.py",): EXPLORE}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make the builder's tests nightly while it is as it was: they start processes."""
-    if not has_changed(BUILDER):
-        for item in items:
-            if item.path.name in BUILDER_TESTS:
+    """Make long tests nightly while what they are of is as it was."""
+    for names, paths in LONG.items():
+        own = [item for item in items if item.path.name in names]
+        if own and not has_changed(paths):
+            for item in own:
                 item.add_marker("nightly")
 
 
@@ -58,6 +68,20 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("toy_data")
     write_dataset(root)
     return root
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser without a window."""
+    binary = shutil.which("chromium") or shutil.which("chromium-browser")
+    driver = shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("needs chromium and chromedriver in PATH")
+    from tests.test_publish.browser import Browser  # Selenium takes its time
+
+    opened = Browser(driver, binary, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.driver.quit()
 
 
 @pytest.fixture

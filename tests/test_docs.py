@@ -34,7 +34,7 @@ DOCUMENTS = sorted(
 )
 DEMOS = ["featmap_vis_demo", "boxam_vis_demo"]
 TOOLS = [*DEMOS, "list_layers", "convert_ultralytics"]
-ERROR_TOOLS = ["explain_errors", "compare_checkpoints"]
+ERROR_TOOLS = ["explain_errors", "compare_checkpoints", "explore"]
 TABLES = [
     *((guide, tool) for guide in GUIDES for tool in TOOLS),
     *((page, tool) for page in ERRORS for tool in ERROR_TOOLS),
@@ -103,16 +103,17 @@ def arguments_of(tool: str) -> dict[str, str]:
     for action in parser_of(tool)._actions:
         if isinstance(action, argparse._HelpAction):
             continue
+        name = (action.option_strings or [action.dest])[0]
         if action.required:
-            found[(action.option_strings or [action.dest])[0]] = "required"
+            found[name] = "required"
         elif action.nargs == 0:
-            found[action.option_strings[0]] = "on" if action.default else "off"
+            found[name] = "on" if action.default else "off"
         elif action.default is None:
-            found[action.option_strings[0]] = "none"
+            found[name] = "none"
         else:
             value = action.default
             values = value if isinstance(value, (list, tuple)) else [value]
-            found[action.option_strings[0]] = f"`{' '.join(map(str, values))}`"
+            found[name] = f"`{' '.join(map(str, values))}`"
     return found
 
 

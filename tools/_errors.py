@@ -80,6 +80,16 @@ def read_merged(
     return config
 
 
+def build_dataset(config: Config, split: str, option: str) -> Any:
+    """The data set of a config's dataloader; the option is the one that names it."""
+    loader = config.get(f"{split}_dataloader")
+    if not loader:
+        raise ToolError(f"{option} {split}: the config has no such dataloader")
+    scope = DefaultScope.overwrite_default_scope(config.get("default_scope"))
+    with scope, contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        return DATASETS.build(loader.dataset)
+
+
 class Errors:
     """Looks at the images of a data set with one checkpoint."""
 
@@ -88,12 +98,7 @@ class Errors:
     ) -> None:
         self.options = options_from(args, DiagnosisOptions)
         self.detector = build_detector(config, check_device(args.device))
-        loader = config.get(f"{args.split}_dataloader")
-        if not loader:
-            raise ToolError(f"--split {args.split}: the config has no such dataloader")
-        scope = DefaultScope.overwrite_default_scope(config.get("default_scope"))
-        with scope, contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-            dataset = DATASETS.build(loader.dataset)
+        dataset = build_dataset(config, args.split, "--split")
         images = ImageSelector(dataset, -1, None).images
         self.images = {image.image_id: image for image in images}
         metainfo = load_weights(self.detector, checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,21 +67,40 @@ def considered_at(
     became = detections_of_candidates(candidates, diagnosis.detections)
     order = np.flatnonzero(here)
     order = order[np.argsort(-candidates.scores[order], kind="stable")]
-    shown: list[int] = []
     alike: dict[int, int] = {}
     for index in order.tolist():
-        better = [i for i in shown if candidates.labels[i] == candidates.labels[index]]
+        better = [i for i in alike if candidates.labels[i] == candidates.labels[index]]
         boxes = candidates.boxes_xyxy
         iou = box_iou(boxes[index : index + 1], boxes[better])
         if became[index] < 0 and iou.size and iou.max() >= _ALIKE:
             alike[better[int(iou.argmax())]] += 1
         else:
-            shown.append(index)
             alike[index] = 0
     return [
-        _considered(index, int(became[index]), alike[index], diagnosis, options)
-        for index in shown[:most]
+        replace(considered(index, diagnosis, options), alike=count)
+        for index, count in list(alike.items())[:most]
     ]
+
+
+def considered(
+    candidate: int, diagnosis: Diagnosis, options: DiagnosisOptions
+) -> Considered:
+    """What became of one candidate; the arguments are as above."""
+    candidates, found = diagnosis.candidates, diagnosis.detections
+    detection = int(detections_of_candidates(candidates, found)[candidate])
+    if detection >= 0:
+        why = _judgement(detection, diagnosis)
+        return Considered(candidate, DETECTED, why, detection)
+    on = _lies_on(candidate, diagnosis, options.iou_thr)
+    if candidates.scores[candidate] <= options.score_thr:
+        why = joined([f"below the threshold of {options.score_thr:g}", on])
+        return Considered(candidate, BELOW_THRESHOLD, why)
+    other, iou = winner(candidates, candidate, found)
+    if other is None:
+        return Considered(candidate, BEYOND_LIMIT, joined([BEYOND_LIMIT, on]))
+    name = class_name(found.labels[other], diagnosis.class_names)
+    why = f"suppressed by {name!r} {found.scores[other]:.2f}, IoU {iou:.2f}"
+    return Considered(candidate, SUPPRESSED, joined([why, on]), other)
 
 
 def detections_of_candidates(
@@ -101,29 +120,6 @@ def detections_of_candidates(
             off = np.abs(candidates.scores - detections.scores[index])
             became[np.where(fits, off, np.inf).argmin()] = index
     return became
-
-
-def _considered(
-    index: int,
-    detection: int,
-    alike: int,
-    diagnosis: Diagnosis,
-    options: DiagnosisOptions,
-) -> Considered:
-    candidates, found = diagnosis.candidates, diagnosis.detections
-    if detection >= 0:
-        why = _judgement(detection, diagnosis)
-        return Considered(index, DETECTED, why, detection, alike)
-    on = _lies_on(index, diagnosis, options.iou_thr)
-    if candidates.scores[index] <= options.score_thr:
-        why = joined([f"below the threshold of {options.score_thr:g}", on])
-        return Considered(index, BELOW_THRESHOLD, why, None, alike)
-    other, iou = winner(candidates, index, found)
-    if other is None:
-        return Considered(index, BEYOND_LIMIT, joined([BEYOND_LIMIT, on]), None, alike)
-    name = class_name(found.labels[other], diagnosis.class_names)
-    why = f"suppressed by {name!r} {found.scores[other]:.2f}, IoU {iou:.2f}"
-    return Considered(index, SUPPRESSED, joined([why, on]), other, alike)
 
 
 def _judgement(detection: int, diagnosis: Diagnosis) -> str:

@@ -35,10 +35,11 @@ class Browser:
         service = webdriver.ChromeService(executable_path=driver)
         self.driver = webdriver.Chrome(options, service)
 
-    def open(self, path: Path, size: tuple[int, int] = (1400, 900)) -> None:
+    def open(self, page: Path | str, size: tuple[int, int] = (1400, 900)) -> None:
+        """Open a file, or an address."""
         metrics = dict(width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.get(path.as_uri())
+        self.driver.get(page if isinstance(page, str) else page.as_uri())
         self.wait_for(
             "[...document.querySelectorAll('.frame img')].filter("
             "i => i.getBoundingClientRect().top < innerHeight && i.offsetParent)"
@@ -85,13 +86,16 @@ class Browser:
         png = b64decode(self.driver.get_screenshot_as_base64())
         return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
 
-    def requests(self) -> set[str]:
-        """What pages asked for since the last call; Chromium's own tabs ask, too."""
+    def requests(self, of: str = "file:") -> set[str]:
+        """What pages of these addresses asked for since the last call.
+
+        Chromium's own tabs ask, too.
+        """
         log = self.driver.get_log("performance")
         messages = [json.loads(line["message"])["message"] for line in log]
         return {
             m["params"]["request"]["url"]
             for m in messages
             if m["method"] == "Network.requestWillBeSent"
-            and m["params"]["documentURL"].startswith("file:")
+            and m["params"]["documentURL"].startswith(of)
         }

@@ -1,0 +1,386 @@
+"""The live page, driven and photographed in a browser; it asks nobody for anything."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmdet.datasets import CocoDataset
+from PIL import Image
+
+import explore
+from tests.test_publish.browser import Browser
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "examples" / "yolox_nano_coco.py"
+WEIGHTS = ROOT / "docs" / "weights" / "yolox_nano_coco.pth"
+PHOTO = ROOT / "docs" / "images" / "cat.jpg"  # 1200 x 400
+NAMES = CocoDataset.METAINFO["classes"]
+# The cup of the photo is missing.
+OBJECTS = {
+    "cat": (8, 5, 512, 385),
+    "dining table": (605, 5, 1120, 395),
+    "spoon": (940, 225, 1045, 325),
+}
+CAT, TABLE, CUP, SPOON = (250, 200), (640, 380), (850, 100), (1000, 290)
+BESIDE, NOTHING = (550, 200), (1195, 395)
+LOCAL = ("127.0.0.1", "::1", "localhost", None)
+OUTSIDE: list[tuple[str, Any]] = []
+"""Connections of this process that leave the machine."""
+
+
+@functools.cache  # no audit hook can be taken away again
+def watch_connections() -> None:
+    def hook(event: str, args: tuple) -> None:
+        if event == "socket.connect" and isinstance(args[1], tuple):
+            host = args[1][0]
+        elif event == "socket.getaddrinfo":
+            host = args[0]
+        else:
+            return
+        if host not in LOCAL:
+            OUTSIDE.append((event, host))
+
+    sys.addaudithook(hook)
+
+
+def settings(folder: Path) -> list[str]:
+    """The photo twice, as a data set."""
+    boxes = [
+        dict(
+            image_id=image,
+            category_id=NAMES.index(name),
+            bbox=[x1, y1, x2 - x1, y2 - y1],
+            area=(x2 - x1) * (y2 - y1),
+            iscrowd=0,
+        )
+        for image in (1, 2)
+        for name, (x1, y1, x2, y2) in OBJECTS.items()
+    ]
+    images = [dict(id=i, file_name="cat.jpg", width=1200, height=400) for i in (1, 2)]
+    content = dict(
+        images=images,
+        annotations=[dict(id=i, **box) for i, box in enumerate(boxes)],
+        categories=[dict(id=i, name=name) for i, name in enumerate(NAMES)],
+    )
+    (folder / "objects.json").write_text(json.dumps(content))
+    data = {
+        "data_root": "",
+        "ann_file": folder / "objects.json",
+        "data_prefix.img": PHOTO.parent,
+    }
+    named = [f"val_dataloader.dataset.{name}={v}" for name, v in data.items()]
+    return ["--cfg-options", *named]
+
+
+class Live:
+    """A running page in a browser, with words for what the tests do."""
+
+    def __init__(self, browser: Browser, folder: Path, *words: Any) -> None:
+        watch_connections()
+        OUTSIDE.clear()
+        line = [CONFIG, WEIGHTS, *words, "--device", "cpu", "--score-thr", 0.75]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["explore", *map(str, line), *settings(folder)])
+            self.page, self.url = explore.start(explore.parse_args())
+        self.browser = browser
+        self.shots = folder
+
+    def open(self) -> None:
+        self.browser.open(self.url, (1400, 900))
+        self.wait(lambda: self.said() != [""] and self.sources() and self.drawn())
+
+    def said(self, which: int = 0) -> list[str]:
+        """The lines beside a picture."""
+        said = self.browser.run(
+            "return [...document.querySelectorAll('.block.said')].map("
+            "e => [...e.querySelectorAll('p')].map(p => p.textContent.trim()))"
+        )
+        return said[which] if said and said[which] else [""]
+
+    def choices(self) -> list[str]:
+        return [text.strip() for text in self.browser.texts(".here label")]
+
+    def wait(self, holds: Callable[[], Any]) -> None:
+        end = time.monotonic() + 20
+        while not holds():
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
+    def click(self, x: int, y: int, which: int = 0) -> float:
+        """Click a pixel of the image; gives the seconds until the answer is there."""
+        before = self.sources()
+        left, top, width, height = self.browser.run(
+            "const b = document.querySelectorAll('.picture img')[arguments[0]]"
+            ".getBoundingClientRect(); return [b.left, b.top, b.width, b.height]",
+            which,
+        )
+        start = time.monotonic()
+        where = dict(x=left + x * width / 1200, y=top + y * height / 400)
+        for kind in ("mousePressed", "mouseReleased"):
+            event = dict(type=kind, button="left", clickCount=1, **where)
+            self.browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+        self.wait(lambda: self.sources() != before and self.drawn())
+        return time.monotonic() - start
+
+    def sources(self) -> list[str]:
+        return self.browser.run(
+            "return [...document.querySelectorAll('.picture img')].map(i => i.src)"
+        )
+
+    def drawn(self) -> bool:
+        return self.browser.run(
+            "return [...document.querySelectorAll('.picture img')]"
+            ".every(i => i.complete && i.naturalWidth)"
+        )
+
+    def choose(self, label: str, value: str) -> None:
+        """Choose what starts so from a list."""
+        self.browser.click(f'input[aria-label="{label}"]')
+        option = f'li[role=option][aria-label^="{value}"]'
+        self.wait(lambda: self.browser.texts(option))
+        self.browser.click(option)
+
+    def slide(self, label: str, value: float) -> None:
+        self.browser.run(
+            "const c = document.querySelector(`input[type=range][aria-label*="
+            "'${arguments[0]}']`); c.value = arguments[1];"
+            "for (const kind of ['input', 'change', 'pointerup'])"
+            " c.dispatchEvent(new Event(kind, {bubbles: true}));",
+            label,
+            value,
+        )
+
+    def says(self, *lines: str, which: int = 0) -> None:
+        """Wait until the lines are these; each may go on."""
+
+        def holds() -> bool:
+            said = self.said(which)
+            return len(said) == len(lines) and all(map(str.startswith, said, lines))
+
+        self.wait(holds)
+
+    def photograph(self, name: str) -> np.ndarray:
+        picture = self.browser.screenshot()
+        Image.fromarray(picture).save(self.shots / f"{name}.png")
+        return picture
+
+
+def check(live: Live) -> None:
+    """It asked this machine alone, and said nothing in the console."""
+    assert live.browser.driver.get_log("browser") == []
+    asked = live.browser.requests("http")
+    assert live.url in asked
+    assert [url for url in asked if not url.startswith((live.url, "data:"))] == []
+    assert OUTSIDE == []
+
+
+@pytest.fixture(scope="module")
+def gradio() -> Any:
+    return pytest.importorskip("gradio")
+
+
+@pytest.fixture(scope="module")
+def opened(
+    gradio: Any, chromium: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
+    live = Live(chromium, tmp_path_factory.mktemp("explore"))
+    yield live
+    live.page.close()
+
+
+@pytest.fixture
+def live(opened: Live) -> Iterator[Live]:
+    yield opened
+    check(opened)
+
+
+def colours(picture: np.ndarray, live: Live, box: tuple[int, ...]) -> float:
+    """Share of a part of the photo, in a photograph, that is not grey."""
+    left, top, width = live.browser.run(
+        "const b = document.querySelector('.picture img').getBoundingClientRect();"
+        "return [b.left, b.top, b.width]"
+    )
+    x1, y1, x2, y2 = (round(v * width / 1200) for v in box)
+    part = picture[
+        round(top) + y1 : round(top) + y2, round(left) + x1 : round(left) + x2
+    ]
+    return float((np.ptp(part.astype(int), axis=2) > 40).mean())
+
+
+TABLE_MISSED = "Missed dining table, below threshold: 0.69 for 'dining table'"
+TABLE_LOW = "dining table 0.69: below the threshold of 0.75 · IoU 0.94"
+
+
+def test_a_click_on_a_box_shows_what_made_it(live):
+    live.open()
+    live.says("1 found, 2 missed, 1 false")
+    assert colours(live.photograph("loaded"), live, (600, 100, 1100, 300)) > 0.3
+    live.click(*CAT)  # the first one prepares what the others need
+    live.says("cat 0.84: found, IoU 0.94", "Map: boxam of its score at neck[1]")
+    seconds = live.click(*CUP)
+    print(f"a click answers in {seconds:.2f} s")
+    assert seconds < 1
+    live.says(
+        TABLE_MISSED,
+        "cup 0.77: false positive, both: greatest IoU with any object 0.35",
+        "Map: boxam of its score at neck[0], 100% of it in the box",
+    )
+    # The map is on the cup, and on nothing else.
+    picture = live.photograph("box")
+    assert colours(picture, live, (800, 40, 1000, 250)) > 0.3
+    assert colours(picture, live, (30, 100, 470, 300)) == 0
+
+
+def test_a_click_on_any_place_says_what_was_considered_there(live):
+    live.open()
+    live.click(*BESIDE)
+    sink = "below the threshold of 0.75 · IoU 0.83 with the object 'cat'"
+    live.says(f"sink 0.07: {sink}", "Map: boxam of its score at neck[2]")
+    live.wait(lambda: live.choices()[0].startswith(f"sink 0.07 · {sink}"))
+    live.photograph("place")
+    live.click(*NOTHING)
+    live.says("Nothing here scores above 0.05, for any class.")
+    live.wait(lambda: live.choices() == [])
+    live.photograph("nothing")
+    live.click(*SPOON)
+    spoon = "Missed spoon, not seen: no candidate for 'spoon'"
+    live.says(spoon, TABLE_MISSED)
+    # What there was is a choice away.
+    live.wait(lambda: live.choices()[1].startswith("dining table 0.69 · below"))
+    live.browser.click(".here label:nth-of-type(2)")
+    live.says(spoon, TABLE_MISSED, TABLE_LOW, "Map: boxam of its score at neck[2]")
+    live.photograph("spoon")
+
+
+def test_what_the_controls_change(live):
+    live.open()
+    live.click(*TABLE)
+    live.says(TABLE_MISSED, TABLE_LOW, "Map: boxam of its score at neck[2]")
+    live.choose("Map by", "layercam")
+    live.says(TABLE_MISSED, TABLE_LOW, "Map: layercam of its score at neck[2]")
+    live.choose("Of its", "logit")
+    live.says(TABLE_MISSED, TABLE_LOW, "Map: layercam of its logit at neck[2]")
+    live.choose("Layer", "neck.out_convs[2]")
+    live.says(
+        TABLE_MISSED, TABLE_LOW, "Map: layercam of its logit at neck.out_convs[2]"
+    )
+    live.photograph("method")
+    live.choose("Map by", "drise")
+    refused = "No map: target='logit' cannot work with method='drise'"
+    live.says(TABLE_MISSED, TABLE_LOW, refused)
+    live.choose("Class", "sink")
+    live.wait(lambda: not any("table 0" in text for text in live.choices()))
+    live.choose("Class", "every class")
+    live.choose("Map by", "boxam")
+    live.slide("Score", 0.5)
+    live.says("dining table 0.69: found, IoU 0.94", "Map: boxam of its logit")
+    live.photograph("threshold")
+
+
+def test_the_next_error(live):
+    live.open()
+
+    def shows(name: str) -> None:
+        image = "return document.querySelector('#image input').value"
+        live.wait(lambda: live.browser.run(image) == name)
+
+    live.choose("Kind of error", "missed: not seen")
+    for name in ("1_cat", "2_cat", "1_cat"):
+        live.browser.click("#next-error")
+        shows(name)
+        live.says("Missed spoon, not seen", TABLE_MISSED)
+    live.photograph("next error")
+    live.choose("Kind of error", "false: duplicate")
+    live.browser.click("#next-error")
+    live.wait(lambda: "There is no such error" in live.browser.texts("body")[0])
+    live.browser.click("#next")
+    shows("2_cat")
+
+
+def test_two_checkpoints_side_by_side(gradio, chromium, tmp_path):
+    weights = torch.load(WEIGHTS, weights_only=True)
+    for name, value in weights["state_dict"].items():
+        if "conv_obj" in name and name.endswith("bias"):
+            value -= 2
+    torch.save(weights, tmp_path / "worse.pth")
+    live = Live(chromium, tmp_path, "--compare", tmp_path / "worse.pth")
+    live.open()
+    live.says("1 found, 2 missed, 1 false")
+    live.says("0 found, 3 missed, 0 false", which=1)
+    live.click(*CAT, which=1)
+    live.says("cat 0.84: found, IoU 0.94", "Map: ")
+    missed = "Missed cat, below threshold: 0.63 for 'cat', threshold 0.75"
+    live.says(missed, "cat 0.63: below the threshold", "Map: ", which=1)
+    assert colours(live.photograph("two"), live, (30, 100, 470, 300)) > 0.2
+    check(live)
+    live.page.close()
+
+
+def test_of_files_no_box_is_right_or_wrong(gradio, chromium, tmp_path):
+    live = Live(chromium, tmp_path, PHOTO)
+    live.open()
+    live.says("2 boxes")
+    live.click(*CAT)
+    live.says("cat 0.84: a detection", "Map: ")
+    assert not live.browser.run("return document.querySelector('#next-error')")
+    assert live.browser.texts(".key") == ["detection", "chosen candidate"]
+    live.photograph("file")
+    check(live)
+    live.page.close()
+
+
+def test_a_connection_that_leaves_the_machine_would_be_seen():
+    watch_connections()
+    OUTSIDE.clear()
+    with contextlib.suppress(OSError), socket.socket() as outside:
+        outside.settimeout(0.01)
+        outside.connect(("192.0.2.1", 80))  # an address that documents use
+    assert OUTSIDE == [("socket.connect", "192.0.2.1")]
+
+
+def test_a_machine_without_display_says_how_to_come_to_it(monkeypatch, capsys):
+    page = SimpleNamespace(server_port=7861, block_thread=lambda: None)
+    monkeypatch.setattr(explore, "start", lambda args: (page, "http://127.0.0.1:7861/"))
+    monkeypatch.setattr(sys, "argv", ["explore", "config", "weights"])
+    shown: list[str] = []
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    explore.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("http://127.0.0.1:7861/ ")
+    assert "\n  ssh -L 7861:127.0.0.1:7861 " in printed
+    assert shown == []
+    monkeypatch.setenv("DISPLAY", ":0")
+    explore.main()
+    assert "ssh" not in capsys.readouterr().out
+    assert shown == ["http://127.0.0.1:7861/"]
+
+
+def test_what_cannot_work_ends_in_one_line(mistake, monkeypatch, tmp_path):
+    line = explore, CONFIG, WEIGHTS
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "pip install -r requirements/explore.txt" in mistake(*line)
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
+    monkeypatch.setitem(
+        sys.modules, "_explore_page", SimpleNamespace(CSS="", Page=None)
+    )
+    assert "there is no checkpoint" in mistake(explore, CONFIG, tmp_path / "none.pth")
+    assert "--compare: there is no" in mistake(*line, "--compare", tmp_path / "no.pth")
+    assert "there is no image" in mistake(*line, tmp_path / "none.jpg")
+    (tmp_path / "film.mp4").write_bytes(b"")
+    assert "film.mp4" in mistake(*line, tmp_path / "film.mp4")
+    assert "device='gpu'" in mistake(*line, PHOTO, "--device", "gpu")

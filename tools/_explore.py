@@ -1,0 +1,408 @@
+"""What the live page shows: images, what is chosen on them, and the picture of it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+from mmengine.config import Config
+from torch import nn
+
+from _common import ToolError
+from _errors import build_dataset
+from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
+from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded, prepare_data
+from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
+from mmyolo_vis_hooks.data.sources import ImageSource
+from mmyolo_vis_hooks.detector import build_pipeline, read_dataset
+from mmyolo_vis_hooks.diagnosis.diagnose import Diagnosis
+from mmyolo_vis_hooks.diagnosis.live import LiveDetector, Look
+from mmyolo_vis_hooks.diagnosis.maps import ErrorMap
+from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS, GroundTruth
+from mmyolo_vis_hooks.diagnosis.mechanisms import MECHANISMS
+from mmyolo_vis_hooks.diagnosis.opening import FLOOR
+from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS as COLORS
+from mmyolo_vis_hooks.diagnosis.place import (
+    DETECTED,
+    Considered,
+    considered,
+    considered_at,
+    detections_of_candidates,
+)
+from mmyolo_vis_hooks.errors import VisError
+from mmyolo_vis_hooks.options import BoxAMOptions, DiagnosisOptions
+from mmyolo_vis_hooks.records import Detections
+from mmyolo_vis_hooks.render.boxes import class_name, draw_detections
+from mmyolo_vis_hooks.render.heatmap import fade_heatmap
+from mmyolo_vis_hooks.render.montage import cell_size_hw, resize_image
+from mmyolo_vis_hooks.render.panel import count_boxes, joined, resized_boxes
+
+logger = logging.getLogger("mmyolo_vis_hooks")
+
+DETECTION = (29, 111, 184)
+"""Colour of boxes where the objects are not known."""
+ANY = "any error"
+KINDS = [
+    ANY,
+    *(f"missed: {m}" for m in MECHANISMS),
+    *(f"false: {k}" for k in FALSE_KINDS),
+]
+_LEAST_SIZE, _MOST_SIZE = 800, 1100
+_KEPT_LOOKS, _KEPT_MAPS = 32, 64
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image that can be looked at; ``truth`` is None where nobody knows it."""
+
+    name: str
+    load: Callable[[], Loaded]
+    pipeline: ImagePipeline
+    truth: Callable[[], GroundTruth] | None = None
+
+
+def photos_of_files(
+    paths: Sequence[str], config: Config, channels: Sequence[int] | None
+) -> list[Photo]:
+    """Images of files, folders and addresses, without objects."""
+    pipeline = build_pipeline(config, read_dataset(config), channels=channels)
+    source = ImageSource(paths)
+    if source.has_videos:
+        raise ToolError("IMAGES: a video cannot be browsed; give images")
+
+    def photo(number: int, image: Any) -> Photo:
+        if image.error is not None:
+            raise image.error
+        path = dict(img_id=number, img_path=image.title)
+        load = partial(pipeline.load, image.content, **path)
+        return Photo(image.name, load, pipeline)
+
+    return [photo(number, image) for number, image in enumerate(source)]
+
+
+def photos_of_dataset(
+    config: Config, split: str, channels: Sequence[int] | None
+) -> tuple[list[Photo], dict[str, Any]]:
+    """Images of a config's data set with their objects, and its metainfo."""
+    dataset = build_dataset(config, split, "--dataset")
+    pipelines: dict[int, ImagePipeline] = {}
+
+    def photo(image: SelectedImage) -> Photo:
+        own = image.dataset
+        if id(own) not in pipelines:
+            pipelines[id(own)] = ImagePipeline(own.pipeline, channels=channels)
+        pipeline = pipelines[id(own)]
+        load = partial(prepare_data, own, image.index, pipeline.load)
+        info = own.get_data_info(image.index)
+        truth = partial(_objects_of, image) if "instances" in info else None
+        return Photo(image.image_id, load, pipeline, truth)
+
+    images = ImageSelector(dataset, -1, None).images
+    return [photo(image) for image in images], dataset.metainfo
+
+
+def _objects_of(image: SelectedImage) -> GroundTruth:
+    return GroundTruth.of(image.dataset.get_data_info(image.index)["instances"])
+
+
+class View:
+    """One detector on all images; what was looked at last is kept."""
+
+    def __init__(
+        self, photos: Sequence[Photo], detector: nn.Module, names: Sequence[str]
+    ) -> None:
+        self.photos, self.detector = photos, detector
+        self._live = LiveDetector(detector, names, logger)
+        self._placements: dict[int, Placement] = {}
+        self.look = functools.lru_cache(_KEPT_LOOKS)(self._look)
+        self.map = functools.lru_cache(_KEPT_MAPS)(self._map)
+
+    def _look(self, number: int) -> Look:
+        photo = self.photos[number]
+        placement = self._placements.get(id(photo.pipeline))
+        if placement is None:
+            own = [p.load for p in self.photos if p.pipeline is photo.pipeline]
+            placement = own_placement(photo.pipeline, first_loaded(own), self.detector)
+            self._placements[id(photo.pipeline)] = placement
+        truth = photo.truth() if photo.truth is not None else None
+        return self._live.look(photo.name, photo.load(), placement, truth)
+
+    def _map(self, number: int, candidate: int, options: BoxAMOptions) -> Any:
+        return self._live.explain(self.look(number), candidate, options)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """What is looked at: an image, and maybe a place on it and candidates there.
+
+    Attributes:
+        point_xy: Pixels of the image.
+        chosen: Of each view the candidate that is explained.
+        kind: Of the errors that are looked for.
+        error: How many of them ``next error`` has passed in the image.
+    """
+
+    image: int = 0
+    point_xy: tuple[float, float] | None = None
+    chosen: tuple[int | None, ...] = (None, None)
+    kind: str = ""
+    error: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the controls of the page say."""
+
+    options: DiagnosisOptions
+    nms_iou_thr: float | None = None
+    label: int | None = None
+    method: str = "boxam"
+    target: str = "score"
+    layer: str | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one view shows of a spot."""
+
+    picture_rgb: np.ndarray
+    lines: list[str]
+    choices: list[tuple[str, int]] = field(default_factory=list)
+    chosen: int | None = None
+
+
+def clicked(views: Sequence[View], spot: Spot, settings: Settings) -> Spot:
+    """Choose in each view the smallest box at the place, or else its best candidate."""
+    chosen = []
+    for view in views:
+        diagnosis = view.look(spot.image).diagnose(
+            settings.options, settings.nms_iou_thr
+        )
+        chosen.append(_chosen(diagnosis, spot, settings))
+    return replace(spot, chosen=tuple(chosen))
+
+
+def _chosen(diagnosis: Diagnosis, spot: Spot, settings: Settings) -> int | None:
+    assert spot.point_xy is not None
+    found = diagnosis.detections
+    became = detections_of_candidates(diagnosis.candidates, found)
+    boxes: list[tuple[np.ndarray, int, int | None]] = []
+    for index, box in enumerate(found.boxes_xyxy):
+        own = np.flatnonzero(became == index)
+        if len(own):
+            boxes.append((box, int(found.labels[index]), int(own[0])))
+    for missed in diagnosis.missed:
+        label = int(diagnosis.truth.labels[missed.record.truth])
+        boxes.append((missed.box_xyxy, label, missed.record.candidate))
+    here = [
+        (_area(box), candidate)
+        for box, label, candidate in boxes
+        if _holds(box, spot.point_xy) and settings.label in (None, label)
+    ]
+    if here:
+        return min(here, key=lambda own: own[0])[1]
+    others = considered_at(
+        spot.point_xy, diagnosis, settings.options, label=settings.label, most=1
+    )
+    return others[0].candidate if others else None
+
+
+def errors_of(
+    diagnosis: Diagnosis, kind: str
+) -> Iterator[tuple[np.ndarray, int | None]]:
+    """Boxes of the errors of a kind, with the candidate that each is about."""
+    became = detections_of_candidates(diagnosis.candidates, diagnosis.detections)
+    for missed in diagnosis.missed:
+        if kind in (ANY, f"missed: {missed.mechanism}"):
+            yield missed.box_xyxy, missed.record.candidate
+    for false in diagnosis.false_positives:
+        if kind in (ANY, f"false: {false.kind}"):
+            own = np.flatnonzero(became == false.record.detection)
+            yield false.box_xyxy, int(own[0]) if len(own) else None
+
+
+def next_error(
+    views: Sequence[View], spot: Spot, settings: Settings, kind: str, numbers: Any
+) -> Spot | None:
+    """The next error of the first view, in the image or in those that follow.
+
+    Args:
+        numbers: Makes an iterator over image numbers, such as a progress bar.
+    """
+    if spot.kind != kind:
+        spot = replace(spot, error=0)
+    total = len(views[0].photos)
+    order = [(spot.image + step) % total for step in range(total)]
+    for number in numbers([*order, spot.image]):
+        passed = spot.error if number == spot.image else 0
+        diagnosis = (
+            views[0].look(number).diagnose(settings.options, settings.nms_iou_thr)
+        )
+        errors = list(errors_of(diagnosis, kind))
+        if passed >= len(errors):
+            spot = replace(spot, error=0)
+            continue
+        box, candidate = errors[passed]
+        x1, y1, x2, y2 = map(float, box)
+        point = ((x1 + x2) / 2, (y1 + y2) / 2)
+        found = clicked(
+            views, Spot(number, point, kind=kind, error=passed + 1), settings
+        )
+        return replace(found, chosen=(candidate, *found.chosen[1:]))
+    return None
+
+
+def side_of(view: View, spot: Spot, settings: Settings, which: int = 0) -> Side:
+    """What a view shows of a spot."""
+    look, options = view.look(spot.image), settings.options
+    diagnosis = look.diagnose(options, settings.nms_iou_thr)
+    if spot.point_xy is None:
+        return Side(_draw(look, diagnosis, spot), [_summary(look, diagnosis)])
+    at = considered_at(spot.point_xy, diagnosis, options, label=settings.label)
+    chosen = spot.chosen[which]
+    if chosen is not None and chosen not in [own.candidate for own in at]:
+        at.insert(0, considered(chosen, diagnosis, options))
+    missed = [m for m in diagnosis.missed if _holds(m.box_xyxy, spot.point_xy)]
+    lines = [
+        f"Missed **{own.class_name}**, {own.mechanism}: {own.why}"
+        for own in sorted(missed, key=lambda own: _area(own.box_xyxy))
+    ]
+    if not at:
+        lines.append(f"Nothing here scores above {FLOOR:g}, for any class.")
+        return Side(_draw(look, diagnosis, spot), lines)
+    own = next((own for own in at if own.candidate == chosen), None)
+    saliency = None
+    if own is not None:
+        lines.append(f"**{_name_of(diagnosis, own.candidate)}**: {own.why}")
+        note, saliency = _explained(view, spot, own.candidate, settings)
+        lines.append(note)
+    choices = [(_choice(diagnosis, own), own.candidate) for own in at]
+    picture = _draw(look, diagnosis, spot, own, saliency)
+    return Side(picture, lines, choices, chosen)
+
+
+def _explained(
+    view: View, spot: Spot, candidate: int, settings: Settings
+) -> tuple[str, np.ndarray | None]:
+    method, target = settings.method, settings.target
+    try:
+        layers = None if settings.layer is None else (settings.layer,)
+        boxam = BoxAMOptions(method=method, target=target, target_layers=layers)
+        found: ErrorMap | None = view.map(spot.image, candidate, boxam)
+    except VisError as error:
+        return f"No map: {error}", None
+    if found is None:
+        return f"No map: by {method} nothing there has any influence on it", None
+    made = f"{method} of its {target} at {found.layer}"
+    return f"Map: {made}, {found.inside:.0%} of it in the box", found.saliency
+
+
+def _summary(look: Look, diagnosis: Diagnosis) -> str:
+    if look.truth is None:
+        return f"**{count_boxes(len(diagnosis.detections))}**"
+    hits, missed = len(diagnosis.matches.hits), len(diagnosis.missed)
+    false = len(diagnosis.false_positives)
+    return f"**{hits} found, {missed} missed, {false} false**"
+
+
+def _name_of(diagnosis: Diagnosis, candidate: int) -> str:
+    known = diagnosis.candidates
+    name = class_name(int(known.labels[candidate]), diagnosis.class_names)
+    return f"{name} {known.scores[candidate]:.2f}"
+
+
+def _choice(diagnosis: Diagnosis, own: Considered) -> str:
+    alike = f"{own.alike} more like it" if own.alike else ""
+    return joined([_name_of(diagnosis, own.candidate), own.why, alike])
+
+
+def _holds(box_xyxy: np.ndarray, point_xy: tuple[float, float]) -> bool:
+    x1, y1, x2, y2 = box_xyxy
+    return bool(x1 <= point_xy[0] <= x2 and y1 <= point_xy[1] <= y2)
+
+
+def _area(box_xyxy: np.ndarray) -> float:
+    x1, y1, x2, y2 = map(float, box_xyxy)
+    return (x2 - x1) * (y2 - y1)
+
+
+# The picture.
+
+
+def drawn_hw(image_hw: tuple[int, int]) -> tuple[int, int]:
+    """Size at which an image is shown: labels need room."""
+    return cell_size_hw(image_hw, _MOST_SIZE, _LEAST_SIZE)
+
+
+def _draw(
+    look: Look,
+    diagnosis: Diagnosis,
+    spot: Spot,
+    own: Considered | None = None,
+    saliency: np.ndarray | None = None,
+) -> np.ndarray:
+    image_hw = look.image_rgb.shape[:2]
+    size_hw = drawn_hw(image_hw)
+    picture = resize_image(look.image_rgb, size_hw)
+    if saliency is not None:
+        picture = fade_heatmap(cv2.resize(saliency, size_hw[::-1]), picture)
+    boxes = list(_boxes(look, diagnosis, spot, own))
+    corners = np.array([box.xyxy for box in boxes], np.float32).reshape(-1, 4)
+    picture = draw_detections(
+        picture,
+        Detections(
+            resized_boxes(corners, image_hw, size_hw),
+            np.linspace(0, 1, len(boxes)),  # the last are drawn last
+            np.arange(len(boxes)),
+        ),
+        class_names=[box.name for box in boxes],
+        palette=[box.color for box in boxes],
+        tails=[box.tail for box in boxes],
+        faint=[number for number, box in enumerate(boxes) if not box.strong],
+    )
+    if spot.point_xy is not None:
+        x, y = (round(v * size_hw[0] / image_hw[0]) for v in spot.point_xy)
+        for radius, ink in ((9, (0, 0, 0)), (7, COLORS["candidate"])):
+            cv2.circle(picture, (x, y), radius, ink, 2, cv2.LINE_AA)
+    return picture
+
+
+@dataclass(frozen=True)
+class _Box:
+    xyxy: np.ndarray
+    name: str
+    tail: str
+    color: tuple[int, int, int]
+    strong: bool
+
+
+def _boxes(
+    look: Look, diagnosis: Diagnosis, spot: Spot, own: Considered | None
+) -> Iterator[_Box]:
+    """All boxes, of which only what the place is about is strong, if there is one."""
+    found, names = diagnosis.detections, diagnosis.class_names
+    kinds = {f.record.detection: f.kind for f in diagnosis.false_positives}
+    right = COLORS["found"] if look.truth is not None else DETECTION
+    point = spot.point_xy
+    for index, box in enumerate(found.boxes_xyxy):
+        yield _Box(
+            box,
+            class_name(int(found.labels[index]), names),
+            f" {found.scores[index]:.2f} {kinds.get(index, '')}".rstrip(),
+            COLORS["detection"] if index in kinds else right,
+            point is None or (own is not None and index == own.detection),
+        )
+    for missed in diagnosis.missed:
+        strong = point is None or _holds(missed.box_xyxy, point)
+        tail = f" {missed.mechanism}"
+        yield _Box(missed.box_xyxy, missed.class_name, tail, COLORS["missed"], strong)
+    if own is not None and own.fate != DETECTED:
+        box = diagnosis.candidates.boxes_xyxy[own.candidate]
+        name = _name_of(diagnosis, own.candidate)
+        yield _Box(box, name, "", COLORS["candidate"], True)

@@ -1,0 +1,161 @@
+"""A live page: click a box, or any place of an image, and see why.
+
+    pip install -r requirements/explore.txt
+    python tools/explore.py CONFIG CHECKPOINT
+
+It shows the validation set of the config, or the IMAGES that are named, with what was
+found, missed and invented, and serves this machine alone: it asks nobody for anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import platform
+import webbrowser
+from typing import Any
+
+import torch
+
+from _common import (
+    ToolError,
+    add_cfg_options,
+    check_checkpoint,
+    config_mistakes,
+    merge_options,
+    run_tool,
+)
+from _explore import View, photos_of_dataset, photos_of_files
+from mmyolo_vis_hooks.declare import add_arguments
+from mmyolo_vis_hooks.detector import (
+    build_detector,
+    check_device,
+    classes_and_palette,
+    load_weights,
+    read_config,
+    read_dataset,
+)
+from mmyolo_vis_hooks.options import DiagnosisOptions
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Look into a detector live, in a browser on this machine"
+    )
+    parser.add_argument(
+        "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
+    )
+    parser.add_argument("checkpoint", help="its weights, a path or an address")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        default=None,
+        help="images, folders or addresses instead of the data set; their objects are "
+        "not known",
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=["val", "test"],
+        default="val",
+        help="whose data set is shown (default: val)",
+    )
+    parser.add_argument(
+        "--compare", metavar="CHECKPOINT", help="other weights, shown beside the first"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (default: 127.0.0.1, for this machine alone)",
+    )
+    parser.add_argument(
+        "--port", type=int, help="port; the first free one from 7860 if not given"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda:0" if torch.cuda.is_available() else "cpu",
+        help="where the network runs: cuda:0 is the first GPU",
+    )
+    add_arguments(parser, DiagnosisOptions, without=["topk"])
+    add_cfg_options(parser)
+    return parser.parse_args()
+
+
+def open_views(args: argparse.Namespace) -> tuple[list[View], tuple[str, ...]]:
+    """The detectors on their images, and the names of the classes."""
+    config = read_config(args.config)
+    merge_options(config, args.cfg_options)
+    with config_mistakes(args.config):
+        known = read_dataset(config).metainfo
+        if args.images:
+            photos = photos_of_files(args.images, config, args.image_channels)
+        else:
+            photos, known = photos_of_dataset(config, args.dataset, args.image_channels)
+        views = []
+        names: tuple[str, ...] = ()
+        for checkpoint in filter(None, [args.checkpoint, args.compare]):
+            detector = build_detector(config, check_device(args.device))
+            metainfo = load_weights(detector, checkpoint)
+            names, _ = classes_and_palette(metainfo, known)
+            views.append(View(photos, detector, names))
+    return views, names
+
+
+def start(args: argparse.Namespace) -> tuple[Any, str]:
+    """Start the page in a thread; gives it, and its address."""
+    check_checkpoint(args.checkpoint, "CHECKPOINT")
+    if args.compare:
+        check_checkpoint(args.compare, "--compare")
+    # Read when Gradio is imported: it shall ask nobody for anything.
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ToolError(
+            f"the page needs Gradio ({error}): pip install -r requirements/explore.txt"
+        ) from error
+    from _explore_page import CSS, Page
+
+    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    page = Page(args, *open_views(args)).build()
+    try:
+        _, url, _ = page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts),
+            css=CSS,
+            footer_links=[],
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+        )
+    except OSError as error:
+        raise ToolError(f"--host {args.host} --port {args.port}: {error}") from error
+    return page, url
+
+
+def has_display() -> bool:
+    names = ("DISPLAY", "WAYLAND_DISPLAY")
+    return platform.system() != "Linux" or any(map(os.environ.get, names))
+
+
+def main() -> None:
+    args = parse_args()
+    page, url = start(args)
+    print(f"{url}   (Ctrl-C ends it)", flush=True)
+    if has_display():
+        webbrowser.open(url)
+    else:
+        port = page.server_port
+        there = f"{getpass.getuser()}@{platform.node()}"
+        print(
+            "This machine has no display. From yours:\n"
+            f"  ssh -L {port}:127.0.0.1:{port} {there}\n"
+            f"and open http://127.0.0.1:{port}",
+            flush=True,
+        )
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    run_tool(main)
