@@ -35,7 +35,7 @@ from mmyolo_vis_hooks.diagnosis.compare import (
     compare_image,
     summarize,
 )
-from mmyolo_vis_hooks.diagnosis.report import FOUND, KINDS, SIZES, csv_text
+from mmyolo_vis_hooks.diagnosis.report import FOUND, KINDS, SIZES, as_written, csv_text
 from mmyolo_vis_hooks.diagnosis.result import Found, Missed
 from mmyolo_vis_hooks.publish.errors_page import (
     ASSETS,
@@ -237,7 +237,7 @@ def main() -> None:
     reports = [a.report(found_a).summary(), b.report(found_b).summary()]
     summary = {"a": reports[0], "b": reports[1], **summarize(everything)}
     texts = [
-        {**asdict(own), "change": own.change, "found_by": own.found_by}
+        {**as_written(own), "change": own.change, "found_by": own.found_by}
         for own in everything
     ]
     for name, text in (

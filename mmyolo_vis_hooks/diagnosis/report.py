@@ -218,7 +218,8 @@ class ErrorReport:
         }
 
     def errors_json(self) -> str:
-        return json.dumps([asdict(record) for record in self.records], indent=1)
+        """The errors as a list of records; ``class_name`` is called ``class`` there."""
+        return json.dumps([as_written(record) for record in self.records], indent=1)
 
     def table(self) -> Iterator[tuple[str, str, list[int], float | None]]:
         """Group, kind, counts (all, small, medium, large) and the AP that it costs.
@@ -274,6 +275,12 @@ class ErrorReport:
         """What :meth:`classes` gives."""
         rows = self.classes()
         return csv_text(list(rows[0]) if rows else [], (r.values() for r in rows))
+
+
+def as_written(record: Any) -> dict[str, Any]:
+    """A dataclass as JSON has it: its ``class_name`` as ``class``."""
+    fields = asdict(record)
+    return {"class" if k == "class_name" else k: v for k, v in fields.items()}
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -44,7 +44,7 @@ def write(folder: Path, errors: list[PageError], **changes: Any) -> Path:
     for name in ("a", "b"):
         images.write_image(name, plain(240, 320))
         images.write_map(name, MAP, half)
-        images.write_map(name, SIGNED, half * 2 - 1)
+        images.write_map(name, SIGNED, half * 1.5 - 1)
     texts = dict(
         title="Errors", lead=HOSTILE, noun=("error", "errors"), order="Lost", columns=3
     )
@@ -55,7 +55,7 @@ def write(folder: Path, errors: list[PageError], **changes: Any) -> Path:
     }
     options = dict(
         images={"a": (240, 320), "b": (240, 320)},
-        pictures={"a": "out/a b.jpg"},
+        pictures={"a": "out/a #1.jpg"},
         groups=groups,
         roles={"object": (255, 176, 0), HOSTILE: (220, 38, 127)},
         colors={"missed": (255, 176, 0), "false": (220, 38, 127)},
@@ -130,12 +130,12 @@ def test_texts_are_texts(browser, mixed):
     assert browser.texts("#menu-1 .name") == ["dog", "cat", HOSTILE]
     assert browser.texts("#legend li") == ["object", HOSTILE]
     link = browser.run("return document.querySelector('.place a').href")
-    assert link.endswith("/out/a%20b.jpg")
+    assert link.endswith("/out/a%20%231.jpg")
 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_maps_and_boxes_lie_on_the_image(browser, mixed, whole):
-    """Level 255 is at the left, 0 at the right; the box is the middle quarter."""
+    """1 is at the left and 0 at the right, of signed maps 0.5 and -1."""
     browser.open(mixed)
     if whole:
         browser.click("#whole")
@@ -166,7 +166,7 @@ def test_maps_and_boxes_lie_on_the_image(browser, mixed, whole):
     np.testing.assert_allclose(color(1, edge - 0.05), plasma[255], atol=8)
     grey = color(1, edge + 0.05)
     assert np.ptp(grey) <= 2  # where the map is zero
-    np.testing.assert_allclose(color(2, edge - 0.05), signed[255], atol=8)
+    np.testing.assert_allclose(color(2, edge - 0.05), signed[191], atol=8)
     np.testing.assert_allclose(color(2, edge + 0.05), signed[0], atol=8)
 
 

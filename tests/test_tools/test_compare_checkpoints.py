@@ -83,7 +83,10 @@ def test_what_is_broken_and_what_is_mended(call, blinder, capsys, monkeypatch):
         for own in maps
     )
     # One scale: the larger maximum is 1; zero is in the middle of the difference.
-    assert max(of_a.max(), of_b.max()) > 245
+    tops = sorted((of_a.max() / 255, of_b.max() / 255))
+    shares = sorted(float(own[2].split()[-1]) for own in maps[:2])
+    np.testing.assert_allclose(tops, shares, atol=0.03)
+    assert shares[0] < 0.95 < shares[1] == 1
     expected = 127.5 + (of_b - of_a) / 2
     assert np.abs(apart - expected).mean() < 2
     gone = titles["cup: false: both → nothing"][8]

@@ -52,11 +52,11 @@ def test_what_is_written_of_a_photo(call, capsys):
     table, spoon, cup = json.loads((out_dir / "errors.json").read_text())
     assert table["kind"] == "missed"
     assert table["mechanism"] == "below threshold"
-    assert table["class_name"] == "dining table"
+    assert table["class"] == "dining table"
     assert table["score"] == pytest.approx(0.69, abs=0.01)
     assert table["box_xyxy"] == list(OBJECTS["dining table"])
     assert (spoon["mechanism"], spoon["size"]) == ("not seen", "large")
-    assert (cup["kind"], cup["class_name"], cup["mechanism"]) == ("both", "cup", "")
+    assert (cup["kind"], cup["class"], cup["mechanism"]) == ("both", "cup", "")
     assert table["why"] == "0.69 for 'dining table', threshold 0.75"
     [(role, candidate)] = table["others"]
     assert role == "candidate"
