@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,22 @@ from .montage import (
     MIN_CELL_SIZE,
     Cell,
     cell_size_hw,
+    grid_columns,
+    gutter_of,
     montage,
     resize_image,
     tile_block,
 )
-from .panel import MAX_OVERLAY_SIZE, Panel, cells_text
+from .panel import MAX_OVERLAY_SIZE, NO_BREAK, Panel, cells_text
 
 if TYPE_CHECKING:
     from ..options import FeatMapOptions
 
 _TILE_GAP = 4
+# More maps than these are half as large as the image with its boxes, which then is not
+# smaller than this. A cell of a map has several pixels all the same.
+_FEW_MAPS = 3
+_MIN_PICTURE_SIZE = 768
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,29 @@ class FeatMapPanel(Panel):
                 channels, or the picture would be too large to be opened.
             FeatureShapeError: If an activation is not ``(C, h, w)``.
         """
-        picture_hw, map_hw = self._sizes(sample.image_rgb.shape[:2])
+        count = len(sample.activations)
+        picture_hw, map_hw = self._sizes(sample.image_rgb.shape[:2], count)
         picture_rgb = resize_image(sample.image_rgb, picture_hw)
         background = resize_image(sample.image_rgb, map_hw)
         frame = sample.frame.resized(map_hw)
-        cells = [self.overview(sample, picture_rgb)]
+        first, cells = self.overview(sample, picture_rgb), []
         for activation in sample.activations:
             reduced = self._reduced(activation, sample)
             picture = _overlay(reduced, background, frame, self.options)
             note = self._note(activation, reduced)
             cells.append(Cell(picture, activation.title, note, self._scale(reduced)))
-        return montage(cells)
+        if picture_hw == map_hw or _has_tiles(self.options):
+            return montage([first, *cells])
+        columns = math.ceil(count / 2) if count <= 8 else grid_columns(count, map_hw)
+        gutter = gutter_of(picture_hw)
+        left = montage([first], gutter=gutter)
+        right = montage(cells, columns, gutter=gutter)[:, gutter:]
+        (height, width), (right_h, right_w) = left.shape[:2], right.shape[:2]
+        size = max(height, right_h), width + right_w, 3
+        panel = np.full(size, 255, dtype=np.uint8)
+        panel[:height, :width] = left
+        panel[:right_h, width:] = right
+        return panel
 
     def overlay_maps(
         self, sample: VisSample, max_size: int = MAX_OVERLAY_SIZE
@@ -87,12 +106,15 @@ class FeatMapPanel(Panel):
         return tuple(maps)
 
     def _sizes(
-        self, image_hw: tuple[int, int]
+        self, image_hw: tuple[int, int], num_maps: int
     ) -> tuple[tuple[int, int], tuple[int, int]]:
         """Sizes of the first picture and of a heat map."""
         if not _has_tiles(self.options):
-            cell_hw = cell_size_hw(image_hw, self.max_cell_size)
-            return cell_hw, cell_hw
+            least = MIN_CELL_SIZE if num_maps <= _FEW_MAPS else _MIN_PICTURE_SIZE
+            picture_hw = cell_size_hw(image_hw, self.max_cell_size, least)
+            if num_maps <= _FEW_MAPS:
+                return picture_hw, picture_hw
+            return picture_hw, cell_size_hw(image_hw, max(picture_hw) // 2)
         rows, columns = self.options.arrangement
         most = max(rows, columns)
         room = (self.max_cell_size - (most - 1) * _TILE_GAP) // most
@@ -124,7 +146,8 @@ class FeatMapPanel(Panel):
             shown = "as a picture"
         count, *map_hw = activation.feature_map.shape
         size = f"{count} channel{'' if count == 1 else 's'} of {cells_text(map_hw)}"
-        return f"{size} · {shown} · {reduced.value_range}"
+        values = str(reduced.value_range).replace(" ", NO_BREAK)
+        return f"{size} · {shown} · {values}"
 
     def _scale(self, reduced: ReducedMaps) -> ColorScale | None:
         varied = [r for r in reduced.value_ranges if r.low < r.high]

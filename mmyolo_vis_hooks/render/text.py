@@ -70,6 +70,7 @@ def _wide_fonts() -> tuple[str, ...]:
     return tuple(p for p in paths if _WIDE_FONTS.search(Path(p).name))
 
 
+@lru_cache(maxsize=2)
 def _shipped_font(bold: bool) -> str:
     import matplotlib
 
@@ -149,8 +150,11 @@ def wrap_text(text: str, max_width: int, size: int, bold: bool = False) -> list[
     No line is wider than ``max_width``, unless a single character is. A separating
     ``·`` at the end of a line is left out.
     """
+    text = clean_text(text).strip()
+    if text.strip(" ·") and text_width(text, size, bold) <= max_width:
+        return [text]  # most captions, and a tenth of the time
     lines = [""]
-    for piece in _BREAKS.split(clean_text(text).strip()):
+    for piece in _BREAKS.split(text):
         whole = text_width(piece.rstrip(), size, bold) <= max_width
         for part in [piece] if whole else piece:
             longer = (lines[-1] + part).rstrip()

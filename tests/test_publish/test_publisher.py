@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
-from mmengine.visualization import LocalVisBackend, Visualizer
+from mmengine.visualization import (
+    LocalVisBackend,
+    TensorboardVisBackend,
+    Visualizer,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmyolo_vis_hooks.errors import ErrorPolicy, PublishError, VisConfigError
@@ -271,6 +275,21 @@ def test_files_are_written_beside_the_loop(tmp_path, monkeypatch):
             image[..., ::-1], PICTURE.image_rgb + np.uint8(number)
         )
     assert publisher.num_published == len(ids)
+
+
+def test_tensorboard_shows_the_very_pixels(tmp_path):
+    backend = TensorboardVisBackend(save_dir=str(tmp_path))
+    publisher, _ = make_publisher({"TensorBoard": backend}, "raise")
+    publisher.publish("val", PICTURE, 3)
+    publisher.finish(commit=True)
+    backend.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    (event,) = events.Images(TAG)
+    assert (event.step, event.height, event.width) == (3, 20, 30)
+    png = np.frombuffer(event.encoded_image_string, np.uint8)
+    image = cv2.imdecode(png, cv2.IMREAD_COLOR)
+    np.testing.assert_array_equal(image[..., ::-1], PICTURE.image_rgb)
 
 
 def test_local_file_that_was_not_written_is_an_error(tmp_path):

@@ -155,9 +155,9 @@ def cells(monkeypatch):
     """The cells of the panels that the test draws, all of which must be there."""
     seen = []
 
-    def spy(given, *args):
+    def spy(given, *args, **options):
         seen.append([replace(c, note=c.note.replace("\u00a0", " ")) for c in given])
-        panel = montage_module.montage(given, *args)
+        panel = montage_module.montage(given, *args, **options)
         assert panel.dtype == np.uint8
         assert all(contains(panel, cell.image_rgb) for cell in given)
         return panel
@@ -264,6 +264,30 @@ class TestPanel:
         if image_hw > cell_hw:
             reduced = montage_module.resize_image(full, cell_hw)
             assert differences(cells[0][1].image_rgb, reduced).max() <= 8
+
+    @pytest.mark.parametrize(
+        ("count", "image_hw", "map_hw", "width"),
+        [
+            (4, (300, 400), (288, 384), 4),
+            (6, (300, 400), (288, 384), 5),
+            (7, (1500, 2000), (384, 512), 6),
+            (12, (640, 320), (384, 192), 8),
+        ],
+    )
+    def test_many_maps_stand_beside_the_image(
+        self, cells, count, image_hw, map_hw, width
+    ):
+        """They are half as high as it; a column of the picture is a map's width."""
+        layers = [f"neck[{number}]" for number in range(count)]
+        panel = featmap_panel()(sample(image_hw, layers))
+        (first,), maps = cells
+        assert first.image_rgb.shape[:2] == tuple(2 * side for side in map_hw)
+        assert {cell.image_rgb.shape[:2] for cell in maps} == {map_hw}
+        assert [cell.title for cell in maps] == layers
+        for cell in (first, *maps):
+            assert contains(panel, cell.image_rgb)
+        assert 0 < panel.shape[1] - width * map_hw[1] < 300
+        assert (panel[-1] == 255).all()
 
     def test_channel_is_chosen_at_the_size_of_the_image(self, cells):
         # Five pixels from four cells weigh a corner by 1.3 * 1.3 and an inner cell

@@ -2,7 +2,9 @@
 
 Each run is a process of its own, without hooks, with one and with both, with four
 images drawn and with all; they take turns, and a share is the median over the rounds.
-Processor seconds count all threads. The trial is what the hooks do before the run.
+Processor seconds count all threads. The trial is what the hooks do before the run. A
+drawn image is all that hooks do for it, in the loop and beside it, in plain images of
+the same run: the rest of what it took.
 
     python tools/benchmarks/overhead.py
     python tools/benchmarks/overhead.py --rounds 1 --runs plain both_4
@@ -77,10 +79,10 @@ def child(name: str) -> dict[str, Any]:
 
 
 def _watch(parts: dict[str, float]) -> None:
-    """Add up the processor seconds of the hooks' steps."""
+    """Add up the processor seconds of the hooks' steps, each in its thread."""
     from mmyolo_vis_hooks.hooks.base import BaseVisHook
     from mmyolo_vis_hooks.hooks.vis_loop import VisLoop
-    from mmyolo_vis_hooks.publish.publisher import Publisher
+    from mmyolo_vis_hooks.publish.backends import LocalAdapter
     from mmyolo_vis_hooks.render.boxam_panel import BoxAMPanel
     from mmyolo_vis_hooks.render.featmap_panel import FeatMapPanel
 
@@ -88,20 +90,21 @@ def _watch(parts: dict[str, float]) -> None:
         original: Callable = getattr(owner, method)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
+            start = time.thread_time()
             try:
                 return original(*args, **kwargs)
             finally:
-                parts[part] += time.process_time() - start
+                parts[part] += time.thread_time() - start
 
         setattr(owner, method, run)
 
     timed(BaseVisHook, "before_run", "trial")
+    timed(BaseVisHook, "_before_iter", "hook")
+    timed(BaseVisHook, "_after_iter", "hook")
     timed(VisLoop, "make_sample", "look")
     timed(FeatMapPanel, "__call__", "draw")
     timed(BoxAMPanel, "__call__", "draw")
-    timed(Publisher, "publish", "write")
-    timed(Publisher, "finish", "write")
+    timed(LocalAdapter, "add", "write")
 
 
 def measure(runs: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -126,19 +129,21 @@ def report(found: dict[str, list[dict[str, Any]]]) -> None:
         images, memory = found[name][0]["images"], middle(name, itemgetter("memory"))
         row = [name, f"{cpu:.2f} s", f"{wall:.2f} s", format_bytes(memory)]
         if name != "plain":
-            pairs = zip(found[name], found["plain"])
-            share = statistics.median(own["cpu"] / bare["cpu"] for own, bare in pairs)
+            pairs = list(zip(found[name], found["plain"]))
+            shares = [
+                statistics.median(own[clock] / bare[clock] for own, bare in pairs)
+                for clock in ("cpu", "wall")
+            ]
             parts = {
                 part: statistics.median(r["parts"].get(part, 0.0) for r in found[name])
-                for part in ("trial", "look", "draw", "write")
+                for part in ("trial", "hook", "look", "draw", "write")
             }
-            drawn = sum(parts.values()) - parts["trial"]
+            drawn = parts["hook"] + parts["write"]
             count = images if name.endswith("all") else 4
-            plain = middle("plain", lambda r: r["cpu"] / r["images"])
-            each = drawn / count
+            each, plain = drawn / count, (cpu - parts["trial"] - drawn) / images
             more = memory - middle("plain", itemgetter("memory"))
             row += [
-                f"{share:.3f}",
+                " / ".join(f"{share:.3f}" for share in shares),
                 f"{each * 1e3:.0f} ms, {each / plain:.2f} plain",
                 f"{parts['trial']:.2f} s",
                 ", ".join(
@@ -147,7 +152,7 @@ def report(found: dict[str, list[dict[str, Any]]]) -> None:
                 format_bytes(more),
             ]
         rows.append(row)
-    columns = ["run", "processor", "wall", "memory", "in plain runs"]
+    columns = ["run", "processor", "wall", "memory", "in plain runs, processor / wall"]
     columns += ["a drawn image", "trial", "where it goes", "more memory"]
     print_table("A test run with the hooks", columns, rows)
     print(
