@@ -119,7 +119,9 @@ def measure_methods(
     ways: dict[str, dict[str, Any]] = {name: dict(method=name) for name in methods}
     one_layer = dict(method="gradcam", target_layers=["neck.out_convs[2]"])
     ways["gradcam at neck.out_convs[2] only"] = one_layer
-    options = dict(topk=-1, score_thr=0.3, alignment="letterbox", num_masks=600)
+    options = dict(
+        topk=-1, score_thr=0.3, alignment="letterbox", num_masks=600, signed=False
+    )
     scores: dict[str, list[list[float]]] = defaultdict(list)
     small: dict[str, list[float]] = defaultdict(list)
     seconds: dict[str, list[float]] = defaultdict(list)
