@@ -29,10 +29,11 @@ from mmyolo_vis_hooks.detector import (
     load_weights,
     read_config,
 )
+from mmyolo_vis_hooks.diagnosis.compare import Change
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
 from mmyolo_vis_hooks.diagnosis.export import ImageFile
 from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
-from mmyolo_vis_hooks.diagnosis.report import ErrorReport, ImageErrors
+from mmyolo_vis_hooks.diagnosis.report import ErrorRecord, ErrorReport, ImageErrors
 from mmyolo_vis_hooks.options import DiagnosisOptions
 from mmyolo_vis_hooks.publish.errors_page import PageImages
 
@@ -197,3 +198,8 @@ class Errors:
         for own in found:
             report.add(own, self.truths[own.image])
         return report
+
+
+def commonest(records: Iterable[ErrorRecord | Change]) -> list[str]:
+    """Names of the classes of records, the commonest first."""
+    return [name for name, _ in Counter(r.class_name for r in records).most_common()]

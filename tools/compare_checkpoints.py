@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from _common import ToolError, config_mistakes, run_tool
-from _errors import Errors, add_shared_arguments, read_merged
+from _errors import Errors, add_shared_arguments, commonest, read_merged
 from _kept import Kept, open_out_dir, progress
 from mmyolo_vis_hooks.diagnosis.compare import (
     BROKEN,
@@ -35,6 +35,7 @@ from mmyolo_vis_hooks.diagnosis.compare import (
     compare_image,
     summarize,
 )
+from mmyolo_vis_hooks.diagnosis.maps import ErrorMap
 from mmyolo_vis_hooks.diagnosis.report import FOUND, KINDS, SIZES, as_written, csv_text
 from mmyolo_vis_hooks.diagnosis.result import Found, Missed
 from mmyolo_vis_hooks.publish.errors_page import (
@@ -122,11 +123,11 @@ def draw_maps(
     """Draw the maps of images, as far as they are not there yet."""
     waiting = [name for name in names if key_of(a, name) not in kept]
     for name in progress(waiting, "maps"):
-        of_a, of_b = (maps_of(errors, name) for errors in (a, b))
+        (of_a, why_a), (of_b, why_b) = (maps_of(errors, name) for errors in (a, b))
         found = []
         for number, own in enumerate(changes[name]):
             pair = (of_a.get(place(own, own.a)), of_b.get(place(own, own.b)))
-            found.append(write_maps(own, number, pair, images))
+            found.append(write_maps(own, number, pair, (why_a, why_b), images))
         kept.add(key_of(a, name), found)
 
 
@@ -141,25 +142,34 @@ def place(change: Change, side: Side) -> tuple[str, int | None]:
     return "detection", side.detection
 
 
-def maps_of(errors: Errors, name: str) -> dict[tuple[str, int | None], Any]:
+def maps_of(
+    errors: Errors, name: str
+) -> tuple[dict[tuple[str, int | None], ErrorMap | None], str]:
+    """The maps of an image, and why others have none."""
     diagnosis = errors.diagnose(name, maps=True)
     objects: list[Found | Missed] = [*diagnosis.found, *diagnosis.missed]
     wrong = diagnosis.false_positives
-    return {
+    maps: dict[tuple[str, int | None], ErrorMap | None] = {
         **{("object", own.record.truth): own.map for own in objects},
         **{("detection", own.record.detection): own.map for own in wrong},
     }
+    beyond = f"of more than {errors.options.topk} (--topk)"
+    return maps, beyond if any(maps.values()) else diagnosis.note or beyond
 
 
 def write_maps(
-    change: Change, number: int, pair: tuple[Any, Any], images: PageImages
+    change: Change,
+    number: int,
+    pair: tuple[ErrorMap | None, ErrorMap | None],
+    whys: tuple[str, str],
+    images: PageImages,
 ) -> list[dict[str, Any]]:
     """Write the maps of both on one scale, and their difference."""
     peak = max((own.peak for own in pair if own is not None), default=0.0)
     written, values = [], []
-    for side, own, seen in zip("AB", pair, (change.a, change.b)):
+    for side, own, why, seen in zip("AB", pair, whys, (change.a, change.b)):
         if own is None:
-            note = "there is no box" if seen.box_xyxy is None else "beyond --topk"
+            note = "there is no box" if seen.box_xyxy is None else why
             written.append(PageMap("", f"Map of {side}", note))
             continue
         share = own.peak / peak
@@ -279,7 +289,7 @@ def main() -> None:
             "Under A": (FOUND, NOTHING, *KINDS),
             "Under B": (FOUND, NOTHING, *KINDS),
             "Found by": (*FOUND_BY, "no object"),
-            "Class": a.names,
+            "Class": commonest(everything),
             "Size": SIZES,
         },
         roles={"object": _OBJECT, "of A": _A, "of B": _B},

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from _common import config_mistakes, run_tool
-from _errors import Errors, add_shared_arguments, read_merged
+from _errors import Errors, add_shared_arguments, commonest, read_merged
 from _kept import Kept, open_out_dir, progress
 from mmyolo_vis_hooks.diagnosis.export import Export
 from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS
@@ -45,6 +45,7 @@ from mmyolo_vis_hooks.publish.errors_page import (
 from mmyolo_vis_hooks.publish.files import OwnFiles, write_image, write_whole
 
 _MOST_CLASSES = 10
+_NOT_DRAWN: dict = {"maps": [], "note": ""}
 ROLES = dict(
     missed="missed object",
     found="found object",
@@ -119,7 +120,8 @@ def draw(
                 images.write_map(name, page_map, values)
                 maps[-1].append(asdict(page_map))
         write_image(str(picture_of(rank, name, out_dir)), diagnosis.draw())
-        kept.add(key_of(errors, name), maps)
+        note = "" if any(maps) else diagnosis.note  # says why there are none
+        kept.add(key_of(errors, name), {"maps": maps, "note": note})
 
 
 def maps_of(
@@ -152,16 +154,17 @@ def joint_maps(errors: Errors, drawn: Kept, out_dir: Path) -> dict[str, np.ndarr
     """The strongest of the maps of each image that has some, ``(h, w)`` uint8."""
     joint = {}
     for name in errors.images:
-        found = [m for own in drawn.known.get(key_of(errors, name), ()) for m in own]
+        known = drawn.known.get(key_of(errors, name), _NOT_DRAWN)
+        found = [page_map for own in known["maps"] for page_map in own]
         paths = [
             out_dir / ASSETS / f"{name}.{own['asset']}.jpg"
             for own in found
             if not own["signed"]
         ]
         maps = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in paths]
-        known = [levels for levels in maps if levels is not None]
-        if known:
-            joint[name] = np.max(known, axis=0)
+        there = [levels for levels in maps if levels is not None]
+        if there:
+            joint[name] = np.max(there, axis=0)
     return joint
 
 
@@ -188,10 +191,11 @@ def write_page(
     for record in report.records:
         number = positions[record.image]
         positions[record.image] += 1
-        maps = drawn.known.get(key_of(errors, record.image), ())
+        known = drawn.known.get(key_of(errors, record.image), _NOT_DRAWN)
+        maps = known["maps"]
         # A detector that is not deterministic may have found other errors by then.
         found = maps[number] if number < len(maps) else []
-        note = f"of more than {errors.options.topk} errors (--topk)"
+        note = known["note"] or f"of more than {errors.options.topk} errors (--topk)"
         if record.mechanism and "candidate" not in dict(record.others):
             note = "there was no candidate"
         elif record.image not in ranks:
@@ -212,7 +216,7 @@ def write_page(
         order="Most AP lost first",
         images={name: report.sizes[name] for name in positions},
         pictures={n: picture_of(r, n, Path()).name for n, r in ranks.items()},
-        groups={"Kind": KINDS, "Class": errors.names, "Size": SIZES},
+        groups={"Kind": KINDS, "Class": commonest(report.records), "Size": SIZES},
         roles={ROLES[role]: color for role, color in ROLE_COLORS.items()},
         colors={k: ROLE_COLORS[_role(k)] for k in KINDS},
     )

@@ -28,10 +28,10 @@
         if (input.checked) ticked.add(i); else ticked.delete(i);
         changed();
       });
-      const dot = paint(make("span", { className: "dot" }), label);
+      const dots = label.fill ? [paint(make("span", { className: "dot" }), label)] : [];
       const name = make("span", { className: "name", textContent: label.name });
       const count = make("span", { className: "count", textContent: label.count });
-      list.append(make("li", {}, make("label", {}, input, dot, name, count)));
+      list.append(make("li", {}, make("label", {}, input, ...dots, name, count)));
     });
   }
 

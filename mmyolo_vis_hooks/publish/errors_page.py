@@ -20,6 +20,7 @@ from .template import FADING_SHARE, UNIFORM_SHARE, fill_page, label, outline
 
 PAGE, ASSETS = "index.html", "index_files"
 _TEMPLATE = "errors_template.html"
+_GREY = (120, 130, 145)
 _IMAGE_SIZE, _IMAGE_QUALITY, _MAP_QUALITY = 1280, 82, 90
 
 
@@ -133,7 +134,6 @@ def write_errors_page(
         counts.append(Counter(error.groups[i] for error in errors))
         known = [name for name in names if counts[i][name]]
         values.append({name: n for n, name in enumerate(known)})
-    grey = (120, 130, 145)
 
     def entry(error: PageError) -> list[Any]:
         image_hw = images[error.image]
@@ -168,7 +168,9 @@ def write_errors_page(
             {
                 "name": name,
                 "values": [
-                    label(value, colors.get(value, grey) if not i else grey, n[value])
+                    {"name": value, "count": n[value]}
+                    if i
+                    else label(value, colors.get(value, _GREY), n[value])
                     for value in own_values
                 ],
             }

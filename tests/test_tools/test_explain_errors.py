@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,16 @@ def test_a_call_goes_on_where_it_was(call, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(explain_errors.Errors, "diagnose", None)  # nothing is looked at
         call("--num-pictures", 0)
-    call("--num-pictures", 1)
+    diagnose = explain_errors.Errors.diagnose
+
+    def without_maps(self, name, *, maps):
+        return replace(diagnose(self, name, maps=False), note="no maps: of no layer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(explain_errors.Errors, "diagnose", without_maps)
+        call("--num-pictures", 1)
     page = (out_dir / "index.html").read_text()
+    assert "no maps: of no layer" in page
     with monkeypatch.context() as patch:
         patch.setattr(explain_errors.Errors, "diagnose", None)  # nor drawn
         call("--num-pictures", -1)
