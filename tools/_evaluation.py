@@ -20,6 +20,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from _common import ToolError
+from _peers import MMYOLO_DEMO, PEERS, mmyolo_demo
 from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
 from mmyolo_vis_hooks.data.alignment import (
     Placement,
@@ -63,6 +64,7 @@ class Explained:
     """
 
     subject: Subject
+    label: int
     title: str
     maps: dict[str, np.ndarray]
     costs: dict[str, dict[str, float]]
@@ -114,11 +116,14 @@ class Evaluation:
         self.images = ImageSelector(dataset, -1, None).images
         metainfo = load_weights(self.detector, checkpoint)
         self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
+        of = type(self.detector).__module__.split(".")[0]
+        if MMYOLO_DEMO in methods and of != "mmyolo":
+            raise ToolError(f"--methods {MMYOLO_DEMO} is for MMYOLO's detectors only")
         self._score_thr, self._per_image = score_thr, per_image
         self._methods: dict[str, _Chosen | None] = {}
         for name in methods:
             self._methods[name] = None
-            if name != SEARCH:
+            if name not in (SEARCH, MMYOLO_DEMO):
                 options = options_of(name)
                 self._methods[name] = _Chosen(self.detector, options, logger=logger)
         self._placements: dict[int, Placement] = {}
@@ -159,9 +164,9 @@ class Evaluation:
         for index, subject in zip(
             chosen, subjects_with_objects(self.detector, look, chosen, instances)
         ):
-            name = class_name(int(found.labels[index]), self.names)
-            title = f"{name} {found.scores[index]:.2f}"
-            explained.append(Explained(subject, title, {}, {}))
+            label = int(found.labels[index])
+            title = f"{class_name(label, self.names)} {found.scores[index]:.2f}"
+            explained.append(Explained(subject, label, title, {}, {}))
         for name in self._methods:
             self._add_maps(name, inputs, metainfo, chosen, explained)
         height, width = inputs.shape[-2:]
@@ -199,7 +204,13 @@ class Evaluation:
         if attributor is None:
             for own in explained:
                 start = time.perf_counter()
-                own.maps[name], forwards = greedy_cells(own.subject, network_hw)
+                if name == SEARCH:
+                    own.maps[name], forwards = greedy_cells(own.subject, network_hw)
+                else:
+                    box, forwards = own.subject.box_xyxy, 1
+                    own.maps[name] = mmyolo_demo(
+                        self.detector, inputs, metainfo, box, own.label
+                    )
                 spent = (time.perf_counter() - start) * 1e3
                 own.costs[name] = dict(ms=spent, forwards=forwards)
             return
@@ -233,6 +244,8 @@ def measure(explained: Explained, metrics: list[Metric]) -> dict[str, dict[str, 
 
 def options_of(method: str) -> BoxAMOptions:
     """Options of a method as it is written: ``NAME``, or ``NAME:option=value,...``."""
+    if method in PEERS:
+        return BoxAMOptions(**PEERS[method])
     name, _, words = method.partition(":")
     known = {field.name for field in fields(BoxAMOptions)}
     options: dict[str, Any] = {}

@@ -53,7 +53,8 @@ def parse_args() -> argparse.Namespace:
         default=["boxam", "layercam", "odam"],
         metavar="METHOD",
         help="methods, with options as in drise:num_masks=300 if need be; 'search' "
-        "tries regions of the box (default: boxam layercam odam)",
+        "tries regions of the box, 'ultralytics' and 'mmyolo_demo' draw as others do "
+        "(default: boxam layercam odam)",
     )
     parser.add_argument(
         "--metrics",

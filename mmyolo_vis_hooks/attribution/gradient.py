@@ -125,6 +125,23 @@ def gradcam_plus_plus_averaged(
 
 
 @register_method(
+    "ssgradcam++",
+    kind="gradient",
+    summary="SSGrad-CAM++: Grad-CAM++ of the paper, kept to where the box reacts.",
+    formula="relu(sum_c w_c * s * A), w_c as for gradcam++_averaged, s = |g| / its "
+    "maximum over the map",
+)
+def ssgradcam_plus_plus(
+    activations: torch.Tensor, gradients: torch.Tensor
+) -> torch.Tensor:
+    weights = _plus_plus(activations, gradients).sum(_SPACE, keepdim=True)
+    sizes = gradients.abs()
+    largest = sizes.amax(_SPACE, keepdim=True)
+    sensitivity = sizes / torch.where(largest > 0, largest, 1)
+    return (weights * sensitivity * activations).sum(1)
+
+
+@register_method(
     "gradcam_averaged",
     kind="gradient",
     summary="Grad-CAM of the paper: one weight per channel, the gradient's mean over "

@@ -77,6 +77,10 @@ def from_the_papers(name: str, a: np.ndarray, g: np.ndarray) -> np.ndarray:
         return np.maximum((relu_g * plus_plus_alpha(a, g) * a).sum(axis=0), 0)
     if name == "gradcam++_averaged":
         return channels((relu_g * plus_plus_alpha(a, g)).sum(axis=(1, 2)))
+    if name == "ssgradcam++":
+        weights = (relu_g * plus_plus_alpha(a, g)).sum(axis=(1, 2), keepdims=True)
+        sensitivity = np.abs(g) / np.abs(g).max(axis=(1, 2), keepdims=True)
+        return np.maximum((weights * sensitivity * a).sum(axis=0), 0)
     if name == "gradcam_averaged":
         return channels(g.mean(axis=(1, 2)))
     if name == "xgradcam":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -15,6 +16,8 @@ from mmengine.registry import MODELS
 
 import eval_boxam
 from _evaluation import Evaluation, options_of
+from _peers import mmyolo_demo
+from mmyolo_vis_hooks import load
 from mmyolo_vis_hooks.detector import read_config
 from tests.toy_boxes import box_config
 
@@ -142,3 +145,35 @@ def test_forwards_of_replays_and_of_the_search_are_counted(scene):
     assert own.costs["drise:num_masks=20"]["forwards"] == 22  # with a graph, a trace
     assert own.costs["search"]["forwards"] == 462
     assert len(np.unique(own.maps["search"])) == 37
+
+
+def test_the_demo_of_mmyolo_is_for_its_detectors_alone(mistake, words):
+    said = mistake(eval_boxam, *words, "--methods", "mmyolo_demo", alone=False)
+    assert "MMYOLO's detectors only" in said
+
+
+def test_the_demo_of_mmyolo_has_a_loss_for_each_box():
+    root = Path(__file__).resolve().parents[2]
+    weights = root / "docs" / "weights" / "yolox_nano_coco.pth"
+    config = root / "configs" / "examples" / "yolox_nano_coco.py"
+    detector = load(config, weights, device="cpu")
+    inputs = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    metainfo = dict(batch_input_shape=(96, 128), img_shape=(96, 128))
+    before = copy.deepcopy(detector.state_dict())
+    boxes = np.array([[10.0, 10, 60, 80], [70.0, 20, 120, 60]])
+    one, other = (mmyolo_demo(detector, inputs, metainfo, box, 3) for box in boxes)
+    assert one.shape == other.shape == (96, 128)
+    assert one.min() >= 0
+    assert one.max() > 0
+    assert not np.array_equal(one, other)
+    assert not detector.training
+    for name, value in detector.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(own.grad is None for own in detector.parameters())
+
+
+def test_peers_are_options_of_explain():
+    options = options_of("ultralytics")
+    assert (options.method, options.target, options.fusion) == (
+        "layercam", "logit", "max",
+    )  # fmt: skip
