@@ -148,11 +148,8 @@ class ErrorReport:
                 others.append(("detection", found.boxes_xyxy[own.other]))
             why = sentence(own, found, truth, self._names, self._score_thr)
             label, box = int(truth.labels[own.truth]), boxes[own.truth]
-            what = errors.image, MISSED, own.mechanism
-            lost = 1 / max(1, self._num_objects.get(label, 0))
-            self.records.append(
-                self._record(*what, label, own.score, box, lost, why, others)
-            )
+            what = errors.image, MISSED, own.mechanism, label, own.score, box
+            self.records.append(self._record(*what, 1.0, why, others))
         for alarm in matches.false_alarms:
             index, others = alarm.detection, []
             if alarm.truth is not None:
@@ -161,17 +158,14 @@ class ErrorReport:
             why = why_false(alarm, matches, found, truth, self._names)
             label, box = int(found.labels[index]), found.boxes_xyxy[index]
             score = float(found.scores[index])
-            what = errors.image, alarm.kind, ""
-            lost = score / max(1, self._num_objects.get(label, 0))
-            self.records.append(
-                self._record(*what, label, score, box, lost, why, others)
-            )
+            what = errors.image, alarm.kind, "", label, score, box
+            self.records.append(self._record(*what, score, why, others))
         for hit in matches.hits:
             index, others = hit.detection, [(FOUND, boxes[hit.truth])]
-            label, score = int(found.labels[index]), float(found.scores[index])
-            what, box = (errors.image, FOUND, ""), found.boxes_xyxy[index]
+            label, box = int(found.labels[index]), found.boxes_xyxy[index]
+            what = errors.image, FOUND, "", label, float(found.scores[index]), box
             why = f"IoU {hit.iou:.2f}"
-            self.hits.append(self._record(*what, label, score, box, 0.0, why, others))
+            self.hits.append(self._record(*what, 0.0, why, others))
 
     def _record(
         self,
@@ -181,7 +175,7 @@ class ErrorReport:
         label: int,
         score: float,
         box_xyxy: np.ndarray,
-        lost: float,
+        weight: float,
         why: str,
         others: Sequence[tuple[str, np.ndarray]],
     ) -> ErrorRecord:
@@ -193,7 +187,7 @@ class ErrorReport:
             round(score, 4),
             rounded(box_xyxy),
             size_of(box_xyxy),
-            lost,
+            weight / max(1, self._num_objects.get(label, 0)),
             why,
             tuple((role, rounded(box)) for role, box in others),
         )
