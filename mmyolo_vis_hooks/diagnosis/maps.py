@@ -29,20 +29,20 @@ class ErrorMap:
 
     Attributes:
         saliency: ``(H, W)`` float32 over the image, 0 to 1: 1 is its maximum.
-        peak: Its maximum before it was divided by it, in the unit of what is explained:
-            with it maps of several detectors have one scale.
         layer: Where the box was decided, such as ``'neck[1]'``.
         inside: Share of the map that lies in the box: little of it says that the
             detector looked at the surroundings.
         near: Share of it that lies in the box, or within a cell of the layer around it:
             what a map cannot place more exactly.
+        peak: Its maximum before it was divided by it, in the unit of what is explained:
+            with it maps of several detectors have one scale.
     """
 
     saliency: np.ndarray
-    peak: float
     layer: str
     inside: float
     near: float
+    peak: float = 1.0
 
     @property
     def is_shortcut(self) -> bool:
@@ -134,10 +134,10 @@ class ErrorMapper:
                 margin = np.concatenate([-cell_xy, cell_xy])
                 maps[explanation.index] = ErrorMap(
                     saliency,
-                    float(raw.max()),
                     explanation.layer,
                     energy_inside(saliency, box_xyxy),
                     energy_inside(saliency, box_xyxy + margin),
+                    float(raw.max()),
                 )
         return maps
 
