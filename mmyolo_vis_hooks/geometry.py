@@ -127,6 +127,12 @@ class FrameTransform:
         offset = np.array(self.offset_xy * 2, dtype=np.float32)
         return np.asarray(boxes_xyxy, dtype=np.float32) * scale + offset
 
+    def points_to_image(self, points_xy: np.ndarray) -> np.ndarray:
+        """``(N, 2)`` float32: places in the network's input in pixels of the image."""
+        scale = np.array(self.scale_xy, dtype=np.float32)
+        offset = np.array(self.offset_xy, dtype=np.float32)
+        return (np.asarray(points_xy, dtype=np.float32) - offset) / scale
+
     def axis_samplings(
         self, map_hw: tuple[int, ...]
     ) -> tuple[AxisSampling, AxisSampling]:

@@ -387,9 +387,11 @@ class BoxAMOptions(_Seen):
             wrong["target"] = "it joins several targets by itself; leave target='score'"
         if method.kind == "black_box" and self.target != "score":
             wrong["target"] = "it sees what is found, not how; leave target='score'"
-        if method.kind in ("black_box", "pixels"):
+        if method.kind == "attention" and self.target != "score":
+            wrong["target"] = "it follows the query of a box; leave target='score'"
+        if method.kind in ("black_box", "pixels", "attention"):
             if self.aug_smooth:
-                wrong["aug_smooth"] = "it is a mean over many images; leave it False"
+                wrong["aug_smooth"] = "it looks at the image as it is; leave it False"
             if self.target_layers is not None:
                 wrong["target_layers"] = "it looks at no layer; leave it out"
         for name, remedy in wrong.items():

@@ -118,6 +118,8 @@ class BoxExplanation:
             its level; None for boxes of regions and of queries.
         smooth: The method's own smoothing, in units of the square root of the
             box's area.
+        points: ``(n, 3)`` float32, where a query of a deformable decoder sampled: x
+            and y in pixels of the network's input, and the weight; None of others.
     """
 
     index: int
@@ -128,6 +130,7 @@ class BoxExplanation:
     target: str = ""
     cell: tuple[int, int] | None = None
     smooth: float = 0.0
+    points: np.ndarray | None = None
 
     @property
     def layer(self) -> str:

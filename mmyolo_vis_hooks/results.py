@@ -64,6 +64,15 @@ class Explanation:
     _sample: BoxSample = field(repr=False)
     _panel: BoxAMPanel = field(repr=False)
 
+    @property
+    def points(self) -> np.ndarray | None:
+        """Where the query of the box sampled, ``(n, 3)``: x, y in pixels of the image
+        and the weight; None but for ``'attention'`` of deformable decoders."""
+        if self._record.points is None:
+            return None
+        xy, weights = np.split(self._record.points, [2], axis=1)
+        return np.hstack([self._sample.frame.points_to_image(xy), weights])
+
     @cached_property
     def saliency(self) -> np.ndarray:
         """The map over the image, ``(H, W)`` float32, 0 to 1: 1 is its maximum.

@@ -6,4 +6,4 @@
 from . import gradient  # noqa: F401
 
 # isort: split
-from . import activation, blackbox, evidence, perturb  # noqa: F401
+from . import activation, attention, blackbox, evidence, perturb  # noqa: F401

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from logging import Logger
 from typing import Any
@@ -26,6 +27,7 @@ from ..network.state import frozen
 from ..network.trace import CallTrace
 from ..records import BoxExplanation, LayerMap
 from .anchors import locate_anchors
+from .attention import DecoderAttention, looked_at, queries_of
 from .augment import Choose, smoothed
 from .blackbox import MaskedImage, final_scores
 from .gradient import joined_targets
@@ -91,6 +93,9 @@ class BoxAttributor:
         self._forward: GraphForward | None = None
         self._pyramid: Pyramid | None = None
         self._said_note = False
+        self._attention: DecoderAttention | None = None
+        if self._method.kind == "attention":
+            self._attention = DecoderAttention(detector)
         if self._method.kind != "black_box" and not self._named:
             last_maps(detector)
 
@@ -114,6 +119,9 @@ class BoxAttributor:
         if self._method.kind == "black_box":
             predictions, explanations = self._explain_black_box(inputs, metainfo)
             return predictions, tuple(explanations)
+        if self._attention is not None:
+            found = self._explain_attention(self._attention, inputs, metainfo)
+            return found[0], tuple(found[1])
         predictions, explanations = self._explain(inputs, metainfo, self.choose)
         if self.options.aug_smooth and explanations:
             explanations = smoothed(
@@ -175,7 +183,7 @@ class BoxAttributor:
     def _tap_points(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> Sequence[TapPoint]:
-        if self._method.kind in ("black_box", "pixels"):
+        if self._method.kind in ("black_box", "pixels", "attention"):
             return [last_maps(self._detector)]
         if not self._named:
             run = prediction_of(self._detector, inputs, metainfo)
@@ -249,6 +257,29 @@ class BoxAttributor:
             return spots_at(case, self._views(case.graph))
         first_order = self._method.kind == "gradient" and not self._method.second_order
         return spots_of_levels(case, self._pyramid, with_gradients=first_order)
+
+    # What follows a query.
+
+    def _explain_attention(
+        self, attention: DecoderAttention, inputs: torch.Tensor, metainfo: Mapping
+    ) -> _Found:
+        """One forward; the only gradient is that of the scores by the raw outputs."""
+        with frozen(self._detector), attention.recorded() as layers:
+            graph = self._run(inputs, metainfo)
+            chosen = self.choose(graph.predictions)
+            if not chosen:
+                return graph.detections(), []
+            (case,) = self._cases(graph, metainfo, chosen)
+        queries = queries_of(case.anchors or ())
+        wanted = list(queries.values())
+        found = zip(*looked_at(self._method, layers, wanted, graph.network_hw))
+        of_boxes = dict(zip(queries, found))
+        explanations = []
+        for k in range(len(chosen)):
+            maps, points = of_boxes.get(k, ([], None))
+            own = self._explained(case, k, maps)
+            explanations.append(replace(own, points=points))
+        return graph.detections(), explanations
 
     # What looks at no layer.
 

@@ -26,7 +26,15 @@ import torch.nn.functional as F
 from ..errors import FeatureShapeError, VisConfigError, VisError
 from . import library
 
-KINDS = ("gradient", "activation", "ablation", "masking", "pixels", "black_box")
+KINDS = (
+    "gradient",
+    "activation",
+    "ablation",
+    "masking",
+    "pixels",
+    "attention",
+    "black_box",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class CamMethod:
             ``'ablation'`` and ``'masking'``: it is given a ``PerturbedLayer`` and gives
             the weight of each channel, ``(K, C)``. ``'pixels'``: it is given a
             ``PixelPath`` and gives signed maps of the input, ``(K, H, W)``.
+            ``'attention'``: it is given the attention weights of each box's query in
+            all layers of the decoder, ``(layers, K, h, w)``, and gives ``(K, h, w)``.
             ``'black_box'``: it is given a ``MaskedImage`` and gives such maps that
             are not negative.
         function: Tensors in, tensor out, all on the tensors' own device.

@@ -28,6 +28,7 @@ from .panel import (
     joined,
     resized_boxes,
 )
+from .points import draw_points
 
 if TYPE_CHECKING:
     from ..options import BoxAMOptions
@@ -248,7 +249,13 @@ class BoxAMPanel(Panel):
             borderMode=cv2.BORDER_REPLICATE,
         )
         boxes = resized_boxes(boxes - (x1, y1, x1, y1), window_hw, size_hw)
-        return self._heat(heat, crop, boxes)
+        picture = self._heat(heat, crop, boxes)
+        for own in group:
+            if own.points is not None:
+                places = sample.frame.points_to_image(own.points[:, :2]) - (x1, y1)
+                places = places * (size_hw[1] / window_hw[1], size_hw[0] / window_hw[0])
+                draw_points(picture, np.column_stack([places, own.points[:, 2]]))
+        return picture
 
     def _heat(
         self, saliency: np.ndarray, image_rgb: np.ndarray, boxes_xyxy: np.ndarray
@@ -287,6 +294,7 @@ class BoxAMPanel(Panel):
         if first.index in numbers:
             title += f" #{numbers[first.index]}"
         notes += self._layer_notes(sample, first)
+        notes.append("" if first.points is None else "white: where its query sampled")
         notes.append(first.warning or (self._why_silent(first) if num_silent else ""))
         return title, joined(notes)
 
