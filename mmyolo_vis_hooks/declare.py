@@ -34,6 +34,34 @@ def option(default: Any, check: Check, help: str, **command_line: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def register_once(registry: dict[str, Any], kind: str, entry: Any) -> None:
+    """Register an entry that has a ``name`` and a ``function``.
+
+    A cell of a notebook that is run again replaces its own function, which is that of
+    the same module and qualified name.
+
+    Args:
+        registry (dict): Entries by name.
+        kind (str): What they are, for the message: ``'method'``.
+        entry: The new one.
+
+    Raises:
+        VisConfigError: If the name belongs to another function.
+    """
+
+    def place(own: Any) -> str:
+        function = getattr(own.function, "func", own.function)  # of a partial
+        return f"{function.__module__}.{function.__qualname__}"
+
+    known = registry.get(entry.name)
+    if known is not None and place(known) != place(entry):
+        raise VisConfigError(
+            f"{kind}={entry.name!r} is registered already, by {place(known)}; choose "
+            "another name"
+        )
+    registry[entry.name] = entry
+
+
 def refuse(name: str, value: Any, remedy: str) -> VisConfigError:
     """The error for a value that cannot work."""
     text = repr(value)

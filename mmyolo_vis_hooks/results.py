@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from abc import abstractmethod
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,7 @@ from .data.samples import labels_of
 from .declare import read_options
 from .errors import VisConfigError
 from .options import class_list
-from .publish.files import (
-    PICTURE_SUFFIXES,
-    encode,
-    make_writable,
-    write_image,
-    write_whole,
-)
+from .publish.files import RESULT_SUFFIXES, encode, write_result
 from .publish.html_page import HtmlPage
 from .records import Activation, BoxExplanation, BoxSample, Detections, VisSample
 from .render.boxam_panel import BoxAMPanel
@@ -35,7 +27,6 @@ from .render.featmap_panel import FeatMapPanel
 
 # A notebook keeps what it shows.
 _SHOWN_QUALITY = 90
-_SUFFIXES = (".npz", ".json", *PICTURE_SUFFIXES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,20 +195,7 @@ class _Result(Sequence):
         suffix = path.suffix.lower()
         if path.is_dir() or not suffix:
             return Gallery([self]).save(path)
-        if suffix not in _SUFFIXES:
-            raise VisConfigError(
-                f"path={str(path)!r} cannot work: use a folder, or a name that ends in "
-                f"{', '.join(_SUFFIXES)}"
-            )
-        make_writable(path.parent)
-        if suffix == ".npz":
-            data = BytesIO()
-            np.savez_compressed(data, **self.arrays())  # type: ignore[arg-type]
-            write_whole(path, data.getvalue())
-        elif suffix == ".json":
-            write_whole(path, json.dumps(self.to_coco(), indent=1).encode())
-        else:
-            write_image(str(path), self.draw())
+        write_result(path, self.draw, self.arrays, self.to_coco)
         return [path]
 
     def to_coco(self) -> list[dict[str, Any]]:
@@ -372,7 +350,7 @@ class Gallery(list):
         if not self:
             raise VisConfigError("there is no result to save; look at an image first")
         folder, first = Path(folder), self[0]
-        if folder.suffix.lower() in _SUFFIXES and not folder.is_dir():
+        if folder.suffix.lower() in RESULT_SUFFIXES and not folder.is_dir():
             raise VisConfigError(
                 f"folder={str(folder)!r} cannot work: several results need a folder; "
                 "save one of them, such as [0], to a file"

@@ -307,6 +307,7 @@ def make_sample_maker(
         detector,
         options,
         labels=None if wanted is None else labels_of(wanted, class_names),
+        class_names=class_names,
         logger=logger,
         show_progress=show_progress,
     )

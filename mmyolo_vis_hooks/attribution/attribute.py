@@ -59,6 +59,7 @@ class BoxAttributor:
         options (BoxAMOptions): What is explained and how.
         labels (Sequence[int], optional): Explain detections of these classes only,
             whatever ``options.classes`` calls them. None explains all.
+        class_names (Sequence[str]): Names of the classes, for what is logged.
         logger (Logger): Told what a user should know.
         show_progress (bool): Show a bar while masks or channels are tried.
             Defaults to False.
@@ -71,6 +72,7 @@ class BoxAttributor:
         *,
         logger: Logger,
         labels: Sequence[int] | None = None,
+        class_names: Sequence[str] = (),
         show_progress: bool = False,
     ) -> None:
         self.options = options
@@ -85,6 +87,7 @@ class BoxAttributor:
         self._named = [TapPoint(path, module) for path, module in owners.items()]
         self._detector = detector
         self._labels = labels
+        self._class_names = class_names
         self._logger = logger
         self._show_progress = show_progress
         self._engine = ReplayEngine(detector, logger)
@@ -344,7 +347,9 @@ class BoxAttributor:
         index, label = case.boxes.indices[k], case.boxes.labels[k]
         if warning:
             # The logger drops a second record with the same template.
-            self._logger.warning(f"detection {index} (class {label}): {warning}")
+            known = 0 <= label < len(self._class_names)
+            name = self._class_names[label] if known else f"class {label}"
+            self._logger.warning(f"detection {index} ({name}): {warning}")
         cell = case.anchors[k].cell if case.anchors is not None else None
         return self._record(index, shown, warning, cell=cell)
 

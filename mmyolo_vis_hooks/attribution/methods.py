@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..declare import register_once
 from ..errors import FeatureShapeError, VisConfigError, VisError
 from . import library
 
@@ -98,12 +99,12 @@ def register_method(
     """Make a function a method that can be asked for by name.
 
     Args:
-        name (str): As users will write it. The name of a method that is there already
-            is taken over.
+        name (str): As users will write it.
         kind, summary, formula, properties: See :class:`CamMethod`.
 
     Raises:
-        VisConfigError: If there is no such kind.
+        VisConfigError: If there is no such kind, or the name belongs to another
+            function; a cell of a notebook may be run again.
     """
     if kind not in KINDS:
         shown = ", ".join(map(repr, KINDS))
@@ -112,7 +113,8 @@ def register_method(
         )
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        METHODS[name] = CamMethod(name, kind, function, summary, formula, **properties)
+        method = CamMethod(name, kind, function, summary, formula, **properties)
+        register_once(METHODS, "method", method)
         return function
 
     return register

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..declare import register_once
 from ..errors import VisConfigError, VisError
 from ..network.graph import HeadKey, PredictionGraph
 from .anchors import Anchor, RawEntries, locate_anchors
@@ -130,13 +131,16 @@ def register_target(
     """Make a function a target that can be asked for by name.
 
     Args:
-        name (str): As users will write it. The name of a target that is there already
-            is taken over.
+        name (str): As users will write it.
         summary, compares, at_anchor: See :class:`Target`.
+
+    Raises:
+        VisConfigError: If the name belongs to another function.
     """
 
     def register(function: Callable) -> Callable:
-        TARGETS[name] = Target(name, function, summary, compares, at_anchor)
+        target = Target(name, function, summary, compares, at_anchor)
+        register_once(TARGETS, "target", target)
         return function
 
     return register

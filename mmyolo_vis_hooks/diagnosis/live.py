@@ -153,7 +153,7 @@ class LiveDetector:
         with self._lock:
             if options not in self._mappers:
                 self._mappers[options] = ErrorMapper(
-                    self._detector, self._logger, options
+                    self._detector, self._logger, options, self._names
                 )
             _, maps = self._mappers[options].maps(
                 look.inputs, look.metainfo, look.image_rgb.shape[:2], [], [candidate]

@@ -75,14 +75,21 @@ class ErrorMapper:
         logger (Logger): Told what a user should know.
         options (BoxAMOptions, optional): Method, target and layers. Defaults to None:
             those of ``BoxAMOptions``.
+        class_names (Sequence[str]): Names of the classes, for what is logged.
     """
 
     def __init__(
-        self, detector: nn.Module, logger: Logger, options: BoxAMOptions | None = None
+        self,
+        detector: nn.Module,
+        logger: Logger,
+        options: BoxAMOptions | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         self._detector = detector
         self._options = options or BoxAMOptions()
-        self._attributor = _Named(detector, self._options, logger=logger)
+        self._attributor = _Named(
+            detector, self._options, class_names=class_names, logger=logger
+        )
 
     def maps(
         self,
@@ -132,11 +139,12 @@ class ErrorMapper:
             if saliency.any():
                 cell_xy = _cell_xy(explanation, frame)
                 margin = np.concatenate([-cell_xy, cell_xy])
+                speaking = saliency.clip(min=0)  # of a signed map what is for the box
                 maps[explanation.index] = ErrorMap(
                     saliency,
                     explanation.layer,
-                    energy_inside(saliency, box_xyxy),
-                    energy_inside(saliency, box_xyxy + margin),
+                    energy_inside(speaking, box_xyxy),
+                    energy_inside(speaking, box_xyxy + margin),
                     float(raw.max()),
                 )
         return maps

@@ -82,7 +82,7 @@ def draw_diagnosis(diagnosis: Diagnosis, max_panels: int = 12) -> np.ndarray:
 
 def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
     found, truth = diagnosis.detections, diagnosis.truth
-    kinds = {f.record.detection: f.kind for f in diagnosis.false_positives}
+    kinds = {alarm.detection: alarm.kind for alarm in diagnosis.matches.false_alarms}
     boxes: list[np.ndarray] = []
     names: list[str] = []
     tails: list[str] = []

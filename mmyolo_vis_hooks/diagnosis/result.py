@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ..publish.files import encode
+from ..data.samples import labels_of
+from ..errors import VisConfigError
+from ..options import class_list
+from ..publish.files import encode, write_result
 from ..records import Detections
+from ..render.boxes import class_name
 from .contrast import ClassContrast
 from .energy import mean_by_class, shares_inside
 from .maps import ErrorMap
-from .matching import FalseAlarm, GroundTruth, Hit, Matches
-from .mechanisms import MissedObject
+from .matching import FALSE_KINDS, FalseAlarm, GroundTruth, Hit, Matches
+from .mechanisms import MECHANISMS, MissedObject
 from .picture import draw_diagnosis
 
 
@@ -27,6 +35,9 @@ class Found:
         map: What made it; None of detections that were not to be explained.
         record: Object and overlap, with indices of the diagnosis.
     """
+
+    kind: ClassVar[str] = "hit"
+    why: ClassVar[str] = ""
 
     class_name: str
     score: float
@@ -65,6 +76,11 @@ class Missed:
     record: MissedObject
     other_map: ErrorMap | None = None
     contrast: ClassContrast | None = None
+
+    @property
+    def kind(self) -> str:
+        """The mechanism, as false positives have their kind."""
+        return self.mechanism
 
     def __repr__(self) -> str:
         return f"Missed({self.class_name}, {self.mechanism}: {self.why})"
@@ -146,6 +162,109 @@ class Diagnosis:
             the object's mask where the ground truth has one, else in its box.
         """
         return mean_by_class(shares_inside(self))
+
+    def of_class(self, *names: str | int) -> Diagnosis:
+        """The same with hits and errors of some classes only, by name or index.
+
+        Raises:
+            VisConfigError: If the data set has no such class.
+        """
+        labels = labels_of(class_list("of_class", names), self.class_names)
+        wanted = {class_name(label, self.class_names) for label in labels}
+        return self._kept(lambda own: own.class_name in wanted)
+
+    def of_kind(self, *kinds: str) -> Diagnosis:
+        """The same with errors of some kinds or mechanisms only, and no hits.
+
+        Raises:
+            VisConfigError: If there is no such kind.
+        """
+        known = (*MECHANISMS, *FALSE_KINDS)
+        for kind in kinds:
+            if kind not in known:
+                shown = ", ".join(map(repr, dict.fromkeys(known)))
+                raise VisConfigError(f"of_kind: {kind!r} is unknown; use {shown}")
+        return self._kept(lambda own: own.kind in kinds)
+
+    def _kept(self, keep: Callable[[Any], bool]) -> Diagnosis:
+        return replace(
+            self,
+            found=tuple(filter(keep, self.found)),
+            missed=tuple(filter(keep, self.missed)),
+            false_positives=tuple(filter(keep, self.false_positives)),
+        )
+
+    def save(self, path: str | os.PathLike) -> list[Path]:
+        """Write the picture, the maps and the records.
+
+        Args:
+            path: A folder gets all of them, named after the image. A name that ends in
+                ``.npz``, ``.json`` or as pictures do gets that one. Files of these
+                names are replaced.
+
+        Returns:
+            list[Path]: The files.
+        """
+        path = Path(path)
+        files = [path]
+        if path.is_dir() or not path.suffix:
+            files = [path / f"{self.image_id}{s}" for s in (".jpg", ".npz", ".json")]
+        for file in files:
+            write_result(file, self.draw, self.arrays, self.to_records)
+        return files
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What goes into the NPZ file: the maps of errors and hits that have one.
+
+        Returns:
+            dict: ``saliency`` ``(K, H, W)`` float32 and ``rows`` ``(K,)``, the numbers
+            of their records in :meth:`to_records`; ``difference`` ``(D, H, W)`` float32
+            and ``difference_rows`` ``(D,)`` of confused boxes, right minus given class
+            in logits.
+        """
+        maps = {n: own.map for n, own in enumerate(self._all()) if own.map is not None}
+        contrasts = {
+            n: own.contrast.difference
+            for n, own in enumerate(self._all())
+            if not isinstance(own, Found) and own.contrast is not None
+        }
+        image_hw = self.image_rgb.shape[:2]
+        saliency = [own.saliency for own in maps.values()]
+        return {
+            "saliency": np.array(saliency, np.float32).reshape(-1, *image_hw),
+            "rows": np.array(list(maps), np.int64),
+            "difference": np.array(list(contrasts.values()), np.float32).reshape(
+                -1, *image_hw
+            ),
+            "difference_rows": np.array(list(contrasts), np.int64),
+        }
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Missed objects, false positives and hits, as they go into the JSON file.
+
+        Returns:
+            list[dict]: ``image_id``, ``kind`` (``'hit'``, a mechanism or a kind),
+            ``class_name``, ``box_xyxy`` in pixels, ``score`` (of a missed object's best
+            candidate), ``why``, and ``layer`` and ``inside`` of its map.
+        """
+        return [
+            {
+                "image_id": self.image_id,
+                "kind": own.kind,
+                "class_name": own.class_name,
+                "box_xyxy": [round(v, 2) for v in own.box_xyxy.tolist()],
+                "score": round(
+                    own.record.score if isinstance(own, Missed) else own.score, 5
+                ),
+                "why": own.why,
+                "layer": own.map.layer if own.map else "",
+                "inside": round(own.map.inside, 4) if own.map else None,
+            }
+            for own in self._all()
+        ]
+
+    def _all(self) -> tuple[Missed | FalsePositive | Found, ...]:
+        return *self.missed, *self.false_positives, *self.found
 
     def draw(self, max_panels: int = 12) -> np.ndarray:
         """The image with hits, misses and false positives, and a panel per error.

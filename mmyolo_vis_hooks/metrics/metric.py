@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..declare import register_once
 from ..errors import VisConfigError
 
 Values = Mapping[str, Any]
@@ -57,10 +58,13 @@ METRICS: dict[str, MetricKind] = {}
 
 
 def register_metric(name: str, *, summary: str, asks: bool = False) -> Callable:
-    """Make a function a metric that can be asked for by name."""
+    """Make a function a metric that can be asked for by name.
+
+    A ``VisConfigError`` says that the name belongs to another function.
+    """
 
     def register(function: Callable[[np.ndarray, Subject], Values]) -> Callable:
-        METRICS[name] = MetricKind(name, function, summary, asks)
+        register_once(METRICS, "metric", MetricKind(name, function, summary, asks))
         return function
 
     return register

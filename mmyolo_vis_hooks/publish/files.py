@@ -8,15 +8,19 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
-from ..errors import PublishError
+from ..errors import PublishError, VisConfigError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+RESULT_SUFFIXES = (".npz", ".json", *PICTURE_SUFFIXES)
+"""What the file of a result may end in."""
 _JPEG_QUALITY = 92
 # What is written of one image beside a page.
 _SUFFIXES = (".jpg", ".npz", ".json")
@@ -163,6 +167,36 @@ def write_image(file: str, image_rgb: np.ndarray) -> None:
     """Write ``(H, W, 3)`` uint8, RGB, in the format of the suffix; whole, as above."""
     path = Path(file)
     write_whole(path, encode(path.suffix.lower(), image_rgb, _JPEG_QUALITY))
+
+
+def write_result(
+    path: Path,
+    draw: Callable[[], np.ndarray],
+    arrays: Callable[[], dict[str, np.ndarray]],
+    records: Callable[[], list[dict[str, Any]]],
+) -> None:
+    """Write of a result what the suffix asks for, whole; missing folders are made.
+
+    Args:
+        path (Path): ``.npz`` gets the arrays, ``.json`` the records, the suffix of a
+            picture the picture; a ``VisConfigError`` says what else cannot be.
+        draw, arrays, records (Callable): Give these.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in RESULT_SUFFIXES:
+        raise VisConfigError(
+            f"path={str(path)!r} cannot work: use a folder, or a name that ends in "
+            f"{', '.join(RESULT_SUFFIXES)}"
+        )
+    make_writable(path.parent)
+    if suffix == ".npz":
+        data = BytesIO()
+        np.savez_compressed(data, **arrays())  # type: ignore[arg-type]
+        write_whole(path, data.getvalue())
+    elif suffix == ".json":
+        write_whole(path, json.dumps(records(), indent=1).encode())
+    else:
+        write_image(str(path), draw())
 
 
 def encode(suffix: str, picture: np.ndarray, quality: int = 95) -> bytes:

@@ -36,9 +36,9 @@ def attributor(
     family: Family, layers: list[str] | None = None, **options: Any
 ) -> BoxAttributor:
     options = {"score_thr": 0.0, "topk": 3, "target_layers": layers, **options}
-    labels = options.pop("labels", None)
+    given = {n: options.pop(n) for n in ("labels", "class_names") if n in options}
     own = BoxAMOptions(**options)
-    return BoxAttributor(family.detector, own, labels=labels, logger=LOGGER)
+    return BoxAttributor(family.detector, own, logger=LOGGER, **given)
 
 
 def explain(family: Family, layers: list[str] | None = None, **options: Any) -> tuple:

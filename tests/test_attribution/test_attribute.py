@@ -274,3 +274,16 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.pool(x).sigmoid()
+
+
+def test_a_warning_names_the_class(caplog):
+    family = build_family("yolox")
+    names = ("cat", "dog", "cow", "bus", "car", "cup")
+    own = attributor(family, ["neck.out_layers[0]"], topk=-1, class_names=names)
+    with caplog.at_level(logging.WARNING, LOGGER.name):
+        found, explanations = own.explain(
+            family.inputs, family.data_samples[0].metainfo
+        )
+    blank = next(e.index for e in explanations if e.warning)
+    name = names[int(found.labels[blank])]
+    assert f"detection {blank} ({name}): neck.out_layers[0]" in caplog.text

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mmyolo_vis_hooks.attribution import methods
-from mmyolo_vis_hooks.attribution.methods import METHODS, validate
+from mmyolo_vis_hooks.attribution.methods import METHODS, register_method, validate
 from mmyolo_vis_hooks.attribution.perturb import ablationcam, most_active
+from mmyolo_vis_hooks.attribution.targets import ChosenBoxes, register_target
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
 
 pytest.importorskip("pytorch_grad_cam")
@@ -298,3 +299,35 @@ class TestRefusals:
         with pytest.raises(VisConfigError, match=r"does not import.*pip install"):
             validate("xgradcam")
         assert validate("boxam").default_smooth == 0.1
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_name_belongs_to_one_function_but_a_cell_may_be_run_again():
+    """Of methods and targets alike; the registries are restored afterwards."""
+
+    def cell(factor: float) -> None:
+        @register_method("mine", kind="gradient", summary="", formula="")
+        def mine(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+            return factor * gradients.sum(1)
+
+        @register_target("own", summary="")
+        def own(boxes: ChosenBoxes) -> torch.Tensor:
+            return factor * boxes.scores
+
+    cell(1.0)
+    cell(2.0)
+    ones = torch.ones(1, 3, 2, 2)
+    assert METHODS["mine"].function(ones, ones).max() == 6
+
+    def other(*_: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, 2, 2)
+
+    for register, name in (
+        (register_method("mine", kind="gradient", summary="", formula=""), "mine"),
+        (register_method("boxam", kind="gradient", summary="", formula=""), "boxam"),
+        (register_target("own", summary=""), "own"),
+        (register_target("x1", summary=""), "x1"),
+    ):
+        with pytest.raises(VisConfigError, match=f"={name!r} is registered already"):
+            register(other)
+    assert METHODS["mine"].function(ones, ones).max() == 6

@@ -58,7 +58,7 @@ def test_the_share_of_a_map_inside_mask_or_box(monkeypatch, mask, share):
     instance = dict(bbox=SQUARE, bbox_label=0)
     if mask is not None:
         instance["mask"] = mask
-    own = ErrorMap(saliency, "neck[0]", 0.75, 0.75)
+    own = ErrorMap(saliency, "neck[0]", inside=0.75, near=0.75)
     found = explained(monkeypatch, [instance], [(SQUARE, 0.9, 0)], own)
     assert found.energy_inside() == {"dog": pytest.approx(share)}
     assert found.found[0].map is own
