@@ -78,7 +78,7 @@ class Page:
                     KINDS, label="Kind of error", scale=4, visible=knows, elem_id="kind"
                 )
                 seek = gr.Button(
-                    "Next error",
+                    "Next error" if len(self._views) == 1 else "Next error of A",
                     variant="primary",
                     elem_id="next-error",
                     min_width=120,

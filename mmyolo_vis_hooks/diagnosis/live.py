@@ -35,7 +35,10 @@ class Look:
         candidates: Boxes of all classes before threshold and NMS.
         truth: The objects; None where they are not known.
         closing: How the detector makes detections of candidates; None without NMS.
+        class_names: Names of the classes.
         no_maps: Why there are no maps of this image; '' if there are.
+        inputs: ``(1, 3, h, w)``, what the detector was given.
+        metainfo: Of its data sample.
     """
 
     image_id: str
@@ -45,9 +48,9 @@ class Look:
     truth: GroundTruth | None
     closing: Closing | None
     class_names: tuple[str, ...]
-    no_maps: str = ""
-    inputs: torch.Tensor = field(repr=False, default_factory=lambda: torch.zeros(0))
-    metainfo: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    no_maps: str
+    inputs: torch.Tensor = field(repr=False)
+    metainfo: Mapping[str, Any] = field(repr=False)
 
     def diagnose(
         self, options: DiagnosisOptions, nms_iou_thr: float | None = None

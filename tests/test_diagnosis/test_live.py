@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from torch import nn
 
+from mmyolo_vis_hooks.data.alignment import own_placement
+from mmyolo_vis_hooks.detector import build_pipeline, read_dataset
 from mmyolo_vis_hooks.diagnosis.closing import Closing
 from mmyolo_vis_hooks.diagnosis.live import LiveDetector, Look
 from mmyolo_vis_hooks.diagnosis.place import Considered, considered_at
 from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.options import BoxAMOptions, DiagnosisOptions
 
-from .test_diagnose import CLOSE, NAMES, OFF, Scripted
+from .test_diagnose import CLOSE, COCO, NAMES, OFF, PHOTO, Scripted, coco_detector
 from .test_matching import SQUARE, detections, truth
 
 BEHIND = (10, 22, 50, 62)  # IoU 28/52 with SQUARE
@@ -169,3 +171,29 @@ def test_a_picture_that_is_not_proven_has_no_maps():
     live = LiveDetector(detector, NAMES, logging.getLogger("test"))
     with pytest.raises(VisError, match="a toy"):
         live.explain(look, 0, BoxAMOptions())
+
+
+def test_candidates_of_a_real_detector_are_explained_by_any_method():
+    """Beside the cat there is a sink of 0.07; the cup is a candidate like any other."""
+    detector = coco_detector()
+    config = detector.cfg
+    pipeline = build_pipeline(config, read_dataset(config))
+    loaded = pipeline.load(str(PHOTO))
+    placement = own_placement(pipeline, [loaded], detector)
+    live = LiveDetector(detector, COCO, logging.getLogger("test"))
+    look = live.look("photo", loaded, placement)
+    options = DiagnosisOptions()
+    diagnosis = look.diagnose(options)
+    (sink,) = considered_at((550, 200), diagnosis, options)
+    assert COCO[look.candidates.labels[sink.candidate]] == "sink"
+    assert sink.why == "below the threshold of 0.3"
+    cup = considered_at((850, 100), diagnosis, options, label=COCO.index("cup"))[0]
+    for method, target in (("boxam", "score"), ("layercam", "logit")):
+        own = live.explain(
+            look, cup.candidate, BoxAMOptions(method=method, target=target)
+        )
+        row, column = np.unravel_index(own.saliency.argmax(), own.saliency.shape)
+        assert 770 < column < 1025
+        assert 15 < row < 300
+    with pytest.raises(VisError, match=r"neck\.nothing"):
+        live.explain(look, 0, BoxAMOptions(target_layers=("neck.nothing",)))
