@@ -27,7 +27,7 @@ from .network.layer_path import resolve_layers
 from .network.nested import map_tensors
 from .network.recorder import ForwardRecord, LayerRecorder
 from .network.settings import other_settings
-from .network.state import frozen, preserve_rng_state
+from .network.state import frozen, is_compiled, preserve_rng_state
 from .options import BoxAMOptions, FeatMapOptions
 from .records import BoxSample, Detections, Look, VisSample
 
@@ -49,9 +49,20 @@ class SampleMaker:
         *,
         channels: Sequence[int] | None = None,
     ) -> None:
-        self.recorder = LayerRecorder(detector, layers)
+        self._recorder = LayerRecorder(detector, layers)
         self._detector = detector
         self._channels = channels
+
+    @property
+    def recorder(self) -> LayerRecorder:
+        """Records what :meth:`from_record` needs of a forward that is not ours.
+
+        Compiled code calls no hooks of its parts, and hooks that come and go let it
+        compile anew: of a model under ``torch.compile`` the input alone is recorded.
+        """
+        if is_compiled(self._detector):
+            return LayerRecorder(self._detector, {})
+        return self._recorder
 
     def prepare(self, loaded: Loaded, placement: Placement) -> Any:
         """Try before a run, on one image, whether what is asked for can be had.
@@ -74,7 +85,7 @@ class SampleMaker:
             frozen(self._detector, parameters=False),
             torch.no_grad(),  # inside: the block before allows gradients
             autocast(enabled=fp16),
-            self.recorder.record(keep=[0]) as record,
+            self._recorder.record(keep=[0]) as record,
         ):
             outputs = self._detector.test_step(  # type: ignore[operator]
                 pseudo_collate([data])
@@ -104,6 +115,8 @@ class SampleMaker:
             VisError: If the recording failed.
         """
         slot, inputs, metainfo = recorded(record, image_id, position)
+        if is_compiled(self._detector):
+            record, slot = self._as_written(inputs, metainfo), 0
         activations = record.activations(slot)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
         if placement.alignment == "network" and not leads_there(placement, metainfo):
@@ -113,6 +126,21 @@ class SampleMaker:
                 (output,) = self._detector(inputs, [sample], mode="predict")
         detections = on_picture(detections_of(output), placement, metainfo)
         return VisSample(image_id, image_rgb, frame, detections, activations, note=note)
+
+    def _as_written(
+        self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
+    ) -> ForwardRecord:
+        """The same forward once more, without compiled code."""
+        samples = [DetDataSample(metainfo=dict(metainfo))]
+        with (
+            frozen(self._detector, parameters=False),
+            torch.no_grad(),
+            self._recorder.record(keep=[0]) as record,
+        ):
+            self._detector(inputs, samples, mode="predict")
+        if record.error is not None:
+            raise record.error
+        return record
 
     def _picture(
         self,

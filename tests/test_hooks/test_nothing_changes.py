@@ -18,6 +18,7 @@ from mmengine.registry import HOOKS, OPTIM_WRAPPERS, VISBACKENDS
 from mmengine.runner import Runner
 from mmengine.visualization import BaseVisBackend
 from torch import nn
+from torch._dynamo.utils import counters
 
 from mmyolo_vis_hooks.publish import publisher
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
@@ -289,6 +290,47 @@ def test_no_fault_changes_a_training(
     assert len(pictures(tmp_path)) == num_pictures
     assert says in log_of(tmp_path)
     assert_same_run(runner, *found, plain_runs("plain"))
+
+
+def compile_parts(runner: Runner) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    for part in (runner.model.backbone, runner.model.neck):
+        part.compile(backend="eager")
+
+
+INSIDE = dict(target_layers=["backbone.stages[3]", "neck.maps"], num_images=3)
+
+
+def test_layers_inside_compiled_parts_are_drawn(tmp_path, toy_data):
+    """By a forward of our own: the loop's is neither seen into nor compiled anew."""
+    drawn = []
+    for compiled in (False, True):
+        hooks = [spy(alignment=a, name=a, **INSIDE) for a in ALIGNMENTS[1:]]
+        work_dir = tmp_path / str(compiled)
+        cfg = box_config(work_dir, hooks, data_root=toy_data, batch_size=1)
+        runner = Runner.from_cfg(cfg)
+        if compiled:
+            compile_parts(runner)
+        runner.test()
+        drawn.append(pictures(work_dir))
+    assert len(drawn[0]) == 6
+    assert same(*drawn)
+    assert counters["frames"] == {"total": 2, "ok": 2}  # as without hooks
+
+
+@pytest.mark.nightly
+def test_compiled_parts_are_trained_as_without_hooks(tmp_path, toy_data):
+    options = dict(toy_data=toy_data, before=compile_parts)
+    plain = train(tmp_path / "plain", **options)
+    frames = dict(counters["frames"])
+    hooks = [spy(alignment="letterbox", **INSIDE), box_spy(alignment="letterbox")]
+    runner, *found = train(
+        tmp_path / "drawn", options.pop("toy_data"), *hooks, **options
+    )
+    assert len(pictures(tmp_path / "drawn")) == 6 + 8
+    assert_same_run(runner, *found, plain)
+    assert counters["frames"] == frames
 
 
 def test_persistent_workers_keep_the_loops_own_pipeline(tmp_path, toy_data):

@@ -17,7 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mmengine.config import Config
-from mmengine.visualization import MLflowVisBackend, TensorboardVisBackend
+from mmengine.visualization import (
+    AimVisBackend,
+    BaseVisBackend,
+    MLflowVisBackend,
+    TensorboardVisBackend,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -51,14 +56,39 @@ def grey(tag: str, step: int) -> int:
     return 40 * step + 100 * TAGS.index(tag)
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    """TensorBoard's server on plain pictures, whose grey says hook and step."""
-    backend = TensorboardVisBackend(str(tmp_path))
+def add_pictures(backend: BaseVisBackend) -> None:
+    """Plain ones, whose grey says hook and step."""
     for step in STEPS:
         for tag in TAGS:
             image = np.full((60, 90, 3), grey(tag, step), np.uint8)
             adapter_for(backend).add(tag, image, step)
+
+
+@contextlib.contextmanager
+def served(command: list[str], status: str) -> Iterator[str]:
+    """The address of a server, once it answers to a path."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [*command, f"--port={port}"]
+    with subprocess.Popen(command, start_new_session=True) as server:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/{status}").close()
+                break
+            time.sleep(0.2)
+        try:
+            yield address
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """TensorBoard's server on the pictures."""
+    backend = TensorboardVisBackend(str(tmp_path))
+    add_pictures(backend)
     backend.close()
     command = [sys.executable, "-m", "tensorboard.main", "--host=localhost"]
     command += ["--port=0", f"--logdir={tmp_path}"]
@@ -109,25 +139,12 @@ def mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     store = "sqlite:///mlflow.db"
     backend = MLflowVisBackend(str(tmp_path), tracking_uri=store)
     backend.add_config(Config(dict(work_dir=str(tmp_path))))
-    for step in STEPS:
-        for tag in TAGS:
-            image = np.full((60, 90, 3), grey(tag, step), np.uint8)
-            adapter_for(backend).add(tag, image, step)
+    add_pictures(backend)
     run_id = backend.experiment.active_run().info.run_id
     backend.close()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "mlflow", "server", "--workers=1"]
-    command += [f"--backend-store-uri={store}", f"--port={address.rpartition(':')[2]}"]
-    with subprocess.Popen(command, start_new_session=True) as server:
-        for _ in range(300):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/health").close()
-                break
-            time.sleep(0.2)
+    with served([*command, f"--backend-store-uri={store}"], "health") as address:
         yield f"{address}/#/experiments/0/runs/{run_id}/model-metrics"
-        os.killpg(server.pid, signal.SIGTERM)
 
 
 def test_mlflow_shows_every_step_of_every_hook(chromium: Browser, mlflow_run: str):
@@ -154,3 +171,58 @@ def charts(browser: Browser) -> set[tuple[str, int]]:
         found.add((tag.replace("~", "/"), int(step)))
         assert abs(level - grey(tag.replace("~", "/"), int(step))) < 4  # it is WebP
     return found
+
+
+SHOWN = """
+const images = [...document.querySelectorAll('[class*=imageWrapper] img')].filter(
+    i => i.complete && i.naturalWidth);
+return images.map(image => {
+    const context = document.createElement('canvas').getContext('2d');
+    context.drawImage(image, 0, 0);
+    return context.getImageData(9, 9, 1, 1).data[0];
+});
+"""
+
+
+@pytest.fixture
+def aim_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a run's images on Aim's server, of the same pictures."""
+    pytest.importorskip("aim", reason="aim is not installed")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = dict(repo=str(tmp_path), capture_terminal_logs=False)
+    backend = AimVisBackend(init_kwargs=own)
+    add_pictures(backend)
+    run_id = backend.experiment.hash
+    backend.close()
+    start = "from aim.cli.cli import cli_entry_point as up; up()"
+    command = [sys.executable, "-c", start, "up", f"--repo={tmp_path}"]
+    with served(command, "api/projects/") as address:
+        yield f"{address}/runs/{run_id}/images"
+
+
+def test_aim_shows_every_step_of_every_hook(chromium: Browser, aim_run: str):
+    driver = chromium.driver
+    # It lays out what the window itself has room for.
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    driver.set_window_size(1500, 1600)
+    wait = WebDriverWait(driver, 60, poll_frequency=1)
+
+    def applied(greys: list[int]) -> bool:
+        # More than once: at first the page lays out but two pictures of three.
+        driver.find_element(By.CSS_SELECTOR, ".ApplyButton").click()
+        return chromium.run(SHOWN) == greys
+
+    for tag in TAGS:
+        driver.get(aim_run)
+        wait.until(lambda _: chromium.run(SHOWN))
+        if tag != TAGS[0]:  # that of the first is open
+            driver.find_element(By.XPATH, f"//*[text()='{tag}']").click()
+        newest = grey(tag, STEPS[-1])
+        wait.until(lambda _, newest=newest: newest in chromium.run(SHOWN))
+        for first in STEPS:
+            if first > 1:
+                slider = driver.find_element(By.CSS_SELECTOR, "[role=slider]")
+                slider.send_keys(Keys.ARROW_RIGHT)
+            # The newest stands first.
+            greys = [grey(tag, step) for step in reversed(STEPS) if step >= first]
+            wait.until(lambda _, greys=greys: applied(greys))
