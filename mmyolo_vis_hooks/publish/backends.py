@@ -87,22 +87,28 @@ class LocalAdapter(BackendAdapter):
     """Writes PNG files and makes sure that they are whole.
 
     The backend writes ``{name}_{step}.png`` and does not look whether the file came
-    about: a name with a slash or a full disk loses it without an error.
+    about: a name with a slash or a full disk loses it without an error. A file gets its
+    name when it is whole, so that a process that is killed meanwhile leaves no half.
     """
 
     def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
         """Write a file whose name holds the tag with dots for slashes."""
         # Neither mode, hook nor image holds a dot, so names cannot collide.
         name = tag.replace("/", ".")
+        # A subclass may tell the name to somebody else.
+        written = f".{name}" if self.beside_the_loop else name
         problem = "it is not whole"
         try:
-            self.backend.add_image(name, image_rgb, step)
+            self.backend.add_image(written, image_rgb, step)
             # Not earlier: at its first use the backend completes the folder.
-            with open(self._path(name, step), "rb") as file:
+            part = self._path(written, step)
+            with open(part, "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - len(_PNG_END)))
-                if file.read() == _PNG_END:
-                    return True
-            os.remove(self._path(name, step))
+                whole = file.read() == _PNG_END
+            if whole:
+                os.replace(part, self._path(name, step))
+                return True
+            os.remove(part)
         except OSError as error:
             if error.filename is None:  # not of a file, but of a subclass's server
                 raise

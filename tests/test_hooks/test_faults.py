@@ -365,18 +365,36 @@ def test_odd_weights_and_images_are_drawn(tmp_path, toy_data, alignment, sizes, 
     assert len(pictures(tmp_path / "work")) == 2 * len(sizes or "123")
 
 
-def test_a_signal_ends_a_training_and_leaves_what_was_written(tmp_path, toy_data):
-    names = ("SIGINT", "SIGTERM")
-    script = (sys.executable, "-m", "tests.interrupted_run")
-    runs = [
-        subprocess.Popen([*script, str(tmp_path / name), str(toy_data), name], cwd=ROOT)
-        for name in names
-    ]
-    for name, run in zip(names, runs):
+@pytest.mark.parametrize(
+    "scenarios",
+    [
+        [("SIGINT", "drawing"), ("SIGTERM", "writing")],
+        pytest.param(
+            [("SIGTERM", "drawing"), ("SIGINT", "writing"), ("SIGKILL", "writing")],
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
+def test_a_signal_ends_a_training_and_leaves_what_was_written(
+    tmp_path, toy_data, scenarios
+):
+    """Also inside the backend's own write: a file that has its name is whole."""
+    runs = []
+    for name, where in scenarios:
+        command = [sys.executable, "-m", "tests.interrupted_run"]
+        command += [str(tmp_path / name), str(toy_data), name, where]
+        runs.append(subprocess.Popen(command, cwd=ROOT))
+    for (name, where), run in zip(scenarios, runs):
         assert run.wait(120) == -signal.Signals[name]
+        written = [(1, 1), (1, 2), (6, 1)]
+        parts = list((tmp_path / name).rglob("vis_image/.*"))
+        if where == "writing" and name != "SIGKILL":
+            written.append((6, 2))  # what was begun is ended
+        assert len(parts) == (name == "SIGKILL")
+        for part in parts:
+            part.unlink()
         assert sorted(pictures(tmp_path / name)) == [
-            f"val.featmap.{i}_image_{epoch}.png"
-            for i, epoch in ((1, 1), (1, 2), (6, 1))
+            f"val.featmap.{i}_image_{epoch}.png" for i, epoch in written
         ]
         for epoch in (1, 2):
             torch.load(tmp_path / name / f"epoch_{epoch}.pth", weights_only=False)

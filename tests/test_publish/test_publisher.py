@@ -305,12 +305,14 @@ def test_local_file_that_was_not_written_is_an_error(tmp_path):
     with pytest.raises(PublishError, match=rf"did not write {path}.*free space"):
         publisher.finish(commit=True)
     # A full disk: imwrite says nothing either.
-    backend.add_image = lambda name, image, step: path.write_bytes(b"half a PNG")
+    backend.add_image = lambda name, image, step: path.with_name(
+        f"{name}_{step}.png"
+    ).write_bytes(b"half a PNG")
     path.rmdir()
     publisher.publish("val", PICTURE, 3)
     with pytest.raises(PublishError, match="it is not whole"):
         publisher.finish(commit=True)
-    assert not path.exists()
+    assert [file.name for file in path.parent.iterdir()] == ["val.featmap.7_x_2.png"]
     assert publisher.num_published == 1
 
 
