@@ -50,7 +50,7 @@ class Diagnoser:
         self._names = tuple(class_names)
         self._explainer = None
         if options.topk:
-            self._explainer = Explainer(detector, options.topk, class_names, logger)
+            self._explainer = Explainer(detector, options, class_names, logger)
 
     def look(
         self,

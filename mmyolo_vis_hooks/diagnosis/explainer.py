@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from ..errors import VisError
+from ..options import DiagnosisOptions
 from ..render.panel import joined
 from .contrast import ClassComparer, ClassContrast, Pair
 from .maps import ErrorMap, ErrorMapper
 from .matching import CONFUSED, FalseAlarm
-from .mechanisms import SUPPRESSED, MissedObject
-from .result import Diagnosis, FalsePositive
+from .mechanisms import SUPPRESSED, MissedObject, sentence
+from .result import Diagnosis, FalsePositive, Missed
 
 
 class Explainer:
@@ -25,8 +26,8 @@ class Explainer:
 
     Args:
         detector (nn.Module): The detector, without wrappers.
-        topk (int): At most so many errors of an image, missed objects first, and as
-            many hits, the best first; -1 explains all.
+        options (DiagnosisOptions): ``topk``: at most so many errors of an image, missed
+            objects first, and as many hits, the best first; -1 explains all.
         class_names (Sequence[str]): Names of the classes.
         logger (Logger): Told what a user should know.
     """
@@ -34,12 +35,13 @@ class Explainer:
     def __init__(
         self,
         detector: nn.Module,
-        topk: int,
+        options: DiagnosisOptions,
         class_names: Sequence[str],
         logger: Logger,
     ) -> None:
-        self._most = None if topk < 0 else topk
-        self._mapper = ErrorMapper(detector, logger)
+        self._most = None if options.topk < 0 else options.topk
+        self._score_thr = options.score_thr
+        self._mapper = ErrorMapper(detector, logger, class_names=class_names)
         self._comparer = ClassComparer(detector, class_names)
 
     def explain(
@@ -74,7 +76,7 @@ class Explainer:
             else:
                 contrasts = {by_number[pair]: own for pair, own in apart.items()}
                 diagnosis = _with_contrasts(diagnosis, contrasts)
-        return _with_maps(diagnosis, of_detections, of_candidates)
+        return self._with_maps(diagnosis, of_detections, of_candidates)
 
     def _wanted(self, diagnosis: Diagnosis) -> tuple[list[int], list[int], list[Pair]]:
         """Candidates and detections that get a map, and classes to compare."""
@@ -97,6 +99,39 @@ class Explainer:
         pairs = dict.fromkeys(_pair_of(diagnosis, record) for record in records)
         compared = [pair for pair in pairs if pair is not None][:most]
         return candidates, sorted(detections), compared
+
+    def _with_maps(
+        self,
+        diagnosis: Diagnosis,
+        of_detections: Mapping[Any, ErrorMap],
+        of_candidates: Mapping[Any, ErrorMap],
+    ) -> Diagnosis:
+        """A diagnosis with maps, by its own detections and by candidate."""
+
+        def missed(own: Missed) -> Missed:
+            error_map, why = of_candidates.get(own.record.candidate), own.why
+            if error_map is not None:
+                found, truth = diagnosis.detections, diagnosis.truth
+                known = own.record, found, truth, diagnosis.class_names
+                why = sentence(*known, self._score_thr, error_map.layer)
+            other_map = of_detections.get(own.record.other)
+            return replace(own, map=error_map, why=why, other_map=other_map)
+
+        def false_positive(own: FalsePositive) -> FalsePositive:
+            error_map, why = of_detections.get(own.record.detection), own.why
+            if error_map is not None and error_map.is_shortcut:
+                why += f"; a shortcut: {error_map.inside:.0%} of the map is inside"
+            return replace(own, map=error_map, why=why)
+
+        return replace(
+            diagnosis,
+            found=tuple(
+                replace(own, map=of_detections.get(own.record.detection))
+                for own in diagnosis.found
+            ),
+            missed=tuple(map(missed, diagnosis.missed)),
+            false_positives=tuple(map(false_positive, diagnosis.false_positives)),
+        )
 
 
 def _pair_of(diagnosis: Diagnosis, record: MissedObject | FalseAlarm) -> Pair | None:
@@ -124,35 +159,4 @@ def _with_contrasts(
         diagnosis,
         missed=tuple(map(compared, diagnosis.missed)),
         false_positives=tuple(map(compared, diagnosis.false_positives)),
-    )
-
-
-def _with_maps(
-    diagnosis: Diagnosis,
-    of_detections: Mapping[Any, ErrorMap],
-    of_candidates: Mapping[Any, ErrorMap],
-) -> Diagnosis:
-    """A diagnosis with maps, by its own detections and by candidate."""
-
-    def explained(own: FalsePositive) -> FalsePositive:
-        error_map, why = of_detections.get(own.record.detection), own.why
-        if error_map is not None and error_map.is_shortcut:
-            why += f"; a shortcut: {error_map.inside:.0%} of the map is inside"
-        return replace(own, map=error_map, why=why)
-
-    return replace(
-        diagnosis,
-        found=tuple(
-            replace(own, map=of_detections.get(own.record.detection))
-            for own in diagnosis.found
-        ),
-        missed=tuple(
-            replace(
-                own,
-                map=of_candidates.get(own.record.candidate),
-                other_map=of_detections.get(own.record.other),
-            )
-            for own in diagnosis.missed
-        ),
-        false_positives=tuple(map(explained, diagnosis.false_positives)),
     )

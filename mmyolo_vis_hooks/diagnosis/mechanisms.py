@@ -147,12 +147,13 @@ def sentence(
     truth: GroundTruth,
     class_names: Sequence[str],
     score_thr: float,
+    layer: str = "",
 ) -> str:
-    """What was missing, in one line."""
+    """What was missing, in one line; with the layer of the best candidate, if known."""
     name = class_name(truth.labels[missed.truth], class_names)
     own = f"no candidate for {name!r}"
     if missed.candidate is not None:
-        own = f"{missed.score:.2f} for {name!r}"
+        own = f"{missed.score:.2f} for {name!r}{f' at {layer}' if layer else ''}"
     if missed.mechanism == BELOW_THRESHOLD:
         return f"{own}, threshold {score_thr:g}"
     if missed.other is None:

@@ -253,7 +253,7 @@ def test_errors_have_maps_that_lie_on_them_and_are_drawn():
     assert len(found.matches.hits) == 1
     table, spoon = found.missed
     (cup,) = found.false_positives
-    assert table.why == "0.69 for 'dining table', threshold 0.75"
+    assert table.why == "0.69 for 'dining table' at neck[2], threshold 0.75"
     assert (spoon.mechanism, spoon.map) == ("not seen", None)
     assert (cup.class_name, cup.kind) == ("cup", "both")
     for error, (x1, y1, x2, y2) in (

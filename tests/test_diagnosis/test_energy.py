@@ -24,21 +24,27 @@ HALF = np.zeros((100, 100), bool)
 HALF[10:50, 10:30] = True  # the left half of SQUARE
 
 
-def explained(monkeypatch, truth: Any, rows: list, own: ErrorMap) -> Diagnosis:
-    """Detections that all have one map."""
+def explained(
+    monkeypatch, truth: Any, rows: list, own: ErrorMap, candidates: list | None = None
+) -> Diagnosis:
+    """Detections and candidates that all have one map."""
     image = np.zeros((100, 100, 3), np.uint8)
-    found = detections(*rows)
-    options = DiagnosisOptions()
-    without = judge("a", image, found, found, GroundTruth.of(truth), options, ("dog",))
-    maps = lambda self, *args: (dict.fromkeys(args[3], own), {})  # noqa: E731
+    found, reached = detections(*rows), detections(*(candidates or rows))
+    options, names = DiagnosisOptions(), ("dog",)
+    given = found, reached, GroundTruth.of(truth)
+    without = judge("a", image, *given, options, names)
+
+    def maps(self: Any, *args: Any) -> tuple:
+        return dict.fromkeys(args[3], own), dict.fromkeys(args[4], own)
+
     monkeypatch.setattr(ErrorMapper, "maps", maps)
-    monkeypatch.setattr(ErrorMapper, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(ErrorMapper, "__init__", lambda self, *_, **__: None)
     monkeypatch.setattr(
         "mmyolo_vis_hooks.diagnosis.explainer.ClassComparer", lambda *_: None
     )
     logger = logging.getLogger("test")
     numbers = np.arange(len(found))
-    return Explainer(None, 10, ("dog",), logger).explain(without, numbers, None, {})
+    return Explainer(None, options, names, logger).explain(without, numbers, None, {})
 
 
 @pytest.mark.parametrize(
@@ -83,6 +89,24 @@ def test_a_false_positive_whose_evidence_lies_outside_is_called_a_shortcut(
     if said:
         line += "; a shortcut: 16% of the map is inside"
     assert false.why == line
+
+
+def test_the_winner_and_its_map_stand_beside_what_it_suppressed(monkeypatch):
+    behind = (10, 22, 50, 62)
+    objects = [dict(bbox=box, bbox_label=0) for box in (SQUARE, behind)]
+    front = (SQUARE, 0.9, 0)
+    own = ErrorMap(np.ones((100, 100), np.float32), "neck[1]", 0.16, 0.9)
+    found = explained(monkeypatch, objects, [front], own, [front, (behind, 0.7, 0)])
+    (missed,) = found.missed
+    assert missed.map is missed.other_map is own
+    assert missed.why == (
+        "0.70 for 'dog' at neck[1], suppressed by 'dog' 0.90, IoU 0.54"
+    )
+    one, two = found.draw(max_panels=1), found.draw(max_panels=2)
+    height = min(one.shape[0], two.shape[0])
+    # The second panel stands beside the first: outlines in green, of what was found.
+    green = lambda p: (abs(p[-height // 3 :] - (44, 160, 80)).max(2) < 3).sum()  # noqa: E731
+    assert green(two.astype(int)) > 1.5 * green(one.astype(int)) > 0
 
 
 def shares(*values: float, first: int = 0) -> dict:
