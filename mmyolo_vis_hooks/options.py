@@ -295,7 +295,7 @@ class BoxAMOptions(_Seen):
         None,
         optional(number("use a share of the box's size, 0 (not smoothed) to 1")),
         "sigma of a Gaussian over the map, in units of the square root of the box's "
-        "area; `None` takes the method's own: 0.1 for `'boxam'`, 0.03 for "
+        "area; `None` takes the method's own: 0.1 for `'boxam'`, 0.05 for "
         "`'evidence'`, 0 for the others",
         type=float,
     )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .methods import register_method
 from .scoring import Scorer
 
-CELLS = 12
+CELLS = 16
 """Cells of a mask along the longer side of the input."""
 BLUR = 0.05
 """Sigma of the blurred image, in units of the longer side of the input."""
@@ -62,9 +62,9 @@ class PixelPath:
     summary="What inside a box speaks for its score, and what against: gradients at "
     "the pixels on the way from the blurred image and under coarse masks.",
     formula="mean of sum_c g * (x - b), b = the blurred image, g at b + m * (x - b), m "
-    "= steps from 0 to 1, and random masks with their complements; then a Gaussian "
-    "with sigma = 0.03 * sqrt(box area)",
-    default_smooth=0.03,
+    "= steps from 0 to 1, plus the same for m = random masks with their complements, "
+    "each by its norm; then a Gaussian with sigma = 0.05 * sqrt(box area)",
+    default_smooth=0.05,
     tells="tells what",
     takes_eigen_smooth=False,
 )

@@ -245,7 +245,15 @@ def explaining_runner(work_dir, toy_data, **options) -> Runner:
     return runner
 
 
-@pytest.mark.parametrize("method", ["boxam", "ablationcam", "drise"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "boxam",
+        "ablationcam",
+        "drise",
+        pytest.param("evidence", marks=pytest.mark.nightly),
+    ],
+)
 def test_an_explanation_that_is_cut_off_anywhere_leaves_nothing(
     tmp_path, toy_data, monkeypatch, method
 ):

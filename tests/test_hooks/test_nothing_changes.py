@@ -213,6 +213,7 @@ def test_measuring_maps_changes_no_training(tmp_path, toy_data, plain_runs, vari
     [
         dict(method="drise", num_masks=16),
         dict(method="ablationcam"),
+        dict(method="evidence"),
         dict(method="shapleycam", aug_smooth=True),
     ],
     ids=str,
