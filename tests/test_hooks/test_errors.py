@@ -110,6 +110,24 @@ def test_the_share_of_evidence_inside_is_that_of_the_drawn_images(tmp_path, toy_
     assert 0.1 < share < 1
 
 
+def test_the_log_says_when_the_evidence_leaves_the_objects(
+    tmp_path, toy_data, monkeypatch
+):
+    given = []
+
+    def update(self: Any, shares: dict, ap: float) -> list[str]:
+        given.append((shares, ap))
+        return ["it falls"]
+
+    monkeypatch.setattr(errors.EnergyWatch, "update", update)
+    looked_at(tmp_path, toy_data)
+    ((shares, ap),) = given
+    assert {name for name, _ in shares.values()} == {"square"}
+    assert 0 < ap <= 1
+    (log,) = tmp_path.rglob("*.log")
+    assert "errors: it falls" in log.read_text()
+
+
 def test_no_count_of_an_earlier_run_is_logged_again(tmp_path, toy_data, monkeypatch):
     runner = looked_at(tmp_path, toy_data, on_error="log")
     assert logged(runner)
