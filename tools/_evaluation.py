@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import InstanceData
@@ -138,10 +139,10 @@ class Evaluation:
             )
         return GroundTruth.of(info["instances"])
 
-    def explain(self, image: SelectedImage) -> tuple[np.ndarray, list[Explained]]:
-        """The network's input as an RGB picture, and its detections with their maps.
+    def find(self, image: SelectedImage) -> tuple[Look, list[int]]:
+        """The forward of an image, and which of its detections are looked at.
 
-        Explained are the best detections that hit an object, each by all methods.
+        They are the best that hit an object.
         """
         placement = self._placement(image.dataset)
         loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
@@ -154,11 +155,16 @@ class Evaluation:
             for hit in match(found, self.truth(image)).hits
             if found.scores[hit.detection] > self._score_thr
         ]
-        chosen = hits[: self._per_image]
+        return Look(inputs, metainfo, output.pred_instances), hits[: self._per_image]
+
+    def explain(self, image: SelectedImage) -> tuple[np.ndarray, list[Explained]]:
+        """The network's input as an RGB picture, and its detections with their maps."""
+        look, chosen = self.find(image)
+        inputs, metainfo = look.inputs, look.metainfo
         picture, _ = network_picture(inputs[0], self.detector.data_preprocessor)
         if not chosen:
             return picture, []
-        look = Look(inputs, metainfo, output.pred_instances)
+        found = detections_of(DetDataSample(pred_instances=look.predictions))
         instances = image.dataset.get_data_info(image.index)["instances"]
         explained = []
         for index, subject in zip(

@@ -25,7 +25,12 @@ from mmyolo_vis_hooks.publish.files import write_whole
 from mmyolo_vis_hooks.render.box_layout import crop_window
 from mmyolo_vis_hooks.render.boxes import outline_boxes
 from mmyolo_vis_hooks.render.heatmap import diverge_heatmap, fade_heatmap
-from mmyolo_vis_hooks.render.montage import Cell, montage
+from mmyolo_vis_hooks.render.montage import (
+    Cell,
+    cell_size_hw,
+    montage,
+    resize_image,
+)
 
 COSTS = ("ms", "forwards")
 _WAYS = (("ins", "insertion", "shown"), ("del", "deletion", "replaced"))
@@ -224,14 +229,16 @@ def case_picture(
     picture_rgb: np.ndarray, explained: Explained, case: Case, value: str
 ) -> np.ndarray:
     """The detection, and each map with what it is worth, ``(H, W, 3)`` uint8."""
-    box = np.asarray(explained.subject.box_xyxy)[None]
-
-    left, top, right, bottom = crop_window(box[0], picture_rgb.shape[:2])
+    box = explained.subject.box_xyxy
+    left, top, right, bottom = crop_window(box, picture_rgb.shape[:2])
+    size_hw = cell_size_hw((bottom - top, right - left))
+    scale = size_hw[0] / (bottom - top)
+    shown_box = (box - np.array([left, top] * 2)) * scale
 
     def cell(image_rgb: np.ndarray, title: str, note: str) -> Cell:
-        outlined = image_rgb.copy()
-        outline_boxes(outlined, box)
-        return Cell(outlined[top:bottom, left:right], title, note)
+        part = resize_image(image_rgb[top:bottom, left:right], size_hw).copy()
+        outline_boxes(part, [shown_box])
+        return Cell(part, title, note)
 
     cells = [cell(picture_rgb, explained.title, "as the network sees it")]
     for name, saliency in explained.maps.items():

@@ -31,11 +31,19 @@ from _common import (
 )
 from _evaluation import Evaluation, measure
 from _kept import Kept, digest, digest_of_weights, open_out_dir, progress
-from _quality_report import Case, case_picture, draw_curves, main_value, tables_of
+from _quality_report import (
+    Case,
+    TextTable,
+    case_picture,
+    draw_curves,
+    main_value,
+    tables_of,
+)
 from mmyolo_vis_hooks.data.selector import SelectedImage
 from mmyolo_vis_hooks.detector import read_config
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
 from mmyolo_vis_hooks.metrics.metric import METRICS, Metric
+from mmyolo_vis_hooks.metrics.sanity import PARTS, SanityCheck, can_be_checked
 from mmyolo_vis_hooks.publish.files import write_image, write_whole
 
 
@@ -116,6 +124,12 @@ def parse_args() -> argparse.Namespace:
         "(default: 3)",
     )
     parser.add_argument(
+        "--sanity",
+        action="store_true",
+        help="also look whether maps change when the weights are made random, of "
+        "methods that need no more than gradients",
+    )
+    parser.add_argument(
         "--device",
         default="cuda:0" if torch.cuda.is_available() else "cpu",
         help="where the network runs: cuda:0 is the first GPU",
@@ -188,6 +202,28 @@ def draw_cases(
             write_image(f"{args.out_dir}/{kind}_{rank}_{case.image}.jpg", drawn)
 
 
+def check_sanity(
+    evaluation: Evaluation, cases: list[Case], methods: list[str]
+) -> TextTable:
+    """How alike maps are to those of random weights, and which did not change."""
+    check = SanityCheck(evaluation.detector, [m for m in methods if can_be_checked(m)])
+    images = {image.image_id: image for image in evaluation.images}
+    for name in progress(dict.fromkeys(case.image for case in cases), "random weights"):
+        look, chosen = evaluation.find(images[name])
+        check.update(look.inputs, look.metainfo, chosen)
+    unchanged = check.unchanged()
+    rows = [
+        [
+            method,
+            *(f"{value:.3f}" for value in found.values()),
+            "DOES NOT CHANGE" if method in unchanged else "",
+        ]
+        for method, found in check.compute().items()
+    ]
+    title = "rank correlation with the map of the trained detector"
+    return TextTable(title, ["map", *PARTS, ""], rows)
+
+
 def main() -> None:
     args = parse_args()
     check(args)
@@ -230,6 +266,10 @@ def main() -> None:
     write_whole(out_dir / "table.json", tables.json(settings).encode())
     write_whole(out_dir / "table.md", tables.markdown().encode())
     draw_curves(cases, out_dir / "curves.png")
+    if args.sanity:
+        sanity = check_sanity(evaluation, cases, args.methods)
+        print_table(sanity.rich())
+        write_whole(out_dir / "sanity.md", sanity.markdown().encode())
     draw_cases(evaluation, cases, value, args)
     print(f"{out_dir}: table.csv, table.json, table.md, curves and pictures of cases")
 

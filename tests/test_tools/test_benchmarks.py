@@ -7,7 +7,6 @@ from unittest import mock
 
 import _measure
 import boxam
-import boxam_quality
 import featmap
 import numpy as np
 import pytest
@@ -100,19 +99,6 @@ def test_what_does_not_fit_is_not_tried(monkeypatch):
     # 512 channels of 12 megapixels, 4 bytes each.
     assert "needs 24.58 GB" in featmap.row_of((4000, 3000), 512, "select_max", 5)
     assert tried[2:] == [featmap.OURS]
-
-
-@pytest.mark.nightly
-@pytest.mark.real_data
-def test_maps_are_measured_on_real_objects(shared_dir, capsys, monkeypatch):
-    words = ["boxam_quality", "--images", "2", "--methods", "boxam", "--sanity"]
-    monkeypatch.setattr(sys, "argv", words)
-    boxam_quality.main()
-    rows = [line.split("│") for line in capsys.readouterr().out.splitlines()]
-    cells = {row[1].strip(): row[2].strip() for row in rows if len(row) > 2}
-    assert float(cells["boxam"]) == float(cells["the box"]) == 1
-    assert float(cells["the same weights"]) == 1
-    assert float(cells["all random"]) < 0.9
 
 
 @pytest.mark.nightly

@@ -85,9 +85,14 @@ def test_tables_curves_and_cases(run, words, tmp_path, capsys):
     kept = out / "images.jsonl"
     before = kept.read_text()
     kept.write_text(before + '["cut off", [{"size"')
-    assert run(eval_boxam, *call, "--against", "boxam") == 0
+    assert run(eval_boxam, *call, "--against", "boxam", "--sanity") == 0
     assert kept.read_text() == before
-    assert "minus boxam" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "minus boxam" in printed
+    assert "all random" in printed
+    line = (out / "sanity.md").read_text().splitlines()[-1].split("|")
+    assert line[1].strip() == "boxam"
+    assert -1 <= float(line[2]) <= 1
     assert run(eval_boxam, *words, *CALL, "--metrics", "energy") == 2
     assert "other weights, settings" in capsys.readouterr().err
 
