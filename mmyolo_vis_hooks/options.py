@@ -60,18 +60,12 @@ def number(remedy: str, most: float = 1.0, *, above_0: bool = False) -> Check:
     return check
 
 
-def count(remedy: str, special: int | None = None, least: int = 1) -> Check:
+def count(
+    remedy: str, special: int | None = None, least: int = 1, step: int = 1
+) -> Check:
     def check(name: str, value: Any) -> int:
-        if not is_int(value) or not (value >= least or value == special):
-            raise refuse(name, value, remedy)
-        return int(value)
-
-    return check
-
-
-def even(remedy: str) -> Check:
-    def check(name: str, value: Any) -> int:
-        if not is_int(value) or value < 0 or value % 2:
+        fits = is_int(value) and value >= least and value % step == 0
+        if not fits and not (is_int(value) and value == special):
             raise refuse(name, value, remedy)
         return int(value)
 
@@ -352,7 +346,7 @@ class BoxAMOptions(_Seen):
     )
     masks: int = option(
         4,
-        even("use an even number: each mask is followed by its complement"),
+        count("use an even number: masks have complements", least=0, step=2),
         "coarse random masks of `'evidence'`; `0` takes the steps alone",
     )
     baseline: str = option(

@@ -32,7 +32,7 @@ from .augment import Choose, smoothed
 from .blackbox import MaskedImage, final_scores
 from .gradient import joined_targets
 from .maps import MapMaker
-from .methods import CamMethod, rectified, shaped, validate
+from .methods import rectified, shaped, validate
 from .perturb import input_target
 from .scoring import Scorer
 from .spots import (
@@ -76,12 +76,9 @@ class BoxAttributor:
         show_progress: bool = False,
     ) -> None:
         self.options = options
-        self._method: CamMethod = validate(
-            options.method, eigen_smooth=options.eigen_smooth
-        )
-        layers = resolve_layers(
-            detector, options.target_layers or self._method.default_layers or ()
-        )
+        self._method = validate(options.method, eigen_smooth=options.eigen_smooth)
+        wanted = options.target_layers or self._method.default_layers or ()
+        layers = resolve_layers(detector, wanted)
         self._names = list(layers)
         owners = {layer_of_map(detector, name): layers[name] for name in layers}
         self._named = [TapPoint(path, module) for path, module in owners.items()]
@@ -127,13 +124,11 @@ class BoxAttributor:
             return found[0], tuple(found[1])
         predictions, explanations = self._explain(inputs, metainfo, self.choose)
         if self.options.aug_smooth and explanations:
-            explanations = smoothed(
-                inputs,
-                predictions,
-                explanations,
-                metainfo,
-                lambda view, choose: self._explain(view, metainfo, choose)[1],
-            )
+
+            def again(view: torch.Tensor, choose: Choose) -> list[BoxExplanation]:
+                return self._explain(view, metainfo, choose)[1]
+
+            explanations = smoothed(inputs, predictions, explanations, metainfo, again)
         return predictions, tuple(explanations)
 
     def _explain(
