@@ -488,6 +488,24 @@ class RunOptions(Options):
 
 
 @dataclass(frozen=True)
+class ErrorRunOptions(RunOptions):
+    """The same of a hook that counts the errors of every image."""
+
+    select: str = option(
+        "fixed",
+        choice(("fixed", "worst")),
+        "which images are drawn: `'fixed'`, the same in every run, or `'worst'`, "
+        "`num_images` of those that lose most AP in this one",
+    )
+    mechanisms: str = option(
+        "drawn",
+        choice(("drawn", "all")),
+        "why objects were missed is found out for the `'drawn'` images, or for `'all'` "
+        "of them, counted and logged, at a forward more for each",
+    )
+
+
+@dataclass(frozen=True)
 class BoxRunOptions(RunOptions):
     """The same of a hook whose maps can be measured."""
 

@@ -48,9 +48,11 @@ def _options(table: str) -> list[tuple[str, str, str]]:
     if table == "shared":
         return [*shared, *option_rows(options.RunOptions)]
     own = option_rows(getattr(options, table))
-    if table == "BoxAMOptions":
+    kinds = {"BoxAMOptions": "BoxRunOptions", "DiagnosisOptions": "ErrorRunOptions"}
+    if table in kinds:
         of_runs = option_rows(options.RunOptions)
-        own += [r for r in option_rows(options.BoxRunOptions) if r not in of_runs]
+        in_runs = option_rows(getattr(options, kinds[table]))
+        own += [row for row in in_runs if row not in of_runs]
     if table == "DiagnosisOptions":  # of a hook that has not all that the others share
         return own
     return [row for row in own if row not in shared]

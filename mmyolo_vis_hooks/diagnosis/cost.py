@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -156,6 +156,32 @@ class ErrorCost:
         if mended == MISSED:
             counts.subtract(self._hopeless)
         return {c: average_precision(points[c], counts[c]) for c in points}
+
+
+def ap_lost(
+    images: Sequence[tuple[Matches, Detections, GroundTruth, Any]],
+) -> list[float]:
+    """Roughly how much AP the errors of each image cost.
+
+    A missed object costs its share of its class, a false positive the share of one
+    object times its score.
+
+    Args:
+        images (Sequence): What :meth:`ErrorCost.update` takes, of all images.
+    """
+    objects: Counter[int] = Counter()
+    for _, _, truth, _ in images:
+        objects.update(truth.labels[~truth.ignored].tolist())
+    lost = []
+    for matches, found, truth, _ in images:
+        missed = [1 / objects[int(truth.labels[index])] for index in matches.missed]
+        false = [
+            float(found.scores[alarm.detection])
+            / max(1, objects[int(found.labels[alarm.detection])])
+            for alarm in matches.false_alarms
+        ]
+        lost.append(sum(missed) + sum(false))
+    return lost
 
 
 def _mean(aps: dict[int, float]) -> float:

@@ -99,9 +99,8 @@ class Diagnoser:
 
         The others are those of :meth:`look`.
         """
-        with opened(self._detector) as was_closed:
-            candidates = self.predict(inputs, metainfo) if was_closed else final
-        notes = [] if was_closed else ["the candidates are the final detections"]
+        candidates, was_opened = self.candidates(final, inputs, metainfo)
+        notes = [] if was_opened else ["the candidates are the final detections"]
         found = judge(
             image_id,
             loaded.image_rgb,
@@ -119,6 +118,14 @@ class Diagnoser:
             return replace(found, note=joined([*notes, reason]))
         _, numbers = above(final, self._options.score_thr)
         return self._explainer.explain(found, numbers, inputs, metainfo)
+
+    def candidates(
+        self, final: Detections, inputs: torch.Tensor, metainfo: Mapping[str, Any]
+    ) -> tuple[Detections, bool]:
+        """Boxes of all classes before threshold and NMS, and whether there are others
+        than the final ones."""
+        with opened(self._detector) as was_closed:
+            return (self.predict(inputs, metainfo) if was_closed else final), was_closed
 
     def predict(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> Detections:
         """What the detector finds in an input, with its settings of the moment."""

@@ -14,6 +14,7 @@ from ..data.samples import detections_of
 from ..errors import VisError
 from ..network.recorder import ForwardRecord
 from ..options import DiagnosisOptions
+from ..records import Detections
 from ..samples import SampleMaker, recorded
 from .diagnose import Diagnoser, Diagnosis
 from .matching import GroundTruth
@@ -38,6 +39,18 @@ class DiagnosisMaker(SampleMaker):
     ) -> None:
         super().__init__(detector, {}, channels=options.image_channels)
         self._diagnoser = Diagnoser(detector, options, class_names, logger)
+
+    def look(self, image_id: str, loaded: Loaded, placement: Placement) -> Diagnosis:
+        """Diagnose an image by a forward of its own."""
+        truth = GroundTruth.of(loaded.results["instances"])
+        return self._diagnoser.look(image_id, loaded, placement, truth)
+
+    def candidates(
+        self, image_id: str, record: ForwardRecord, position: int, output: Any
+    ) -> Detections:
+        """Boxes of all classes, before threshold and NMS, of a recorded image."""
+        _, inputs, metainfo = recorded(record, image_id, position)
+        return self._diagnoser.candidates(detections_of(output), inputs, metainfo)[0]
 
     def from_record(
         self,

@@ -161,12 +161,11 @@ class BaseVisHook(Hook):
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
         dataset = loop.dataloader.dataset
         names, palette = classes_and_palette(getattr(dataset, "metainfo", None) or {})
-        run = self.run_options
         state = VisLoop(
             mode,
             loop,
             self._detector,
-            ImageSelector(dataset, run.num_images, run.image_indices),
+            self._selector(dataset),
             self.build_panel(names, palette),
             self.options,
             tuple(map(str, names)),
@@ -182,13 +181,18 @@ class BaseVisHook(Hook):
             if images:
                 with preserve_rng_state():
                     self._place(runner, state, images, maker)
-        if run.override_loop_pipeline:
+        if self.run_options.override_loop_pipeline:
             state.run_resized()
             runner.logger.warning(
                 f"{self.name}: override_loop_pipeline=True: the {mode} loop runs on "
                 "the Resize-only pipeline, and its metrics are of that pipeline."
             )
         return state
+
+    def _selector(self, dataset: Any) -> ImageSelector:
+        """The images of a loop that are drawn."""
+        run = self.run_options
+        return ImageSelector(dataset, run.num_images, run.image_indices)
 
     def _place(
         self,
@@ -276,22 +280,33 @@ class BaseVisHook(Hook):
         with self._policy.guard(f"find the images of a {mode} batch"):
             wanted = state.wanted(outputs)
         for position, image in wanted:
-            picture_id = state.picture_id(image)
-            state.seen.update((image.image_id, picture_id))
-            with self._policy.guard(f"draw {picture_id}"), preserve_rng_state():
-                output, boxed = outputs[position], None
-                sample = state.make_sample(image, position, output)
-                with self._policy.guard(f"measure {picture_id}"):
-                    self._measure(state, sample, image)
-                if self._publisher.wants_boxes:
-                    with self._policy.guard(f"find the boxes of {picture_id}"):
-                        boxed = boxed_image(state, sample, image, output)
-                picture = VisImage(sample.image_id, state.panel(sample), boxed)
-                if is_main_process():
-                    self._publisher.publish(mode, picture, state.step)
-                else:
-                    self._writer.submit(self._store, picture)
+            output = outputs[position]
+            make = partial(state.make_sample, image, position, output)
+            self._draw(state, image, make, output.metainfo)
         state.record = None
+
+    def _draw(
+        self,
+        state: VisLoop,
+        image: SelectedImage,
+        make: Callable[[], Any],
+        metainfo: Mapping[str, Any],
+    ) -> None:
+        """Draw the sample of an image, and publish it."""
+        picture_id, boxed = state.picture_id(image), None
+        state.seen.update((image.image_id, picture_id))
+        with self._policy.guard(f"draw {picture_id}"), preserve_rng_state():
+            sample = make()
+            with self._policy.guard(f"measure {picture_id}"):
+                self._measure(state, sample, image)
+            if self._publisher.wants_boxes:
+                with self._policy.guard(f"find the boxes of {picture_id}"):
+                    boxed = boxed_image(state, sample, image, metainfo)
+            picture = VisImage(sample.image_id, state.panel(sample), boxed)
+            if is_main_process():
+                self._publisher.publish(state.mode, picture, state.step)
+            else:
+                self._writer.submit(self._store, picture)
 
     def _store(self, picture: VisImage) -> None:
         with self._policy.guard(f"keep {picture.image_id} for rank 0"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from .vis_loop import VisLoop
 
 
 def boxed_image(
-    state: VisLoop, sample: Any, image: SelectedImage, output: Any
+    state: VisLoop, sample: Any, image: SelectedImage, metainfo: Mapping[str, Any]
 ) -> BoxedImage:
     """The image that a panel begins with, at its size, with its boxes and objects.
 
@@ -24,7 +25,7 @@ def boxed_image(
         state (VisLoop): The loop.
         sample (Sample | Diagnosis): What the panel draws.
         image (SelectedImage): Of the data set, which knows its objects.
-        output (DetDataSample): What the loop found in it.
+        metainfo (Mapping): Of its data sample.
     """
     image_hw = sample.image_rgb.shape[:2]
     size_hw = cell_size_hw(image_hw)
@@ -35,7 +36,7 @@ def boxed_image(
         return Detections(xyxy[keep], boxes.scores[keep], boxes.labels[keep])
 
     truth = None
-    metainfo = {"batch_input_shape": image_hw, **output.metainfo}
+    metainfo = {"batch_input_shape": image_hw, **metainfo}
     placement = state.placements[id(image.dataset)]
     instances = image.dataset.get_data_info(image.index).get("instances")
     on_input = placement.alignment == "network"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from logging import Logger
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+from mmengine.dist import all_gather_object, get_rank
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
@@ -17,20 +18,29 @@ from ..data.pipeline import ImagePipeline, prepare_data
 from ..data.samples import detections_of
 from ..data.selector import ImageSelector, SelectedImage
 from ..declare import takes_options
-from ..diagnosis.cost import ErrorCost
+from ..diagnosis.cost import ErrorCost, ap_lost
 from ..diagnosis.diagnose import Diagnosis
 from ..diagnosis.energy import EnergyWatch, Shares, mean_by_class, shares_inside
 from ..diagnosis.maps import above
-from ..diagnosis.matching import GroundTruth, match
+from ..diagnosis.matching import GroundTruth, Matches, match
+from ..diagnosis.mechanisms import MissedObject, why_missed
 from ..diagnosis.sample import DiagnosisMaker
 from ..errors import VisConfigError
-from ..options import DiagnosisOptions, RunOptions
+from ..network.state import preserve_rng_state
+from ..options import DiagnosisOptions, ErrorRunOptions
 from ..records import Detections
 from ..samples import SampleMaker
 from .base import BaseVisHook, of_all_ranks
 from .vis_loop import Panel, VisLoop, predicting_model
 
-_Counted = tuple[Detections, GroundTruth]
+
+class _Counted(NamedTuple):
+    """What is kept of every image."""
+
+    matches: Matches
+    found: Detections
+    truth: GroundTruth
+    missed: Sequence[MissedObject] = ()
 
 
 def draw_errors(
@@ -41,7 +51,7 @@ def draw_errors(
 
 
 @HOOKS.register_module()
-@takes_options(DiagnosisOptions, RunOptions)
+@takes_options(DiagnosisOptions, ErrorRunOptions)
 class ErrorVisHook(BaseVisHook):
     """Count the errors of every validation, and draw why some of them are.
 
@@ -49,7 +59,8 @@ class ErrorVisHook(BaseVisHook):
     images are counted: ``errors/missed``, ``errors/false/confused`` and so on, and
     ``errors/dap/...``, the AP that mending a kind would gain, are logged beside the
     metrics, in every validation, whatever ``interval`` says. ``num_images`` images are
-    drawn, with the reason of each miss and the evidence of each error. Of what they
+    drawn, with the reason of each miss and the evidence of each error; those of
+    ``select='worst'`` in the last iteration, by a forward of their own. Of what they
     show, ``errors/energy_inside/CLASS`` is the share of the evidence for found objects
     that lies inside of them; a warning says when it falls while AP does not. Add it to
     a config:
@@ -60,7 +71,8 @@ class ErrorVisHook(BaseVisHook):
             imports=['mmyolo_vis_hooks'], allow_failed_imports=False)
         custom_hooks = [dict(type='ErrorVisHook')]
 
-    Matching is all that an image costs that is not drawn. The run itself is not
+    Matching is all that an image costs that is not drawn, but with
+    ``mechanisms='all'``. The run itself is not
     changed: metrics, weights, buffers, gradients and random states are what they are
     without the hook.
 
@@ -74,6 +86,7 @@ class ErrorVisHook(BaseVisHook):
 
     default_name = "errors"
     options_kind = DiagnosisOptions
+    run_kind = ErrorRunOptions
     panel_kind = staticmethod(draw_errors)
 
     def __init__(self, **options: Any) -> None:
@@ -83,6 +96,11 @@ class ErrorVisHook(BaseVisHook):
                 "override_loop_pipeline=True cannot work with ErrorVisHook, which "
                 "looks at what the loop itself finds; leave it False"
             )
+        if self._worst and self.run_options.image_indices is not None:
+            raise VisConfigError(
+                "select='worst' and image_indices cannot both say which images are "
+                "drawn; leave one of them"
+            )
         self._everything: dict[str, ImageSelector] = {}
         # Of the current run, by the name of the pass and of the image.
         self._found: dict[str, dict[str, _Counted]] = {}
@@ -90,6 +108,14 @@ class ErrorVisHook(BaseVisHook):
         self._shares: dict[str, Shares] = {}
         self._pass = ""
         self._watches: dict[str, EnergyWatch] = {}
+
+    @property
+    def _worst(self) -> bool:
+        return self.run_options.select == "worst"
+
+    @property
+    def _mechanisms(self) -> bool:
+        return self.run_options.mechanisms == "all"
 
     def build_maker(
         self, model: nn.Module, options: Any, class_names: Sequence[str], logger: Logger
@@ -110,10 +136,17 @@ class ErrorVisHook(BaseVisHook):
 
         return drawn
 
+    def _selector(self, dataset: Any) -> ImageSelector:
+        return super()._selector(dataset) if not self._worst else _all_of(dataset)
+
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
         dataset = loop.dataloader.dataset
-        self._everything[mode] = ImageSelector(dataset, -1, None)
-        return super()._prepare_loop(runner, mode, loop)
+        self._everything[mode] = _all_of(dataset)
+        state = super()._prepare_loop(runner, mode, loop)
+        state.record_all = self._mechanisms
+        if self._worst:  # none is known before the last iteration
+            state.selector = ImageSelector(dataset, 0, [])
+        return state
 
     def _place(
         self,
@@ -149,6 +182,19 @@ class ErrorVisHook(BaseVisHook):
             self._forget_scalars(runner, mode)
         super()._before_epoch(runner, mode)
 
+    def _before_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        mode: str = "train",
+    ) -> None:
+        # Also of a run that is not drawn: all its images are counted.
+        state = self._loops.get(mode)
+        if state is not None and not self._policy.ends_run:
+            with self._policy.guard(f"find the images of a {mode} batch"):
+                state.begin_batch(batch_idx, data_batch)
+
     def _after_iter(
         self,
         runner: Runner,
@@ -157,20 +203,64 @@ class ErrorVisHook(BaseVisHook):
         outputs: Any = None,
         mode: str = "train",
     ) -> None:
-        if mode in self._loops:
-            self._pass = self._loops[mode].pass_name
-            for output in outputs or ():
+        state = self._loops.get(mode)
+        if state is not None:
+            self._pass = state.pass_name
+            for position, output in enumerate(outputs or ()):
                 with self._policy.guard(f"count the errors of a {mode} image"):
-                    self._keep(self._loops[mode], output)
+                    self._keep(state, position, output)
         super()._after_iter(runner, batch_idx, data_batch, outputs, mode)
+        if state is not None:
+            state.record = None
+            if self._worst and batch_idx == len(state.loop.dataloader) - 1:
+                self._draw_worst(state)
 
-    def _keep(self, state: VisLoop, output: Any) -> None:
+    def _keep(self, state: VisLoop, position: int, output: Any) -> None:
         image = self._everything[state.mode].find(output.metainfo)
-        if image is not None:
-            truth = image.dataset.get_data_info(image.index)["instances"]
-            found, _ = above(detections_of(output), self.options.score_thr)
-            of_pass = self._found.setdefault(state.pass_name, {})
-            of_pass[image.image_id] = found, GroundTruth.of(truth)
+        if image is None:
+            return
+        thresholds = self.options.score_thr, self.options.iou_thr
+        score_thr, iou_thr = thresholds
+        truth = GroundTruth.of(image.dataset.get_data_info(image.index)["instances"])
+        found, _ = above(detections_of(output), score_thr)
+        matches = match(found, truth, iou_thr=iou_thr)
+        missed: Sequence[MissedObject] = ()
+        if self._mechanisms and matches.missed and state.record is not None:
+            given = image.image_id, state.record, position, output
+            with state.autocast(), preserve_rng_state():
+                candidates = _maker(state).candidates(*given)
+            missed = why_missed(
+                matches,
+                found,
+                candidates,
+                truth,
+                score_thr=score_thr,
+                iou_thr=iou_thr,
+            )
+        of_pass = self._found.setdefault(state.pass_name, {})
+        of_pass[image.image_id] = _Counted(matches, found, truth, missed)
+
+    def _draw_worst(self, state: VisLoop) -> None:
+        """Draw the images that lose most, each on the first rank that met it."""
+        by_rank = all_gather_object(self._found.get(state.pass_name, {}))
+        if not state.drawing or self._policy.ends_run:
+            return
+        images = {name: own for found in by_rank for name, own in found.items()}
+        losses = ap_lost(list(images.values()))
+        worst = sorted(zip(images, losses), key=lambda own: (-own[1], own[0]))
+        number = self.run_options.num_images
+        limit = None if number < 0 else number
+        chosen = [name for name, loss in worst if loss][:limit]
+        elsewhere = {name for found in by_rank[: get_rank()] for name in found}
+        for image in self._everything[state.mode].images:
+            if image.image_id in chosen and image.image_id not in elsewhere:
+                self._draw(state, image, partial(self._look, state, image), {})
+
+    def _look(self, state: VisLoop, image: SelectedImage) -> Diagnosis:
+        placement = state.placements[id(image.dataset)]
+        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        with state.autocast():
+            return _maker(state).look(state.picture_id(image), loaded, placement)
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
         if mode in self._loops:
@@ -191,12 +281,12 @@ class ErrorVisHook(BaseVisHook):
         images: dict[str, _Counted],
         shares: Shares,
     ) -> None:
-        cost = ErrorCost()
-        for found, truth in images.values():
-            cost.update(match(found, truth, iou_thr=self.options.iou_thr), found, truth)
+        cost = ErrorCost(mechanisms=self._mechanisms)
+        for own in images.values():
+            cost.update(*own)
         summary = cost.compute()
         scalars: dict[str, float] = dict(summary["counts"])
-        for group in ("false", "dap"):
+        for group in ("missed", "false", "dap"):
             for kind, value in summary[group].items():
                 scalars[f"{group}/{kind.replace(' ', '_')}"] = value
         for class_name, share in mean_by_class(shares).items():
@@ -205,3 +295,11 @@ class ErrorVisHook(BaseVisHook):
         for alarm in watch.update(shares, summary["ap"]["ap"]):
             runner.logger.warning(f"{self.name}: {alarm}")
         self._log_scalars(runner, mode, name, scalars)
+
+
+def _maker(state: VisLoop) -> DiagnosisMaker:
+    return cast(DiagnosisMaker, state.maker)
+
+
+def _all_of(dataset: Any) -> ImageSelector:
+    return ImageSelector(dataset, -1, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class VisLoop:
         step: Epoch or iteration of a training; elsewhere the number of the run.
         drawing: Whether the current run is drawn.
         seen: Names of the pictures and images that the current run has met.
+        record_all: Whether the forward of every image is recorded, drawn or not.
         record: Of the forward of the current batch, where a placement needs it.
     """
 
@@ -60,6 +61,7 @@ class VisLoop:
     step: int = -1
     drawing: bool = False
     seen: set[str] = field(default_factory=set)
+    record_all: bool = False
     record: ForwardRecord | None = None
     _makers: dict[str, SampleMaker] = field(default_factory=dict)
     _pass_number: int = 1
@@ -119,7 +121,10 @@ class VisLoop:
         samples = data_batch["data_samples"]
         if samples and isinstance(samples[0], (list, tuple)):  # the first of some views
             samples = samples[0]
-        keep = [n for n, image in self.wanted(samples) if self._needs_record(image)]
+        keep = list(range(len(samples))) if self.record_all else []
+        if self.drawing and not self.record_all:
+            wanted = self.wanted(samples)
+            keep = [number for number, image in wanted if self._needs_record(image)]
         if keep:
             self._record_next_step(keep)
 
@@ -198,6 +203,15 @@ class VisLoop:
     def _needs_record(self, image: SelectedImage) -> bool:
         return self.placements[id(image.dataset)].alignment != "resize"
 
+    @property
+    def fp16(self) -> bool:
+        """Whether the loop runs under autocast."""
+        return bool(getattr(self.loop, "fp16", False))
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """A block that computes as the loop does."""
+        return autocast(enabled=self.fp16)
+
     def make_sample(self, image: SelectedImage, position: int, output: Any) -> Any:
         """Make the sample of one image of the current batch.
 
@@ -209,15 +223,14 @@ class VisLoop:
         loaded: Any = None
         if placement.alignment != "network":
             loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        fp16 = bool(getattr(self.loop, "fp16", False))
         if placement.alignment == "resize":
-            return self.maker.run(picture_id, loaded, placement, fp16=fp16)
+            return self.maker.run(picture_id, loaded, placement, fp16=self.fp16)
         if self.record is None:
             raise VisError(
                 f"the forward of {image.image_id} was not recorded; its data sample "
                 "has other metainfo before the forward than after it"
             )
-        with autocast(enabled=fp16):  # what is asked again answers as it did
+        with self.autocast():  # what is asked again answers as it did
             return self.maker.from_record(
                 picture_id, loaded, placement, self.record, position, output
             )

@@ -128,6 +128,57 @@ def test_the_log_says_when_the_evidence_leaves_the_objects(
     assert "errors: it falls" in log.read_text()
 
 
+@pytest.mark.parametrize("num_images", [1, 2, -1])
+def test_the_worst_are_those_that_lose_most(tmp_path, toy_data, num_images):
+    options = dict(select="worst", score_thr=0.6)
+    runner = looked_at(tmp_path, toy_data, **options, num_images=num_images)
+    dataset = DATASETS.build(runner.cfg.test_dataloader.dataset)
+    lost = {}
+    num_objects = sum(len(dataset.get_data_info(i)["instances"]) for i in range(3))
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        given = info["img_path"], info["instances"]
+        own = diagnose(runner.model, *given, config=runner.cfg, score_thr=0.6, topk=0)
+        costs = [1.0 for _ in own.missed] + [f.score for f in own.false_positives]
+        lost[str(info["img_id"])] = sum(costs) / num_objects
+    worst = sorted((name for name in lost if lost[name]), key=lambda n: -lost[n])
+    expected = worst[: None if num_images < 0 else num_images]
+    drawn = [name.split(".")[2].split("_")[0] for name in pictures(tmp_path)]
+    assert sorted(drawn) == sorted(expected)
+
+
+def test_of_two_ranks_the_first_that_met_an_image_draws_it(
+    tmp_path, toy_data, monkeypatch
+):
+    options = dict(select="worst", num_images=-1, score_thr=0.6)
+    looked_at(tmp_path / "alone", toy_data, **options)
+    alone = pictures(tmp_path / "alone")
+    for name in ("first", "second"):
+        monkeypatch.setattr(errors, "get_rank", lambda name=name: int(name != "first"))
+        monkeypatch.setattr(errors, "all_gather_object", lambda own: [own, own])
+        looked_at(tmp_path / name, toy_data, **options)
+        assert len(pictures(tmp_path / name)) == (len(alone) if name == "first" else 0)
+
+
+def test_mechanisms_of_every_image_are_counted_in_every_validation(tmp_path, toy_data):
+    options = dict(mechanisms="all", score_thr=0.6, num_images=1)
+    counts = logged(looked_at(tmp_path / "on", toy_data, **options))
+    plain = logged(looked_at(tmp_path / "off", toy_data, score_thr=0.6, num_images=1))
+    mechanisms = {k: v for k, v in counts.items() if k.startswith("missed/")}
+    assert {k: v for k, v in counts.items() if k not in mechanisms} == plain
+    assert sum(mechanisms.values()) == counts["missed"] > 0
+    runner = looked_at(tmp_path / "each", toy_data, score_thr=0.6)
+    dataset = DATASETS.build(runner.cfg.test_dataloader.dataset)
+    expected = dict.fromkeys(mechanisms, 0)
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        given = info["img_path"], info["instances"]
+        own = diagnose(runner.model, *given, config=runner.cfg, score_thr=0.6, topk=0)
+        for missed in own.missed:
+            expected[f"missed/{missed.mechanism.replace(' ', '_')}"] += 1
+    assert mechanisms == expected
+
+
 def test_no_count_of_an_earlier_run_is_logged_again(tmp_path, toy_data, monkeypatch):
     runner = looked_at(tmp_path, toy_data, on_error="log")
     assert logged(runner)
@@ -154,6 +205,10 @@ def test_each_pass_of_a_loop_is_counted_by_itself(tmp_path, toy_data):
 def test_what_cannot_work_is_refused_before_the_run(tmp_path, toy_data):
     cfg = box_config(tmp_path, [hook(override_loop_pipeline=True)], data_root=toy_data)
     with pytest.raises(VisConfigError, match="override_loop_pipeline=True"):
+        Runner.from_cfg(cfg)
+    both = dict(select="worst", image_indices=[0])
+    cfg = box_config(tmp_path, [hook(**both)], data_root=toy_data)
+    with pytest.raises(VisConfigError, match="select='worst' and image_indices"):
         Runner.from_cfg(cfg)
     cfg = box_config(tmp_path, [hook()], data_root=toy_data)
     runner = Runner.from_cfg(cfg)
