@@ -128,7 +128,7 @@ class Page:
     def _controls(self) -> list[Any]:
         closing = self._first.closing
         start = max(self._options.score_thr, FLOOR)
-        quick = ("gradient", "activation")
+        quick = ("gradient", "activation", "attention")
         methods = [
             (name if method.kind in quick else f"{name} (takes seconds)", name)
             for name, method in METHODS.items()
