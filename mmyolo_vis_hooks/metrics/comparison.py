@@ -22,8 +22,8 @@ _NUM_SAMPLES = 2000
 class Compared:
     """A value of a map in one group of boxes.
 
-    ``low`` and ``high`` are the 95 % interval of ``mean``; those of ``difference`` to
-    the other map are paired, detection by detection.
+    ``low`` and ``high`` are the 95 % interval of ``mean``, NaN of a single image; those
+    of ``difference`` to the other map are paired, detection by detection.
     """
 
     map: str
@@ -114,6 +114,8 @@ class Comparison:
         if not has.any():
             return np.nan, np.nan, np.nan
         of = np.array(self._image_of)[has]
+        if len(set(of.tolist())) < 2:  # one image says nothing of chance
+            return float(values[has].mean()), np.nan, np.nan
         sums = np.bincount(of, values[has], len(self._images))
         counts = drawn @ np.bincount(of, minlength=len(self._images))
         means = (drawn @ sums)[counts > 0] / counts[counts > 0]

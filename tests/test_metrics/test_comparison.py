@@ -28,7 +28,10 @@ def test_means_and_paired_differences_by_size():
     box = found["box", "e", "all"]
     assert (box.count, box.mean, box.difference) == (4, 0.5, 0.0)
     assert not box.is_clear
-    assert found["cam", "e", "< 48 px"].mean == 0.5
+    alone = found["cam", "e", "< 48 px"]
+    assert (alone.mean, alone.difference) == (0.5, 0.25)
+    assert np.isnan([alone.low, alone.high, alone.difference_low]).all()
+    assert not alone.is_clear  # of one image
     assert found["cam", "e", "48 to 160 px"].count == 1
     assert found["box", "e", "48 to 160 px"].count == 2
     assert found["cam", "e", "> 160 px"].mean == 1.0
