@@ -19,6 +19,7 @@ from mmengine.visualization import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmyolo_vis_hooks.errors import ErrorPolicy, PublishError, VisConfigError
+from mmyolo_vis_hooks.publish import publisher as publisher_module
 from mmyolo_vis_hooks.publish.publisher import Publisher
 from mmyolo_vis_hooks.publish.writer import Writer
 from mmyolo_vis_hooks.records import VisImage
@@ -256,8 +257,11 @@ def test_files_are_written_beside_the_loop(tmp_path, monkeypatch):
         add(self, name, image, step)
 
     monkeypatch.setattr(LocalVisBackend, "add_image", slow)
+    monkeypatch.setattr(publisher_module, "PATIENCE", 0.002)
     backend, keeping = LocalVisBackend(save_dir=str(tmp_path)), Keeping()
-    publisher, _ = make_publisher({"Local": backend, "Keeping": keeping}, "raise")
+    publisher, policy = make_publisher({"Local": backend, "Keeping": keeping}, "raise")
+    said: list[str] = []
+    monkeypatch.setattr(policy, "warn", said.append)
     ids = [f"{number}_x" for number in range(7)]
     for number, image_id in enumerate(ids):
         picture = VisImage(image_id, PICTURE.image_rgb + np.uint8(number))
@@ -275,6 +279,8 @@ def test_files_are_written_beside_the_loop(tmp_path, monkeypatch):
             image[..., ::-1], PICTURE.image_rgb + np.uint8(number)
         )
     assert publisher.num_published == len(ids)
+    assert said
+    assert all(text.startswith("waiting for Local: it has not") for text in said)
 
 
 def test_tensorboard_shows_the_very_pixels(tmp_path):
