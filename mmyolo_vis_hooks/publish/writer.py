@@ -52,13 +52,13 @@ class Writer:
         Raises:
             Exception: That of a job.
         """
-        while self._jobs:
-            self._finish_first()
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown()
             if signal.getsignal(signal.SIGTERM) == self._on_signal:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        while self._jobs:
+            self._finish_first()
 
     def _finish_first(self) -> None:
         # It stays in the queue meanwhile: a signal waits for it, too.

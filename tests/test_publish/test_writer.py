@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import sys
@@ -15,13 +16,13 @@ from mmyolo_vis_hooks.publish.writer import Writer
 
 
 def test_jobs_are_done_in_order_in_another_thread():
-    writer, done = Writer(), []
+    writer, done, before = Writer(), [], set(threading.enumerate())
     for number in range(10):
         writer.submit(lambda n: done.append((n, threading.get_ident())), number)
     writer.wait()
     assert [number for number, _ in done] == list(range(10))
     assert {thread for _, thread in done}.isdisjoint([threading.get_ident()])
-    assert not any(t.name.startswith("mmyolo_vis_hooks") for t in threading.enumerate())
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_slow_job_holds_up_whoever_hands_over_more():
@@ -89,10 +90,15 @@ def test_what_was_handed_over_is_written_however_a_run_ends(tmp_path, ending, co
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
 
 
-def test_the_signal_is_left_as_it_was():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("job", [lambda: None, lambda: 1 / 0])
+def test_thread_and_signal_are_left_as_they_were(job):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threads = threading.active_count()
     writer = Writer()
-    writer.submit(lambda: None)
-    assert signal.getsignal(signal.SIGTERM) != before
-    writer.wait()
-    assert signal.getsignal(signal.SIGTERM) == before
+    writer.submit(job)
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    with contextlib.suppress(ZeroDivisionError):
+        writer.wait()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert threading.active_count() == threads
+    signal.signal(signal.SIGTERM, before)
