@@ -210,7 +210,7 @@ def diagnose(
     diagnoser = Diagnoser(scene.detector, given, scene.class_names, logger)
     results = []
     placement: Placement | None = None
-    with _LOOKING, frozen(scene.detector, parameters=False):
+    with _LOOKING, frozen(scene.detector):
         for number, truth in enumerate(truths):
             loaded = scene.load(number)
             if placement is None:
@@ -283,7 +283,7 @@ def _look(
     panel: Any = kind.panel_kind(options, scene.class_names, scene.palette)
     results: list[Any] = []
     placement: Placement | None = None
-    with _LOOKING, frozen(scene.detector, parameters=False):
+    with _LOOKING, frozen(scene.detector):
         for number in range(len(scene.paths)):
             loaded = scene.load(number)
             if placement is None:

@@ -82,7 +82,7 @@ class SampleMaker:
         """Run the detector on one image, under autocast or not, and record it."""
         data = placement.pipeline.pack(loaded)
         with (
-            frozen(self._detector, parameters=False),
+            frozen(self._detector),
             torch.no_grad(),  # inside: the block before allows gradients
             autocast(enabled=fp16),
             self._recorder.record(keep=[0]) as record,
@@ -122,7 +122,7 @@ class SampleMaker:
         if placement.alignment == "network" and not leads_there(placement, metainfo):
             # Ask the detector again, for boxes in the frame of its input.
             sample = DetDataSample(metainfo=_network_metainfo(metainfo))
-            with frozen(self._detector, parameters=False), torch.no_grad():
+            with frozen(self._detector), torch.no_grad():
                 (output,) = self._detector(inputs, [sample], mode="predict")
         detections = on_picture(detections_of(output), placement, metainfo)
         return VisSample(image_id, image_rgb, frame, detections, activations, note=note)
@@ -133,7 +133,7 @@ class SampleMaker:
         """The same forward once more, without compiled code."""
         samples = [DetDataSample(metainfo=dict(metainfo))]
         with (
-            frozen(self._detector, parameters=False),
+            frozen(self._detector),
             torch.no_grad(),
             self._recorder.record(keep=[0]) as record,
         ):

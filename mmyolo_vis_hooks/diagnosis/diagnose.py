@@ -130,7 +130,7 @@ class Diagnoser:
     def predict(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> Detections:
         """What the detector finds in an input, with its settings of the moment."""
         sample = DetDataSample(metainfo=dict(metainfo))
-        with frozen(self._detector, parameters=False), torch.no_grad():
+        with frozen(self._detector), torch.no_grad():
             (output,) = self._detector(inputs, [sample], mode="predict")
         return detections_of(output)
 

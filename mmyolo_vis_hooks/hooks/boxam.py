@@ -83,7 +83,7 @@ class BoxAMVisHook(BaseVisHook):
         box_map = BoxAMPanel(self.options, (), None).box_map
         found: _Measured = []
         with (
-            frozen(model, parameters=False),
+            frozen(model),
             torch.autocast(look.inputs.device.type, enabled=False),
         ):
             subjects = subjects_with_objects(model, look, chosen, instances)

@@ -67,7 +67,7 @@ def survey_layers(
     network_hw = (inputs.shape[-2], inputs.shape[-1])
     survey = _Survey(detector, network_hw)
     handles = []
-    with frozen(detector, parameters=False), torch.no_grad():
+    with frozen(detector), torch.no_grad():
         try:
             for module in detector.modules():
                 handles.append(module.register_forward_hook(survey.on_output))

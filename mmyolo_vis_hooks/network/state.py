@@ -36,33 +36,25 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """A block whose forwards leave no trace: eval mode, parameters in no graph.
 
-    Modes, buffers, ``requires_grad``, ``.grad`` and random states are afterwards as
-    they were. Gradients of activations can be computed inside, also where the
-    surroundings forbid gradients. Modules of MMDetection and MMEngine that throw their
-    activations away and compute them again for the gradients keep them meanwhile,
-    since torch allows no gradients but those of the parameters otherwise. What is
-    under ``torch.compile`` runs as it was written: compiled code calls no hooks.
+    Modes, buffers, ``requires_grad`` and random states are afterwards as they were.
+    Gradients of activations can be computed inside, also where the surroundings forbid
+    gradients. Modules of MMDetection and MMEngine that throw their activations away
+    and compute them again for the gradients keep them meanwhile, since torch allows no
+    gradients but those of the parameters otherwise. What is under ``torch.compile``
+    runs as it was written: compiled code calls no hooks.
 
     Args:
         model (nn.Module): The detector, without wrappers.
-        parameters (bool): Take the parameters out of graphs. False saves time where
-            a forward without gradients needs no such thing. Defaults to True.
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     plain = () if any(training for _, training in modes) else _PLAIN_NORMS
     # `model.parameters()` takes several times as long.
-    own = [
-        p
-        for m in modules
-        if parameters
-        for p in m._parameters.values()
-        if p is not None
-    ]
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in own]
+    own = (p for module in modules for p in module._parameters.values())
+    learned = [p for p in own if p is not None and p.requires_grad]
     with torch.inference_mode(False), preserve_rng_state(), _plain_forwards(modules):
         buffers = [
             (buffer, buffer.clone())
@@ -74,20 +66,15 @@ def frozen(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
         try:
             if not plain:
                 model.eval()
-            # Setting takes longer than asking.
-            for parameter in own:
-                if parameter.requires_grad:
-                    parameter.requires_grad = False
+            for parameter in learned:
+                parameter.requires_grad = False
             yield
         finally:
             for module, training in modes:
                 if module.training != training:
                     module.training = training
-            for parameter, requires_grad, grad in flags:
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad = requires_grad
-                if parameter.grad is not grad:
-                    parameter.grad = grad
+            for parameter in learned:
+                parameter.requires_grad = True
             with torch.no_grad():
                 for buffer, value in buffers:
                     # Writing equal values too would break graphs that hold the buffer.
