@@ -1,9 +1,9 @@
 """Where boxes are explained: the maps of a layer, and the boxes' gradients on them.
 
 The gradient of a box at the level that made it is zero farther than the level's radius
-from its anchor. So boxes of different levels, and boxes of one level whose windows do
-not overlap, share a *colour*: one backward pass of the sum of their scalars, out of
-which each window is read. That is exact, and serves every method that needs gradients.
+from its anchor. So one pass through the head, on the windows of all boxes, gives what a
+pass for each gives on the whole maps. That is used where the raw outputs at the anchors
+come out as they were, and serves every method that needs gradients.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ import torch
 
 from ..errors import FeatureShapeError
 from ..network.graph import PredictionGraph, TapKey, gradients
-from ..network.levels import Level, Pyramid
+from ..network.levels import Pyramid
 from ..network.maps import token_slices
 from ..network.trace import CallTrace
+from ..network.windows import Window, WindowedHead, agree
 from ..records import LayerMap
 from .anchors import Anchor, wanted_outputs
 from .targets import BOX_SIDES, ChosenBoxes, Target
 
 PIXELS = "image"
 """What stands for a layer where the pixels themselves are explained."""
+# Boxes that share a pass: what a pass keeps in memory grows with them.
+_WINDOWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -90,43 +93,6 @@ def views_of(graph: PredictionGraph, taps: Iterable[TapKey]) -> list[View]:
     return views
 
 
-class Window(NamedTuple):
-    """A rectangle of cells of a map."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    @classmethod
-    def around(cls, cell: Sequence[int], level: Level, map_hw: Sequence[int]) -> Window:
-        """What a box with its anchor in a cell depends on; moved into the map."""
-        if level.radius is None:
-            return cls(0, 0, *map_hw)
-        sizes = [min(2 * level.radius + 1, whole) for whole in map_hw]
-        begins = [
-            min(max(position - level.radius, 0), whole - size)
-            for position, size, whole in zip(cell, sizes, map_hw)
-        ]
-        return cls(*begins, *sizes)
-
-    def cut(self, values: torch.Tensor) -> torch.Tensor:
-        """The part ``(..., a, b)`` of values ``(..., h, w)``."""
-        rows = slice(self.top, self.top + self.height)
-        return values[..., rows, self.left : self.left + self.width]
-
-    def pad(self, part: torch.Tensor, map_hw: Sequence[int]) -> torch.Tensor:
-        """The part on the whole map, zero elsewhere."""
-        whole = part.new_zeros(*part.shape[:-2], *map_hw)
-        self.cut(whole).copy_(part)
-        return whole
-
-    def overlaps(self, other: Window) -> bool:
-        """Whether windows of one size share cells."""
-        rows, columns = abs(self.top - other.top), abs(self.left - other.left)
-        return rows < self.height and columns < self.width
-
-
 @dataclass
 class Case:
     """One image and one target while it is being explained.
@@ -151,7 +117,7 @@ class Case:
         """Those of one box, through the head alone where its anchor is known."""
         if self.anchors is None or not self.anchors[k].entries:
             return gradients(self.scalars[k], tensors)
-        return _through_head(self.graph, [self.anchors[k]], tensors)
+        return _through_head(self.graph, self.anchors[k], tensors)
 
 
 @dataclass
@@ -221,12 +187,11 @@ def spots_of_levels(
         spot = Spot(View(level.tap.title, level.tap, tensor))
         spot = spots.setdefault(level.tap, spot)
         spot.members.append(k)
-        spot.windows.append(Window.around(anchor.cell, level, tensor.shape[-2:]))
-        placed.append(_Placed(k, anchor, spot, spot.windows[-1]))
+        window = Window.around(anchor.cell, level.radius, tensor.shape[-2:])
+        spot.windows.append(window)
+        placed.append(_Placed(k, anchor, spot, window))
     if with_gradients:
-        slopes: dict[int, torch.Tensor] = {}
-        for group in colours(placed, separate=pyramid.separate):
-            slopes |= _colour_gradients(case, group)
+        slopes = _gradients_in_windows(case, placed, pyramid.head)
         for k, _, spot, _ in placed:
             spot.gradients.append(slopes[k])
     return [*spots.values(), *others]
@@ -245,48 +210,74 @@ class _Placed(NamedTuple):
     window: Window
 
 
-def colours(placed: Sequence[_Placed], *, separate: bool) -> list[list[_Placed]]:
-    """Groups of boxes no two of which have gradients in the same cells.
+def _gradients_in_windows(
+    case: Case, placed: Sequence[_Placed], head: WindowedHead | None
+) -> dict[int, torch.Tensor]:
+    """Gradients of boxes in their windows, many by one pass where that is faster."""
+    # Running the head again on some cells costs as much as a pass through thrice them.
+    cells = 3 * sum(box.window.height * box.window.width for box in placed)
+    whole = sum(box.spot.view.tensor[0, 0].numel() for box in placed)
+    slopes: dict[int, torch.Tensor] = {}
+    if head is not None and len(placed) > 1 and cells < whole:
+        for begin in range(0, len(placed), _WINDOWS_AT_ONCE):
+            part = placed[begin : begin + _WINDOWS_AT_ONCE]
+            slopes |= _through_windows(case, part, head)
+    for number, anchor, spot, window in placed:
+        if number not in slopes:
+            (slope,) = _through_head(case.graph, anchor, [spot.view.tensor])
+            slope = torch.zeros_like(spot.view.tensor) if slope is None else slope
+            slopes[number] = window.cut(slope[0])
+    return slopes
 
-    If levels are separate, boxes of different ones never collide.
-    """
 
-    def collide(one: _Placed, other: _Placed) -> bool:
-        if one.spot is not other.spot:
-            return not separate
-        return one.window.overlaps(other.window)
-
-    groups: list[list[_Placed]] = []
+def _through_windows(
+    case: Case, placed: Sequence[_Placed], head: WindowedHead
+) -> dict[int, torch.Tensor]:
+    """The same by one pass; nothing if the head gives other values in windows."""
+    rows: dict[TapKey, list[_Placed]] = {tap: [] for tap in head.blocks}
     for box in placed:
-        free = (g for g in groups if not any(collide(box, other) for other in g))
-        group = next(free, None)
-        if group is None:
-            groups.append(group := [])
-        group.append(box)
-    return groups
-
-
-def _colour_gradients(case: Case, group: Sequence[_Placed]) -> dict[int, torch.Tensor]:
-    """Gradients of boxes in their windows, by one pass."""
-    tensors = {box.spot.view.tap: box.spot.view.tensor for box in group}
-    anchors = [box.anchor for box in group]
-    slopes = _through_head(case.graph, anchors, list(tensors.values()))
-    at = {
-        tap: torch.zeros_like(tensor) if slope is None else slope
-        for (tap, tensor), slope in zip(tensors.items(), slopes)
+        rows[box.spot.view.tap].append(box)
+    inputs = {}
+    for tap, boxes in rows.items():
+        whole = case.graph.taps[tap].detach()
+        cuts = [box.window.cut(whole) for box in boxes] or [whole[..., :1, :1]]
+        inputs[tap] = torch.cat(cuts).requires_grad_()
+    with torch.enable_grad():
+        outputs = head.run(inputs)
+    slopes = {}
+    for key in wanted_outputs([box.anchor for box in placed]):
+        slopes[key] = torch.zeros_like(outputs[key])
+        own = [
+            (entries, [row, 0, -box.window.top, -box.window.left])
+            for boxes in rows.values()
+            for row, box in enumerate(boxes)
+            for entries in box.anchor.entries
+            if entries.key == key
+        ]
+        places = torch.cat([e.places + e.places.new_tensor(to) for e, to in own])
+        at = tuple(places.t())
+        if not agree(outputs[key][at], torch.cat([e.values for e, _ in own])):
+            return {}
+        slopes[key][at] = torch.cat([e.gradient for e, _ in own])
+    given = [outputs[key] for key in slopes]
+    found = gradients(given, list(inputs.values()), slopes=list(slopes.values()))
+    return {
+        box.number: part
+        for boxes, slope in zip(rows.values(), found)
+        if slope is not None
+        for box, part in zip(boxes, slope)
     }
-    return {box.number: box.window.cut(at[box.spot.view.tap][0]) for box in group}
 
 
 def _through_head(
-    graph: PredictionGraph, anchors: Sequence[Anchor], tensors: Sequence[torch.Tensor]
+    graph: PredictionGraph, anchor: Anchor, tensors: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor | None]:
-    """Gradients of the sum of scalars; to first order one is its anchor's elements."""
-    outputs = {key: graph.head_outputs[key] for key in wanted_outputs(anchors)}
-    slopes = {key: torch.zeros_like(output) for key, output in outputs.items()}
-    for entries in (entries for anchor in anchors for entries in anchor.entries):
-        slopes[entries.key][tuple(entries.places.t())] = entries.gradient
-    return gradients(list(outputs.values()), tensors, slopes=list(slopes.values()))
+    """Gradients of a scalar, which to first order is its anchor's elements."""
+    outputs = [graph.head_outputs[key] for key in anchor.keys]
+    slopes = [torch.zeros_like(output) for output in outputs]
+    for slope, entries in zip(slopes, anchor.entries):
+        slope[tuple(entries.places.t())] = entries.gradient
+    return gradients(outputs, tensors, slopes=slopes)
 
 
 def derivatives(

@@ -7,7 +7,7 @@ cell, is measured once by gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,19 @@ import torch
 from torch import nn
 
 from ..errors import VisConfigError
-from .graph import GraphForward, HeadKey, PredictionGraph, TapKey, TapPoint, gradients
+from .graph import (
+    GraphForward,
+    HeadKey,
+    PredictionGraph,
+    TapKey,
+    TapPoint,
+    gradients,
+    head_modules,
+)
 from .layer_path import bracketed
 from .nested import flatten_tensors
 from .trace import CallKey, CallTrace
+from .windows import Window, WindowedHead, agree
 
 # What a detector ends its features with, the last one first.
 _LAST_MAPS = ("encoder", "neck", "backbone")
@@ -42,12 +51,12 @@ class Level:
 class Pyramid:
     """The levels of a detector in the order of the network, and where to tap for all.
 
-    They are separate if no raw output of one has a gradient at the map of another.
+    ``head`` can be run on windows of the levels; None if not.
     """
 
     points: tuple[TapPoint, ...]
     levels: tuple[Level, ...]
-    separate: bool = True
+    head: WindowedHead | None = None
 
     def level_of(self, outputs: Iterable[HeadKey]) -> Level | None:
         """The level on which all the raw outputs depend, None if that is not one."""
@@ -88,8 +97,9 @@ def survey(
     point = last_maps(detector)
     graph = GraphForward(detector, [point]).run(inputs, metainfo)
     levels = [_measured(Level(tap, _own(graph, tap)), graph) for tap in graph.taps]
+    own: dict[TapKey, nn.Module | None] = dict.fromkeys(graph.taps)
     if not any(level.radius == 0 for level in levels):
-        return Pyramid((point,), tuple(levels))
+        return Pyramid((point,), tuple(levels), _windowed(detector, graph, levels, own))
     calls = trace()
     moved = [
         _producer(detector, calls, level.tap) if level.radius == 0 else None
@@ -97,17 +107,50 @@ def survey(
     ]
     points = [producer[0] for producer in moved if producer is not None]
     if not points:
-        return Pyramid((point,), tuple(levels))
-    separate = all(moved)
-    if not separate:
+        return Pyramid((point,), tuple(levels), _windowed(detector, graph, levels, own))
+    if not all(moved):
         # A graph that began at one level's block would be cut off from its map.
         points = [*(replace(moved_point, cut=False) for moved_point in points), point]
     graph = GraphForward(detector, points).run(inputs, metainfo)
+    blocks: dict[TapKey, nn.Module | None] = {}
     for number, producer in enumerate(moved):
         if producer is not None:
             tap = TapKey(producer[0].layer, producer[1], ())
             levels[number] = _measured(replace(levels[number], tap=tap), graph)
-    return Pyramid(tuple(points), tuple(levels), separate)
+        blocks[levels[number].tap] = producer[0].module if producer else None
+    head = _windowed(detector, graph, levels, blocks)
+    return Pyramid(tuple(points), tuple(levels), head)
+
+
+def _windowed(
+    detector: nn.Module,
+    graph: PredictionGraph,
+    levels: Sequence[Level],
+    blocks: Mapping[TapKey, nn.Module | None],
+) -> WindowedHead | None:
+    """The head, if it gives for central windows what it gave in the network."""
+    heads = head_modules(detector)
+    if len(heads) != 1 or not all(level.outputs for level in levels):
+        return None
+    ((path, module),) = heads.items()
+    head = WindowedHead(path, module, blocks)
+    inputs, centres = {}, []
+    for number, level in enumerate(levels):
+        height, width = map_hw = graph.taps[level.tap].shape[-2:]
+        window = Window.around((height // 2, width // 2), level.radius, map_hw)
+        part = window.cut(graph.taps[level.tap].detach())
+        inputs[level.tap] = part.repeat(number + 1, 1, 1, 1)  # as many as anything else
+        row, column = height // 2 - window.top, width // 2 - window.left
+        for key in level.outputs:
+            expected = window.cut(graph.head_outputs[key].detach())[..., row, column]
+            centres.append((key, row, column, expected))
+    try:
+        with torch.no_grad():
+            found = head.run(inputs)
+        fits = all(agree(found[k][-1:, :, y, x], value) for k, y, x, value in centres)
+    except Exception:  # whatever a head raises that takes something else
+        return None
+    return head if fits else None
 
 
 def _own(graph: PredictionGraph, tap: TapKey) -> frozenset[HeadKey]:

@@ -56,6 +56,42 @@ def test_the_map_of_each_box_is_that_of_plain_autograd(name):
     assert shown >= 3
 
 
+class Growing(nn.Module):
+    """Looks at where a cell is, and leaves the central one as it is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = x.shape[-1]
+        return x * (1 + 0.05 * (torch.arange(width) - width // 2))
+
+
+@pytest.mark.parametrize("name", ["yolov8", "yolov5"])
+def test_boxes_share_a_pass_unless_the_head_looks_beyond_windows(name):
+    plain = build_family(name)
+    placed = dataclasses.replace(plain, detector=copy.deepcopy(plain.detector))
+    preds = "cls_preds" if name == "yolov8" else "convs_pred"
+    for conv in getattr(placed.detector.bbox_head.head_module, preds):
+        last = conv[-1] if name == "yolov8" else conv
+        last.register_forward_hook(lambda module, args, output: Growing()(output))
+    for family in (plain, placed):
+        own, calls = attributor(family, topk=12), []
+        given = family.inputs, family.data_samples[0].metainfo
+        own.explain(*given)
+        head = family.detector.bbox_head
+        handle = head.register_forward_hook(lambda *given, calls=calls: calls.append(1))
+        try:
+            _, explanations = own.explain(*given)
+            assert len(calls) == 2  # predict's, and one on windows
+            own.choose = lambda predictions: [0]
+            own.explain(*given)
+            assert len(calls) == 3  # a single box needs no windows
+        finally:
+            handle.remove()
+        for explanation, maps in zip(explanations, references(family, 12)):
+            expected = layercam(*most_influential(maps))
+            if expected.max() > 0:
+                assert agrees(explanation.maps[0].saliency, expected)
+
+
 class Copying(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 1
