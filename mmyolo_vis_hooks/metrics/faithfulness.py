@@ -62,6 +62,8 @@ def subjects_of(
             among the final detections of the class.
         batch_size (int): How many images run at once. Defaults to 8.
     """
+    if not chosen:
+        return []
     score = score or final_scores(detector, predictions, list(chosen), metainfo)
     image = _ChangedImage(detector, inputs, score, batch_size)
     height, width = metainfo["ori_shape"][:2]

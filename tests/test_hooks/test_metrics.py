@@ -98,8 +98,9 @@ def test_each_pass_of_a_loop_is_measured_by_itself(tmp_path, toy_data):
     assert set(logged(runner, "val")) == {"teacher/energy_box", "student/energy_box"}
 
 
-def test_nothing_is_logged_that_was_not_asked_for(tmp_path, toy_data):
-    assert logged(measured(tmp_path, toy_data, metrics=[])) == {}
+def test_nothing_is_logged_that_was_not_asked_for_or_of_no_box(tmp_path, toy_data):
+    assert logged(measured(tmp_path / "none", toy_data, metrics=[])) == {}
+    assert logged(measured(tmp_path / "no_box", toy_data, score_thr=1.0)) == {}
 
 
 def test_what_is_unknown_is_refused_before_the_run(tmp_path, toy_data):
