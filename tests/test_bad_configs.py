@@ -150,7 +150,13 @@ STEPS = st.one_of(
     st.builds(lambda s: dict(type="mmyolo.LetterResize", scale=(s, s)), SIZES),
     st.builds(lambda s: dict(type="mmdet.Pad", size_divisor=s), st.integers(1, 64)),
     st.builds(lambda p: dict(type="mmdet.RandomFlip", prob=float(p)), st.booleans()),
-    st.builds(lambda s: dict(type="mmdet.RandomCrop", crop_size=(s, s)), SIZES),
+    st.builds(
+        # Else it gives no image at all where there is no object in it, now and then.
+        lambda s: dict(
+            type="mmdet.RandomCrop", crop_size=(s, s), allow_negative_crop=True
+        ),
+        SIZES,
+    ),
     st.just(dict(type="mmdet.PhotoMetricDistortion")),
     st.just(dict(type="mmdet.RandomShift", prob=1.0)),
 )

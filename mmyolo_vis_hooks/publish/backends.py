@@ -171,6 +171,7 @@ class WandbAdapter(BackendAdapter):
     def __init__(self, backend: Any) -> None:
         super().__init__(backend)
         self._row: dict[str, Any] = {}
+        self._boxed: dict[str, Any] = {}
         self._tables: dict[str, list[list[Any]]] = {}
         self._run_id: str | None = None
 
@@ -203,7 +204,7 @@ class WandbAdapter(BackendAdapter):
             },
             classes=[dict(id=label, name=name) for label, name in names.items()],
         )
-        self._row[f"{tag}/boxes"] = shown
+        self._boxed[f"{tag}/boxes"] = shown
         if table:
             title = tag.rpartition("/")[0]
             self._tables.setdefault(f"{title}/table", []).append(
@@ -220,16 +221,18 @@ class WandbAdapter(BackendAdapter):
 
     def finish(self, commit: bool) -> list[str]:
         """Log the row; it stays open for metrics that come later."""
-        row, self._row = self._row, {}
+        pictures, self._row = self._row, {}
+        boxed, self._boxed = self._boxed, {}
         tables, self._tables = self._tables, {}
-        if row:
-            experiment = self.backend.experiment
+        if pictures:
+            experiment, columns = self.backend.experiment, list(self.COLUMNS)
+            row = {**pictures, **boxed}
             for tag, data in tables.items():
-                row[tag] = experiment.Table(columns=list(self.COLUMNS), data=data)
+                row[tag] = experiment.Table(columns=columns, data=data)
             self._run_id = getattr(experiment.run, "id", None)
             own_commit = getattr(self.backend, "_commit", True)
             experiment.log(row, commit=commit and own_commit)
-        return list(row)
+        return list(pictures)
 
     def reopen(self) -> None:
         """Go on with the run that was closed."""

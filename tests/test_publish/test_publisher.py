@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,7 @@ from mmyolo_vis_hooks.errors import ErrorPolicy, PublishError, VisConfigError
 from mmyolo_vis_hooks.publish import publisher as publisher_module
 from mmyolo_vis_hooks.publish.publisher import Publisher
 from mmyolo_vis_hooks.publish.writer import Writer
-from mmyolo_vis_hooks.records import VisImage
+from mmyolo_vis_hooks.records import BoxedImage, Detections, VisImage
 from tests import wandb_file
 from tests.test_hooks.helpers import box_spy, pictures, spy, vis_hooks
 from tests.toy import toy_config
@@ -225,7 +226,7 @@ def test_what_waits_for_a_row_is_published_with_it():
     class Experiment:
         run, rows = None, []
 
-        def Image(self, image, caption):
+        def Image(self, image, caption, **boxes):
             return caption
 
         def log(self, row, commit):
@@ -237,14 +238,15 @@ def test_what_waits_for_a_row_is_published_with_it():
         experiment = Experiment()
 
     publisher, policy = make_publisher({"W&B": WandbVisBackend()})
-    publisher.publish("val", PICTURE, 3)
+    boxed = BoxedImage(PICTURE.image_rgb, Detections())
+    publisher.publish("val", replace(PICTURE, boxed=boxed), 3)
     assert publisher.num_published == 0
     publisher.finish(commit=False)
     publisher.publish("val", PICTURE, 4)
     publisher.finish(commit=True)
     assert (publisher.num_published, policy.num_failures) == (1, 1)
-    expected = [({TAG: f"{TAG} @ 3"}, False), ({TAG: f"{TAG} @ 4"}, True)]
-    assert Experiment.rows == expected
+    first = {tag: f"{tag} @ 3" for tag in (TAG, f"{TAG}/boxes")}
+    assert Experiment.rows == [(first, False), ({TAG: f"{TAG} @ 4"}, True)]
 
 
 def test_files_are_written_beside_the_loop(tmp_path, monkeypatch):
