@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from .checks import class_list
 from .data.samples import labels_of
 from .declare import read_options
 from .errors import VisConfigError
-from .options import class_list
 from .publish.files import RESULT_SUFFIXES, encode, write_result
 from .publish.html_page import HtmlPage
 from .records import Activation, BoxExplanation, BoxSample, Detections, VisSample

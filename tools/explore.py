@@ -116,13 +116,17 @@ def start(args: argparse.Namespace) -> tuple[Any, str]:
         ) from error
     from _explore_page import CSS, Page
 
-    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page = Page(args, *open_views(args)).build()
     try:
         _, url, _ = page.launch(
             server_name=args.host,
             server_port=args.port,
-            theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts),
+            theme=gr.themes.Default(
+                primary_hue="blue",
+                neutral_hue="slate",
+                font=["system-ui", "sans-serif"],
+                font_mono=["monospace"],
+            ),
             css=CSS,
             footer_links=[],
             prevent_thread_lock=True,

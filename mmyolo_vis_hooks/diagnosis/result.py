@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..checks import class_list
 from ..data.samples import labels_of
 from ..errors import VisConfigError
-from ..options import class_list
 from ..publish.files import encode, write_result
 from ..records import Detections
 from ..render.boxes import class_name

@@ -164,11 +164,9 @@ def test_all_outputs_of_layers_are_drawn(drawn, real):
     layers = [f"{layer}[{i}]" for layer in ("backbone", "neck") for i in range(3)]
     assert run.titles == layers
     image, *maps = sorted(run.cells, key=lambda cell: -cell.size)
-    assert image.shape == (576, 768, 3)
     assert [cell.shape for cell in maps] == [(288, 384, 3)] * 6
     assert sorted({name for name, _ in run.boxes}) == sorted(FOUND)
-    # The image has boxes drawn on it, but is the image.
-    assert 0 < differs(image, real.image_rgb) < 12
+    assert 0 < differs(image, real.image_rgb) < 12  # it has boxes drawn on it
     options = FeatMapOptions(channel_reduction="select_max")
     small_rgb = cv2.resize(real.image_rgb, (384, 288), interpolation=cv2.INTER_AREA)
     for cell, level in zip(maps, network_maps(real)):
