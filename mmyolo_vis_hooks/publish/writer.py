@@ -52,6 +52,9 @@ class Writer:
         Raises:
             Exception: That of a job.
         """
+        # Not in shutdown: where Ctrl-C cuts off a thread's join, Python 3.11 takes the
+        # thread for ended, and leaves in the middle of a file.
+        wait_for(list(self._jobs))
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.shutdown()
