@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
-import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
 
 from _common import ToolError, add_cfg_options, check_checkpoint, merge_options
+from _dataset import add_data_arguments, build_dataset, objects_of
 from _kept import Kept, digest, digest_of_weights, progress
 from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
-from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
+from mmyolo_vis_hooks.data.selector import ImageSelector
 from mmyolo_vis_hooks.declare import add_arguments, options_from
 from mmyolo_vis_hooks.detector import (
     build_detector,
@@ -32,7 +30,6 @@ from mmyolo_vis_hooks.detector import (
 from mmyolo_vis_hooks.diagnosis.compare import Change
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
 from mmyolo_vis_hooks.diagnosis.export import ImageFile
-from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
 from mmyolo_vis_hooks.diagnosis.report import ErrorRecord, ErrorReport, ImageErrors
 from mmyolo_vis_hooks.options import DiagnosisOptions
 from mmyolo_vis_hooks.publish.errors_page import PageImages
@@ -42,28 +39,13 @@ logger = logging.getLogger("mmyolo_vis_hooks")
 
 def add_shared_arguments(parser: argparse.ArgumentParser, out_dir: str) -> None:
     """Add the arguments that these programs have alike."""
-    parser.add_argument(
-        "--split",
-        choices=["val", "test"],
-        default="val",
-        help="whose data set is looked at (default: val)",
-    )
-    parser.add_argument(
-        "--out-dir",
-        default=out_dir,
-        help=f"folder of what is written (default: {out_dir})",
-    )
+    add_data_arguments(parser, out_dir)
     parser.add_argument(
         "--num-pictures",
         type=int,
         default=100,
         help="maps and pictures of so many images, those that lose most; -1 all "
         "(default: 100)",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda:0" if torch.cuda.is_available() else "cpu",
-        help="where the network runs: cuda:0 is the first GPU",
     )
     add_arguments(parser, DiagnosisOptions)
     add_cfg_options(parser)
@@ -81,14 +63,14 @@ def read_merged(
     return config
 
 
-def build_dataset(config: Config, split: str, option: str) -> Any:
-    """The data set of a config's dataloader; the option is the one that names it."""
-    loader = config.get(f"{split}_dataloader")
-    if not loader:
-        raise ToolError(f"{option} {split}: the config has no such dataloader")
-    scope = DefaultScope.overwrite_default_scope(config.get("default_scope"))
-    with scope, contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        return DATASETS.build(loader.dataset)
+def check_classes(names_a: Sequence[str], names_b: Sequence[str]) -> None:
+    """Make sure that two detectors have the same classes."""
+    for label, (own, other) in enumerate(zip_longest(names_a, names_b)):
+        if own != other:
+            raise ToolError(
+                f"class {label} is {own or 'none'} of A and {other or 'none'} of B; "
+                "compare checkpoints of the same classes in the same order"
+            )
 
 
 class Errors:
@@ -99,12 +81,12 @@ class Errors:
     ) -> None:
         self.options = options_from(args, DiagnosisOptions)
         self.detector = build_detector(config, check_device(args.device))
-        dataset = build_dataset(config, args.split, "--split")
+        dataset = build_dataset(config, args.split)
         images = ImageSelector(dataset, -1, None).images
         self.images = {image.image_id: image for image in images}
         metainfo = load_weights(self.detector, checkpoint)
         self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
-        self.truths = {name: self._truth(image) for name, image in self.images.items()}
+        self.truths = {name: objects_of(own) for name, own in self.images.items()}
         self.num_objects: Counter[int] = Counter()
         for truth in self.truths.values():
             self.num_objects.update(truth.labels[~truth.ignored].tolist())
@@ -125,15 +107,6 @@ class Errors:
             objects=digest(part for truth in truths for part in truth.parts()),
             **self.thresholds,
         )
-
-    def _truth(self, image: SelectedImage) -> GroundTruth:
-        info = image.dataset.get_data_info(image.index)
-        if "instances" not in info:
-            raise ToolError(
-                f"the data set {type(image.dataset).__name__} has no annotated objects "
-                f"(image {image.image_id}); --split val or --cfg-options name one"
-            )
-        return GroundTruth.of(info["instances"])
 
     @property
     def files(self) -> dict[str, ImageFile]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,11 +15,11 @@ import numpy as np
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import InstanceData
 from torch import nn
 
 from _common import ToolError
+from _dataset import build_dataset, objects_of
 from _peers import MMYOLO_DEMO, PEERS, mmyolo_demo
 from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
 from mmyolo_vis_hooks.data.alignment import (
@@ -39,7 +38,7 @@ from mmyolo_vis_hooks.detector import (
     classes_and_palette,
     load_weights,
 )
-from mmyolo_vis_hooks.diagnosis.matching import GroundTruth, match
+from mmyolo_vis_hooks.diagnosis.matching import match
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
 from mmyolo_vis_hooks.metrics.metric import Metric, Subject
@@ -108,12 +107,7 @@ class Evaluation:
         per_image: int,
     ) -> None:
         self.detector = build_detector(config, check_device(device))
-        loader = config.get(f"{split}_dataloader")
-        if not loader:
-            raise ToolError(f"--split {split}: the config has no such dataloader")
-        scope = DefaultScope.overwrite_default_scope(config.get("default_scope"))
-        with scope, contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-            dataset = DATASETS.build(loader.dataset)
+        dataset = build_dataset(config, split)
         self.images = ImageSelector(dataset, -1, None).images
         metainfo = load_weights(self.detector, checkpoint)
         self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
@@ -129,16 +123,6 @@ class Evaluation:
                 self._methods[name] = _Chosen(self.detector, options, logger=logger)
         self._placements: dict[int, Placement] = {}
 
-    def truth(self, image: SelectedImage) -> GroundTruth:
-        """The objects of an image."""
-        info = image.dataset.get_data_info(image.index)
-        if "instances" not in info:
-            raise ToolError(
-                f"the data set {type(image.dataset).__name__} has no annotated objects "
-                f"(image {image.image_id}); --split val or --cfg-options name one"
-            )
-        return GroundTruth.of(info["instances"])
-
     def find(self, image: SelectedImage) -> tuple[Look, list[int]]:
         """The forward of an image, and which of its detections are looked at.
 
@@ -152,7 +136,7 @@ class Evaluation:
         found = detections_of(output)
         hits = [
             hit.detection
-            for hit in match(found, self.truth(image)).hits
+            for hit in match(found, objects_of(image)).hits
             if found.scores[hit.detection] > self._score_thr
         ]
         return Look(inputs, metainfo, output.pred_instances), hits[: self._per_image]

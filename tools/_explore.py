@@ -15,7 +15,7 @@ from mmengine.config import Config
 from torch import nn
 
 from _common import ToolError
-from _errors import build_dataset
+from _dataset import build_dataset, objects_of
 from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded, prepare_data
 from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
@@ -100,15 +100,11 @@ def photos_of_dataset(
         pipeline = pipelines[id(own)]
         load = partial(prepare_data, own, image.index, pipeline.load)
         info = own.get_data_info(image.index)
-        truth = partial(_objects_of, image) if "instances" in info else None
+        truth = partial(objects_of, image) if "instances" in info else None
         return Photo(image.image_id, load, pipeline, truth)
 
     images = ImageSelector(dataset, -1, None).images
     return [photo(image) for image in images], dataset.metainfo
-
-
-def _objects_of(image: SelectedImage) -> GroundTruth:
-    return GroundTruth.of(image.dataset.get_data_info(image.index)["instances"])
 
 
 class View:
@@ -117,7 +113,7 @@ class View:
     def __init__(
         self, photos: Sequence[Photo], detector: nn.Module, names: Sequence[str]
     ) -> None:
-        self.photos, self.detector = photos, detector
+        self.photos, self.detector, self.names = photos, detector, tuple(names)
         self._live = LiveDetector(detector, names, logger)
         self._placements: dict[int, Placement] = {}
         self.look = functools.lru_cache(_KEPT_LOOKS)(self._look)
@@ -157,7 +153,7 @@ class Spot:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the controls of the page say."""
+    """What the controls of the page say; each detector has an NMS of its own."""
 
     options: DiagnosisOptions
     nms_iou_thr: float | None = None

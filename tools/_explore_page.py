@@ -172,9 +172,10 @@ class Page:
 
     def _settings(self, score_thr: float, nms: float, *rest: Any) -> Settings:
         method, target, layer, label = rest
+        closing = self._first.closing
         return Settings(
             replace(self._options, score_thr=score_thr),
-            None if self._first.closing is None else nms,
+            None if closing is None or nms == closing.iou_thr else nms,
             None if label < 0 else label,
             method,
             target,

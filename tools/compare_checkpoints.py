@@ -13,7 +13,6 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from _common import ToolError, config_mistakes, run_tool
-from _errors import Errors, add_shared_arguments, commonest, read_merged
+from _dataset import add_config
+from _errors import (
+    Errors,
+    add_shared_arguments,
+    check_classes,
+    commonest,
+    read_merged,
+)
 from _kept import Kept, open_out_dir, progress
 from mmyolo_vis_hooks.diagnosis.compare import (
     BROKEN,
@@ -35,8 +41,9 @@ from mmyolo_vis_hooks.diagnosis.compare import (
     compare_image,
     summarize,
 )
+from mmyolo_vis_hooks.diagnosis.cost import SIZES
 from mmyolo_vis_hooks.diagnosis.maps import ErrorMap
-from mmyolo_vis_hooks.diagnosis.report import FOUND, KINDS, SIZES, as_written, csv_text
+from mmyolo_vis_hooks.diagnosis.report import FOUND, KINDS, as_written, csv_text
 from mmyolo_vis_hooks.diagnosis.result import Found, Missed
 from mmyolo_vis_hooks.publish.errors_page import (
     ASSETS,
@@ -56,9 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Say what changed from one checkpoint to another, object by object"
     )
-    parser.add_argument(
-        "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
-    )
+    add_config(parser)
     parser.add_argument("a", help="the first checkpoint, a path or an address")
     parser.add_argument("b", help="the second")
     parser.add_argument("--config-b", help="config of the second, if it has another")
@@ -68,12 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 def check_alike(a: Errors, b: Errors) -> None:
     """Make sure that the same objects are looked at."""
-    for label, (own, other) in enumerate(zip_longest(a.names, b.names)):
-        if own != other:
-            raise ToolError(
-                f"class {label} is {own or 'none'} of A and {other or 'none'} of B; "
-                "compare checkpoints of the same classes in the same order"
-            )
+    check_classes(a.names, b.names)
     if a.images.keys() != b.images.keys() or any(
         truth.parts() != b.truths[name].parts() for name, truth in a.truths.items()
     ):

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from _common import (
     ToolError,
@@ -29,6 +28,7 @@ from _common import (
     print_table,
     run_tool,
 )
+from _dataset import add_config, add_data_arguments, objects_of
 from _evaluation import Evaluation, measure
 from _kept import Kept, digest, digest_of_weights, open_out_dir, progress
 from _quality_report import (
@@ -51,9 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Measure how well maps tell what made the detections"
     )
-    parser.add_argument(
-        "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
-    )
+    add_config(parser)
     parser.add_argument("checkpoint", help="its weights, a path or an address")
     parser.add_argument(
         "--methods",
@@ -105,17 +103,7 @@ def parse_args() -> argparse.Namespace:
         help="method or baseline that the others are compared with, detection by "
         "detection (default: Gaussian)",
     )
-    parser.add_argument(
-        "--split",
-        choices=["val", "test"],
-        default="val",
-        help="whose data set is looked at (default: val)",
-    )
-    parser.add_argument(
-        "--out-dir",
-        default="./boxam_quality",
-        help="folder of what is written (default: ./boxam_quality)",
-    )
+    add_data_arguments(parser, "./boxam_quality")
     parser.add_argument(
         "--num-pictures",
         type=int,
@@ -128,11 +116,6 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="also look whether maps change when the weights are made random, of "
         "methods that need no more than gradients",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda:0" if torch.cuda.is_available() else "cpu",
-        help="where the network runs: cuda:0 is the first GPU",
     )
     add_cfg_options(parser)
     return parser.parse_args()
@@ -240,7 +223,7 @@ def main() -> None:
             score_thr=args.score_thr,
             per_image=args.per_image,
         )
-    truths = [evaluation.truth(image) for image in evaluation.images]
+    truths = [objects_of(image) for image in evaluation.images]
     settings = dict(
         config=digest([repr(config.to_dict()).encode()]),
         weights=digest_of_weights(evaluation.detector),

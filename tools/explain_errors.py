@@ -22,18 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from _common import config_mistakes, run_tool
+from _dataset import add_config
 from _errors import Errors, add_shared_arguments, commonest, read_merged
 from _kept import Kept, open_out_dir, progress
+from mmyolo_vis_hooks.diagnosis.cost import MISSED, SIZES
 from mmyolo_vis_hooks.diagnosis.export import Export
 from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS
 from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS
-from mmyolo_vis_hooks.diagnosis.report import (
-    KINDS,
-    MISSED,
-    SIZES,
-    ErrorRecord,
-    ErrorReport,
-)
+from mmyolo_vis_hooks.diagnosis.report import KINDS, ErrorRecord, ErrorReport
 from mmyolo_vis_hooks.diagnosis.result import FalsePositive, Missed
 from mmyolo_vis_hooks.publish.errors_page import (
     ASSETS,
@@ -58,9 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Say why objects are missed and where false positives come from"
     )
-    parser.add_argument(
-        "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
-    )
+    add_config(parser)
     parser.add_argument("checkpoint", help="its weights, a path or an address")
     parser.add_argument(
         "--fiftyone",
@@ -77,11 +71,10 @@ def print_report(report: ErrorReport) -> None:
         title=f"{summary['images']} images, {summary['hits']} objects found, "
         f"AP {summary['ap']:.3f}"
     )
-    for column in ("", "kind", "count", "small", "medium", "large", "AP if mended"):
+    for column in ("", "kind", "count", *SIZES, "AP if\nmended", *SIZES):
         table.add_column(column, justify="left" if column in ("", "kind") else "right")
-    for group, kind, counts, gain in report.table():
-        shown = "" if gain is None else f"+{gain:.3f}"
-        table.add_row(group, kind, *map(str, counts), shown)
+    for group, kind, counts, gains in report.table():
+        table.add_row(group, kind, *map(str, counts), *(f"+{own:.3f}" for own in gains))
     console = Console(width=100)
     console.print(table)
 

@@ -14,9 +14,8 @@ import getpass
 import os
 import platform
 import webbrowser
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from _common import (
     ToolError,
@@ -26,6 +25,8 @@ from _common import (
     merge_options,
     run_tool,
 )
+from _dataset import add_config, add_device
+from _errors import check_classes
 from _explore import View, photos_of_dataset, photos_of_files
 from mmyolo_vis_hooks.declare import add_arguments
 from mmyolo_vis_hooks.detector import (
@@ -43,9 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Look into a detector live, in a browser on this machine"
     )
-    parser.add_argument(
-        "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
-    )
+    add_config(parser)
     parser.add_argument("checkpoint", help="its weights, a path or an address")
     parser.add_argument(
         "images",
@@ -64,6 +63,11 @@ def parse_args() -> argparse.Namespace:
         "--compare", metavar="CHECKPOINT", help="other weights, shown beside the first"
     )
     parser.add_argument(
+        "--compare-config",
+        metavar="CONFIG",
+        help="config of these weights, if they have another",
+    )
+    parser.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen at (default: 127.0.0.1, for this machine alone)",
@@ -71,11 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--port", type=int, help="port; the first free one from 7860 if not given"
     )
-    parser.add_argument(
-        "--device",
-        default="cuda:0" if torch.cuda.is_available() else "cpu",
-        help="where the network runs: cuda:0 is the first GPU",
-    )
+    add_device(parser)
     add_arguments(parser, DiagnosisOptions, without=["topk"])
     add_cfg_options(parser)
     return parser.parse_args()
@@ -83,22 +83,38 @@ def parse_args() -> argparse.Namespace:
 
 def open_views(args: argparse.Namespace) -> tuple[list[View], tuple[str, ...]]:
     """The detectors on their images, and the names of the classes."""
-    config = read_config(args.config)
+    first = open_view(args, args.config, args.checkpoint)
+    if not args.compare:
+        return [first], first.names
+    second = open_view(args, args.compare_config or args.config, args.compare)
+    check_classes(first.names, second.names)
+    if [own.name for own in first.photos] != [own.name for own in second.photos]:
+        raise ToolError(
+            "--compare-config: its data set has other images; make them one with "
+            "--cfg-options, or name IMAGES"
+        )
+    # What is right is the same for both.
+    second.photos = [
+        replace(own, truth=other.truth)
+        for own, other in zip(second.photos, first.photos)
+    ]
+    return [first, second], first.names
+
+
+def open_view(args: argparse.Namespace, name: str, checkpoint: str) -> View:
+    """One detector on its images."""
+    config = read_config(name)
     merge_options(config, args.cfg_options)
-    with config_mistakes(args.config):
+    with config_mistakes(name):
         known = read_dataset(config).metainfo
         if args.images:
             photos = photos_of_files(args.images, config, args.image_channels)
         else:
             photos, known = photos_of_dataset(config, args.dataset, args.image_channels)
-        views = []
-        names: tuple[str, ...] = ()
-        for checkpoint in filter(None, [args.checkpoint, args.compare]):
-            detector = build_detector(config, check_device(args.device))
-            metainfo = load_weights(detector, checkpoint)
-            names, _ = classes_and_palette(metainfo, known)
-            views.append(View(photos, detector, names))
-    return views, names
+        detector = build_detector(config, check_device(args.device))
+        metainfo = load_weights(detector, checkpoint)
+        names, _ = classes_and_palette(metainfo, known)
+    return View(photos, detector, names)
 
 
 def start(args: argparse.Namespace) -> tuple[Any, str]:
@@ -106,6 +122,8 @@ def start(args: argparse.Namespace) -> tuple[Any, str]:
     check_checkpoint(args.checkpoint, "CHECKPOINT")
     if args.compare:
         check_checkpoint(args.compare, "--compare")
+    elif args.compare_config:
+        raise ToolError("--compare-config is of the weights of --compare: name them")
     # Read when Gradio is imported: it shall ask nobody for anything.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     try:

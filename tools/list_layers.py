@@ -15,6 +15,7 @@ from _common import (
     print_layers,
     run_tool,
 )
+from _dataset import add_config
 from mmyolo_vis_hooks.data.alignment import choose_alignment
 from mmyolo_vis_hooks.data.sources import ImageSource
 from mmyolo_vis_hooks.detector import (
@@ -31,9 +32,7 @@ def parse_args() -> argparse.Namespace:
         description="List the layers of a detector with the shapes, strides and "
         "parameters that an image gives"
     )
-    parser.add_argument(
-        "config", help="config file, or mmyolo::FOLDER/FILE.py for one of MMYOLO's"
-    )
+    add_config(parser)
     parser.add_argument("--img", help="image that says the size; --size is not needed")
     parser.add_argument(
         "--size",

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from .cost import share_lost, size_of
 from .diagnose import why_false
 from .matching import FalseAlarm, GroundTruth, box_iou, match
 from .mechanisms import MissedObject, sentence
-from .report import FOUND, KINDS, ImageErrors, kind_of, name_of, rounded, size_of
+from .report import FOUND, KINDS, ImageErrors, kind_of, name_of, rounded
 
 NOTHING = "nothing"
 MENDED, BROKEN = "mended", "broken"
@@ -125,7 +126,7 @@ class _Seen:
             None if own.box_xyxy is None else rounded(own.box_xyxy),
             None,
             sentence(own, self.found, self._truth, self._names, self._score_thr),
-            1 / self._num_objects[int(self._truth.labels[index])],
+            share_lost(self._truth.labels[index], self._num_objects),
         )
 
     def false(self, alarm: FalseAlarm) -> Side:
@@ -137,7 +138,7 @@ class _Seen:
             rounded(found.boxes_xyxy[index]),
             index,
             why_false(alarm, self.matches, found, self._truth, self._names),
-            score / max(1, self._num_objects.get(int(found.labels[index]), 0)),
+            share_lost(found.labels[index], self._num_objects, score),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,30 +13,37 @@ from .matching import BADLY_PLACED, CONFUSED, FALSE_KINDS, GroundTruth, Matches
 from .mechanisms import MECHANISMS, MissedObject
 
 MISSED = "missed"
+MISSED_KINDS = tuple(f"{MISSED}: {mechanism}" for mechanism in MECHANISMS)
+_MENDED = (*FALSE_KINDS, MISSED, *MISSED_KINDS)
+SIZES = ("small", "medium", "large")
+_LIMITS = (32**2, 96**2)  # COCO's, in square pixels
 _RECALLS = np.linspace(0, 1, 101)
 
 
 class _Entry(NamedTuple):
     """A detection that counts.
 
-    ``mended_label`` is its class once its error is mended, and None if it is then gone.
+    ``size`` is that of its object where it hit one. ``mended`` are class and size of
+    the object that it hits once its error is mended, None if it is then gone.
     """
 
     score: float
     label: int
+    size: str
     correct: bool
     kind: str = ""
-    mended_label: int | None = None
+    mended: tuple[int, str] | None = None
 
 
-class ClassCost(NamedTuple):
-    """What errors cost a class.
+class Cost(NamedTuple):
+    """What errors cost a class, or the objects of a size.
 
     Attributes:
         objects: How many there are.
         hits: How many were found.
         ap: At the IoU of the matches.
-        dap: How much it would rise if a kind were mended, by kind.
+        dap: How much it would rise if a kind were mended, by kind: those of false
+            positives, ``'missed'``, and :data:`MISSED_KINDS`.
     """
 
     objects: int
@@ -51,7 +58,7 @@ class ErrorCost:
     Mending follows TIDE (Bolya 2020): the best of the detections that are confused with
     a missed object, or badly placed on it, becomes a hit, and the others go, as do
     duplicates and boxes on background; a missed object that no detection could hit is
-    taken out of the objects.
+    taken out of the objects, and a class of which nothing is left out of the mean.
 
     Args:
         mechanisms (bool): Whether ``update`` is told why objects were missed. Their
@@ -68,8 +75,9 @@ class ErrorCost:
         self.false_alarms: Counter[str] = Counter()
         self.missed: Counter[str] = Counter()
         self._entries: list[_Entry] = []
-        self._objects: Counter[int] = Counter()
-        self._hopeless: Counter[int] = Counter()
+        # By class and size; those that no detection could hit also by the kind of miss.
+        self._objects: Counter[tuple[int, str]] = Counter()
+        self._hopeless: Counter[tuple[int, str, str]] = Counter()
 
     def update(
         self,
@@ -84,21 +92,29 @@ class ErrorCost:
         self.false_alarms.update(alarm.kind for alarm in matches.false_alarms)
         if self._mechanisms:
             self.missed.update(own.mechanism for own in missed)
-        self._objects.update(truth.labels[~truth.ignored].tolist())
+        groups = [
+            (int(label), size_of(box))
+            for label, box in zip(truth.labels, truth.boxes_xyxy)
+        ]
+        self._objects.update(groups[i] for i in np.flatnonzero(~truth.ignored))
         for hit in matches.hits:
-            self._add(detections, hit.detection, correct=True)
+            _, size = groups[hit.truth]
+            self._add(detections, hit.detection, size=size, correct=True)
         lost = set(matches.missed)
         best = _best_chances(matches, detections, lost)
         for alarm in matches.false_alarms:
             mended = None
             if alarm.truth is not None and best.get(alarm.truth) == alarm.detection:
-                mended = int(truth.labels[alarm.truth])
-            self._add(detections, alarm.detection, kind=alarm.kind, mended_label=mended)
-        self._hopeless.update(truth.labels[sorted(lost - set(best))].tolist())
+                mended = groups[alarm.truth]
+            self._add(detections, alarm.detection, kind=alarm.kind, mended=mended)
+        kinds = {own.truth: f"{MISSED}: {own.mechanism}" for own in missed}
+        hopeless = lost - best.keys()
+        self._hopeless.update((*groups[i], kinds.get(i, "")) for i in hopeless)
 
-    def _add(self, detections: Detections, index: int, **what: object) -> None:
+    def _add(self, detections: Detections, index: int, **what: Any) -> None:
         score, label = float(detections.scores[index]), int(detections.labels[index])
-        self._entries.append(_Entry(score, label, **{"correct": False, **what}))  # type: ignore[arg-type]
+        given = {"size": size_of(detections.boxes_xyxy[index]), "correct": False}
+        self._entries.append(_Entry(score, label, **{**given, **what}))
 
     def compute(self) -> dict[str, dict[str, float]]:
         """The counts, and AP at the IoU of the matches.
@@ -108,9 +124,7 @@ class ErrorCost:
             ``missed`` the counts by kind; ``ap`` the mean ``ap`` over the classes that
             have objects; ``dap`` how much it would rise, by kind.
         """
-        ap, gains = _mean(self._aps("")), {}
-        for kind in (*FALSE_KINDS, MISSED):
-            gains[kind] = max(_mean(self._aps(kind)) - ap, 0.0)
+        gains = self.gains()
         num_missed = sum(self._objects.values()) - self.hits
         return {
             "counts": {
@@ -122,49 +136,89 @@ class ErrorCost:
             "missed": {kind: self.missed[kind] for kind in MECHANISMS}
             if self._mechanisms
             else {},
-            "ap": {"ap": ap},
-            "dap": gains,
+            "ap": {"ap": _mean(self._aps(""))},
+            "dap": {kind: gains[kind] for kind in (*FALSE_KINDS, MISSED)},
         }
 
-    def by_class(self) -> dict[int, ClassCost]:
-        """The same for each class that has objects."""
-        aps = self._aps("")
-        mended = {kind: self._aps(kind) for kind in (*FALSE_KINDS, MISSED)}
-        hits = Counter(entry.label for entry in self._entries if entry.correct)
+    def by_class(self, size: str = "") -> dict[int, Cost]:
+        """The same for each class that has objects, or has some of one size.
+
+        Of one size, objects of others, and what was found of them, do not count, nor do
+        false positives whose own boxes are of another: so does COCO's evaluation.
+        """
+        aps, objects = self._aps("", size), self._objects_of(size)
+        mended = {kind: self._aps(kind, size) for kind in _MENDED}
+        hits = self._hits_of(size)
+        # A class of which nothing is left has lost all that it lacked.
         return {
-            label: ClassCost(
-                self._objects[label],
+            label: Cost(
+                objects[label],
                 hits[label],
                 ap,
-                {kind: max(own[label] - ap, 0.0) for kind, own in mended.items()},
+                {k: max(own.get(label, 1.0) - ap, 0.0) for k, own in mended.items()},
             )
             for label, ap in aps.items()
         }
 
-    def _aps(self, mended: str) -> dict[int, float]:
-        """AP of each class, or what it were with one kind mended."""
-        points: dict[int, list[tuple[float, bool]]] = {c: [] for c in self._objects}
+    def by_size(self) -> dict[str, Cost]:
+        """The same for each of :data:`SIZES`, over the classes that have some of it."""
+        return {size: self._of_size(size) for size in SIZES}
+
+    def _of_size(self, size: str) -> Cost:
+        return Cost(
+            self._objects_of(size).total(),
+            self._hits_of(size).total(),
+            _mean(self._aps("", size)),
+            self.gains(size),
+        )
+
+    def gains(self, size: str = "") -> dict[str, float]:
+        """How much AP would rise, by what is mended, as of :class:`Cost`."""
+        ap = _mean(self._aps("", size))
+        return {k: max(_mean(self._aps(k, size)) - ap, 0.0) for k in _MENDED}
+
+    def _objects_of(self, size: str) -> Counter[int]:
+        counts: Counter[int] = Counter()
+        for (label, own), count in self._objects.items():
+            counts[label] += count if size in ("", own) else 0
+        return +counts
+
+    def _hits_of(self, size: str) -> Counter[int]:
+        hits = (own for own in self._entries if own.correct)
+        return Counter(own.label for own in hits if size in ("", own.size))
+
+    def _aps(self, mended: str, size: str = "") -> dict[int, float]:
+        """AP of each class that has objects, or what it were with one kind mended."""
+        counts = self._objects_of(size)
+        points: dict[int, list[tuple[float, bool]]] = {label: [] for label in counts}
         for entry in self._entries:
-            label, correct = entry.label, entry.correct
+            label, own, correct = entry.label, entry.size, entry.correct
             if mended and entry.kind == mended:
-                if entry.mended_label is None:
+                if entry.mended is None:
                     continue
-                label, correct = entry.mended_label, True
-            if label in points:
+                (label, own), correct = entry.mended, True
+            if label in points and size in ("", own):
                 points[label].append((entry.score, correct))
-        counts = self._objects.copy()
-        if mended == MISSED:
-            counts.subtract(self._hopeless)
-        return {c: average_precision(points[c], counts[c]) for c in points}
+        for (label, own, kind), count in self._hopeless.items():
+            if mended and mended in (MISSED, kind) and size in ("", own):
+                counts[label] -= count
+        return {
+            label: average_precision(points[label], count)
+            for label, count in counts.items()
+            if count or points[label]
+        }
+
+
+def size_of(box_xyxy: np.ndarray) -> str:
+    """``'small'``, ``'medium'`` or ``'large'``, as COCO has it, by the box's area."""
+    width, height = box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1]
+    return SIZES[int(np.searchsorted(_LIMITS, width * height, side="right"))]
 
 
 def ap_lost(
     images: Sequence[tuple[Matches, Detections, GroundTruth, Any]],
 ) -> list[float]:
-    """Roughly how much AP the errors of each image cost.
-
-    A missed object costs its share of its class, a false positive the share of one
-    object times its score.
+    """Roughly how much AP the errors of each image cost, by :func:`share_lost`.
 
     Args:
         images (Sequence): What :meth:`ErrorCost.update` takes, of all images.
@@ -174,14 +228,25 @@ def ap_lost(
         objects.update(truth.labels[~truth.ignored].tolist())
     lost = []
     for matches, found, truth, _ in images:
-        missed = [1 / objects[int(truth.labels[index])] for index in matches.missed]
+        missed = [share_lost(truth.labels[i], objects) for i in matches.missed]
         false = [
-            float(found.scores[alarm.detection])
-            / max(1, objects[int(found.labels[alarm.detection])])
-            for alarm in matches.false_alarms
+            share_lost(found.labels[i], objects, found.scores[i])
+            for i in (alarm.detection for alarm in matches.false_alarms)
         ]
         lost.append(sum(missed) + sum(false))
     return lost
+
+
+def share_lost(label: int, num_objects: Mapping[int, int], score: float = 1.0) -> float:
+    """Roughly how much AP an error costs: one object's share of its class.
+
+    Args:
+        label (int): Of the missed object, or of the false positive.
+        num_objects (Mapping[int, int]): How many objects that count a class has.
+        score (float): Of a false positive, which costs that times its score. Defaults
+            to 1.
+    """
+    return float(score) / max(1, num_objects.get(int(label), 0))
 
 
 def _mean(aps: dict[int, float]) -> float:
@@ -207,12 +272,9 @@ def average_precision(points: Sequence[tuple[float, bool]], num_objects: int) ->
 
     Args:
         points (Sequence): Score of each detection, and whether it is a hit.
-        num_objects (int): How many objects there are; of none, AP is 1 where nothing
-            was detected, else 0.
+        num_objects (int): How many objects there are; of none, AP is 0.
     """
-    if not num_objects:
-        return float(not points)
-    if not points:
+    if not num_objects or not points:
         return 0.0
     ordered = sorted(points, key=lambda point: -point[0])
     true = np.cumsum([correct for _, correct in ordered])

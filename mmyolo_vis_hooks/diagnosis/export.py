@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..publish.files import encode, make_writable, write_whole
-from .report import FOUND, MISSED, ErrorRecord, ErrorReport, csv_text
+from .cost import MISSED
+from .report import FOUND, ErrorRecord, ErrorReport, csv_text
 
 _CSV_HEADER = ("image", "kind", "class", "score", "x1", "y1", "x2", "y2", "why")
 

@@ -73,6 +73,7 @@ def why_missed(
     boxes, labels = truth.boxes_xyxy[missed], truth.labels[missed]
     near = box_iou(candidates.boxes_xyxy, boxes)
     fits = (near >= iou_thr) & (candidates.labels[:, None] == labels[None])
+    high = candidates.scores > score_thr
     # A candidate that became a detection was given to another object.
     fits &= ~_are_final(candidates, detections)[:, None]
     found = []
@@ -90,7 +91,7 @@ def why_missed(
                 candidate=best,
             )
         iou, same = matches.iou[:, index], detections.labels == truth.labels[index]
-        if best is not None and reached.score > score_thr:
+        if best is not None and high[best]:
             other, overlap = winner(candidates, best, detections)
             found.append(_because(reached, SUPPRESSED, other, overlap))
             continue
@@ -152,10 +153,11 @@ def sentence(
     """What was missing, in one line; with the layer of the best candidate, if known."""
     name = class_name(truth.labels[missed.truth], class_names)
     own = f"no candidate for {name!r}"
+    reached, threshold = told_apart(missed.score, score_thr)
     if missed.candidate is not None:
-        own = f"{missed.score:.2f} for {name!r}{f' at {layer}' if layer else ''}"
+        own = f"{reached} for {name!r}{f' at {layer}' if layer else ''}"
     if missed.mechanism == BELOW_THRESHOLD:
-        return f"{own}, threshold {score_thr:g}"
+        return f"{own}, threshold {threshold}"
     if missed.other is None:
         return own if missed.mechanism == NOT_SEEN else f"{own}, beyond the limit"
     label, score = detections.labels[missed.other], detections.scores[missed.other]
@@ -166,3 +168,16 @@ def sentence(
     if missed.mechanism == CONFUSED:
         return f"found as {other}, {overlap}; {own}"
     return f"{other} lies on it with {overlap} only; {own} in its place"
+
+
+def told_apart(score: float, score_thr: float) -> tuple[str, str]:
+    """A score and a threshold, of two digits, or of as many as they need to differ."""
+
+    def texts(digits: int) -> tuple[str, str]:
+        return f"{score:.{digits}f}", f"{score_thr:.{digits}f}"
+
+    for digits in range(2, 6):
+        own, other = texts(digits)
+        if own != other and round(score_thr, digits) == score_thr:
+            return own, other
+    return texts(2)

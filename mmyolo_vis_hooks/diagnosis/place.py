@@ -12,7 +12,7 @@ from ..render.boxes import class_name
 from ..render.panel import joined
 from .diagnose import Diagnosis
 from .matching import box_iou
-from .mechanisms import BELOW_THRESHOLD, SUPPRESSED, winner
+from .mechanisms import BELOW_THRESHOLD, SUPPRESSED, told_apart, winner
 
 DETECTED, BEYOND_LIMIT = "detected", "beyond the limit"
 FATES = (DETECTED, BELOW_THRESHOLD, SUPPRESSED, BEYOND_LIMIT)
@@ -92,8 +92,9 @@ def considered(
         why = _judgement(detection, diagnosis)
         return Considered(candidate, DETECTED, why, detection)
     on = _lies_on(candidate, diagnosis, options.iou_thr)
-    if candidates.scores[candidate] <= options.score_thr:
-        why = joined([f"below the threshold of {options.score_thr:g}", on])
+    if not (candidates.scores > options.score_thr)[candidate]:
+        _, threshold = told_apart(candidates.scores[candidate], options.score_thr)
+        why = joined([f"below the threshold of {threshold}", on])
         return Considered(candidate, BELOW_THRESHOLD, why)
     other, iou = winner(candidates, candidate, found)
     if other is None:

@@ -13,18 +13,13 @@ from typing import Any
 import numpy as np
 
 from ..records import Detections
-from .cost import ErrorCost
+from .cost import MISSED, MISSED_KINDS, SIZES, ErrorCost, share_lost, size_of
 from .diagnose import Diagnosis, why_false
 from .matching import FALSE_KINDS, GroundTruth, match
 from .mechanisms import MECHANISMS, MissedObject, sentence
 
-SIZES = ("small", "medium", "large")
-_LIMITS = (32**2, 96**2)  # COCO's, in square pixels
-MISSED, FOUND = "missed", "found"
-KINDS = (
-    *(f"{MISSED}: {mechanism}" for mechanism in MECHANISMS),
-    *(f"false: {kind}" for kind in FALSE_KINDS),
-)
+FOUND = "found"
+KINDS = (*MISSED_KINDS, *(f"false: {kind}" for kind in FALSE_KINDS))
 """Every kind of error, as it is written where missed and false stand side by side."""
 
 
@@ -187,7 +182,7 @@ class ErrorReport:
             round(score, 4),
             rounded(box_xyxy),
             size_of(box_xyxy),
-            weight / max(1, self._num_objects.get(label, 0)),
+            share_lost(label, self._num_objects, weight),
             why,
             tuple((role, rounded(box)) for role, box in others),
         )
@@ -200,7 +195,10 @@ class ErrorReport:
         return [name for name, _ in lost.most_common(None if count < 0 else count)]
 
     def summary(self) -> dict[str, Any]:
-        """Counts under ``hits``, ``missed``, ``false``; AP, and what mending gains."""
+        """Counts under ``hits``, ``missed``, ``false``; AP, and what mending gains.
+
+        ``by_size`` has objects, hits, ``ap`` and ``dap`` of each size.
+        """
         found = self.cost.compute()
         return {
             "images": self.cost.num_images,
@@ -209,39 +207,48 @@ class ErrorReport:
             "false": found["false"],
             "ap": found["ap"]["ap"],
             "dap": found["dap"],
+            "by_size": {k: own._asdict() for k, own in self.cost.by_size().items()},
         }
 
     def errors_json(self) -> str:
         """The errors as a list of records; ``class_name`` is called ``class`` there."""
         return json.dumps([as_written(record) for record in self.records], indent=1)
 
-    def table(self) -> Iterator[tuple[str, str, list[int], float | None]]:
-        """Group, kind, counts (all, small, medium, large) and the AP that it costs.
+    def table(self) -> Iterator[tuple[str, str, list[int], list[float]]]:
+        """Group, kind, counts, and the AP that mending gains.
 
-        Mechanisms share the AP of all missed objects, which the first row gives.
+        Counts and gains are of all, small, medium and large ones.
         """
-        gains = self.cost.compute()["dap"]
-
-        def counts(records: Iterable[ErrorRecord]) -> list[int]:
-            sizes = Counter(record.size for record in records)
-            return [sum(sizes.values()), *(sizes[size] for size in SIZES)]
-
-        missed = [r for r in self.records if r.kind == MISSED]
-        yield MISSED, "all", counts(missed), gains[MISSED]
-        for mechanism in MECHANISMS:
-            own = counts(r for r in missed if r.mechanism == mechanism)
-            yield MISSED, mechanism, own, None
-        for kind in FALSE_KINDS:
-            own = counts(r for r in self.records if r.kind == kind)
-            yield "false", kind, own, gains[kind]
+        counts = Counter((r.full_kind, r.size) for r in self.records)
+        counts += Counter((r.kind, r.size) for r in self.records if r.mechanism)
+        by_size = self.cost.by_size().values()
+        gains = [self.cost.gains(), *(own.dap for own in by_size)]
+        rows = [(MISSED, "all", MISSED, MISSED)]
+        rows += [(MISSED, m, *2 * (kind_of(m, ""),)) for m in MECHANISMS]
+        rows += [("false", kind, kind_of("", kind), kind) for kind in FALSE_KINDS]
+        for group, shown, counted, mended in rows:
+            own = [counts[counted, size] for size in SIZES]
+            yield group, shown, [sum(own), *own], [dap[mended] for dap in gains]
 
     def csv(self) -> str:
-        """Counts by kind, mechanism, class and size."""
+        """Counts by kind, mechanism, class and size, and what mending gains there."""
         rows = Counter(
             (r.kind, r.mechanism, r.class_name, r.size) for r in self.records
         )
-        header = ["kind", "mechanism", "class", "size", "count"]
-        return csv_text(header, ([*key, n] for key, n in sorted(rows.items())))
+        costs = {
+            (name_of(label, self._names), size): cost
+            for size in SIZES
+            for label, cost in self.cost.by_class(size).items()
+        }
+
+        def gain(kind: str, mechanism: str, *group: str) -> float | str:
+            if group not in costs:  # there are no such objects
+                return ""
+            dap = costs[group].dap
+            return round(dap[kind_of(mechanism, "") if mechanism else kind], 4)
+
+        header = ["kind", "mechanism", "class", "size", "count", "dap"]
+        return csv_text(header, ([*k, n, gain(*k)] for k, n in sorted(rows.items())))
 
     def classes(self) -> list[dict[str, Any]]:
         """For each class that has objects, the one that loses most first.
@@ -254,7 +261,7 @@ class ErrorReport:
         counts = Counter((r.class_name, r.kind) for r in self.records)
         rows = []
         costs = self.cost.by_class()
-        gains = {label: sum(cost.dap.values()) for label, cost in costs.items()}
+        gains = {c: sum(cost.dap[k] for k in kinds) for c, cost in costs.items()}
         for label in sorted(costs, key=lambda c: (-gains[c], -costs[c].objects)):
             cost = costs[label]
             name = name_of(label, self._names)
@@ -293,12 +300,6 @@ def name_of(label: int, class_names: Sequence[str]) -> str:
 def kind_of(mechanism: str, kind: str) -> str:
     """The kind of :data:`KINDS` of an object's mechanism, or of a false positive."""
     return f"{MISSED}: {mechanism}" if mechanism else f"false: {kind}"
-
-
-def size_of(box_xyxy: np.ndarray) -> str:
-    """``'small'``, ``'medium'`` or ``'large'``, as COCO has it."""
-    width, height = box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1]
-    return SIZES[int(np.searchsorted(_LIMITS, width * height, side="right"))]
 
 
 def rounded(box_xyxy: Sequence[float] | np.ndarray) -> tuple[float, ...]:

@@ -72,7 +72,7 @@ def test_objects_are_the_same_by_their_index(changes):
     assert (first.a.score, first.b.score, first.gained) == (0.9, 0.7, 0)
     assert (second.found_by, second.change) == ("only B", MENDED)
     assert second.a.kind == "missed: below threshold"
-    assert second.a.why == "0.20 for 'dog', threshold 0.3"
+    assert second.a.why == "0.20 for 'dog', threshold 0.30"
     assert second.a.box_xyxy == second.box_xyxy == SECOND
     assert (second.b.kind, second.b.why) == ("found", "found with 0.40, IoU 1.00")
     assert second.gained == 1 / 2  # one of two dogs

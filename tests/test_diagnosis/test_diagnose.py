@@ -79,7 +79,7 @@ def look(detector: nn.Module, *objects: tuple, score_thr: float = 0.3) -> Diagno
         (
             [(CLOSE, 0.21, 0.0)],
             "below threshold",
-            "0.21 for 'dog', threshold 0.3",
+            "0.21 for 'dog', threshold 0.30",
         ),
         (
             [(CLOSE, 0.08, 0.7)],
@@ -92,6 +92,9 @@ def look(detector: nn.Module, *objects: tuple, score_thr: float = 0.3) -> Diagno
             "'dog' 0.80 lies on it with IoU 0.33 only; no candidate for 'dog' in its "
             "place",
         ),
+        ([(CLOSE, 0.2996, 0)], "below threshold", "0.2996 for 'dog', threshold 0.3000"),
+        # As high as the threshold, in the detector's own 32 bits, is not above.
+        ([(CLOSE, 0.3, 0)], "below threshold", "0.30 for 'dog', threshold 0.30"),
         ([(CLOSE, 0.04, 0.0)], "not seen", "no candidate for 'dog'"),
         ([], "not seen", "no candidate for 'dog'"),
     ],

@@ -80,7 +80,7 @@ def test_what_was_considered_at_a_place():
         ("detected", "false positive, both: greatest IoU with any object 0.33"),
         (
             "below threshold",
-            "below the threshold of 0.3 · IoU 1.00 with the object 'dog'",
+            "below the threshold of 0.30 · IoU 1.00 with the object 'dog'",
         ),
     ]
     # Their boxes are those that hold the place.
@@ -103,9 +103,9 @@ def test_a_badly_placed_candidate_and_one_beyond_the_limit():
     look = look_at(Scripted((OFF, 0.2, 0), (FAR, 0, 0.2)), (SQUARE, 0))
     (off,) = considered(look, (30, 40))
     on = "badly placed, IoU 0.33 with the object 'dog'"
-    assert off.why == f"below the threshold of 0.3 · {on}"
+    assert off.why == f"below the threshold of 0.30 · {on}"
     (far,) = considered(look, (75, 75))
-    assert far.why == "below the threshold of 0.3 · on no object"
+    assert far.why == "below the threshold of 0.30 · on no object"
     detector = Scripted((SQUARE, 0.9, 0), (FAR, 0.7, 0), max_per_img=1)
     (far,) = considered(look_at(detector, (FAR, 0)), (75, 75))
     assert (far.fate, far.detection) == ("beyond the limit", None)
@@ -126,7 +126,7 @@ def test_without_objects_nothing_is_an_error():
     assert len(found.detections) == 1
     assert (found.missed, found.false_positives) == ((), ())
     dog, cat = considered(look)
-    assert (dog.why, cat.why) == ("a detection", "below the threshold of 0.3")
+    assert (dog.why, cat.why) == ("a detection", "below the threshold of 0.30")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_candidates_of_a_real_detector_are_explained_by_any_method():
     diagnosis = look.diagnose(options)
     (sink,) = considered_at((550, 200), diagnosis, options)
     assert COCO[look.candidates.labels[sink.candidate]] == "sink"
-    assert sink.why == "below the threshold of 0.3"
+    assert sink.why == "below the threshold of 0.30"
     cup = considered_at((850, 100), diagnosis, options, label=COCO.index("cup"))[0]
     for method, target in (("boxam", "score"), ("layercam", "logit")):
         own = live.explain(

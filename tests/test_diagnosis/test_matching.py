@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from mmdet.structures.bbox import HorizontalBoxes
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from tidecv.data import Data
 from tidecv.quantify import TIDE, TIDERun
 
-from mmyolo_vis_hooks.diagnosis.cost import ErrorCost, average_precision
+from mmyolo_vis_hooks.diagnosis.cost import SIZES, ErrorCost, average_precision
 from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS, GroundTruth, match
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.records import Detections
@@ -146,7 +150,6 @@ def test_average_precision_by_hand():
     points = [(0.9, True), (0.8, False), (0.7, True)]
     assert average_precision(points, 2) == pytest.approx((51 + 50 * 2 / 3) / 101)
     assert average_precision([], 1) == 0
-    assert average_precision([], 0) == 1
     assert average_precision([(0.5, False)], 0) == 0
 
 
@@ -183,10 +186,13 @@ def test_counts_and_costs_are_those_of_tide(seed, share):
     def xywh(box: np.ndarray) -> list[float]:
         return [*map(float, box[:2]), *map(float, box[2:] - box[:2])]
 
-    for image, (own, things) in enumerate(random_scenes(seed, share)):
+    scenes = random_scenes(seed, share)
+    # Of a fifth class no object is found, and nothing is detected.
+    scenes.append((detections(), truth((SQUARE, 4), (SQUARE, 0))))
+    for image, (own, things) in enumerate(scenes):
         cost.update(match(own, things), own, things)
         objects.add_image(image, str(image))
-        for label in range(4):
+        for label in range(5):
             objects.add_class(label, str(label))
         for box, label, ignored in zip(
             things.boxes_xyxy, things.labels, things.ignored
@@ -211,3 +217,82 @@ def test_counts_and_costs_are_those_of_tide(seed, share):
     if not share:
         assert 100 * ours["dap"]["missed"] == pytest.approx(gains["Miss"], abs=1e-9)
     assert ours["counts"]["missed"] == sum(map(len, run.false_negatives.values()))
+
+
+def coco_aps(scenes: list[tuple[Detections, GroundTruth]]) -> dict[str, float]:
+    """COCO's own AP at an IoU of 0.5, by size, of boxes."""
+
+    def rows(boxes: np.ndarray, labels: np.ndarray, image: int) -> list[dict]:
+        sides = boxes[:, 2:] - boxes[:, :2]
+        return [
+            dict(image_id=image, category_id=int(label), bbox=[*box[:2], *wh])
+            | dict(area=float(wh.prod()), iscrowd=0)
+            for box, label, wh in zip(boxes.astype(float), labels, sides.astype(float))
+        ]
+
+    objects, found = COCO(), COCO()
+    annotations, results = [], []
+    for image, (own, things) in enumerate(scenes, 1):
+        annotations += rows(things.boxes_xyxy, things.labels, image)
+        results += [
+            row | dict(score=float(score))
+            for row, score in zip(rows(own.boxes_xyxy, own.labels, image), own.scores)
+        ]
+    images = [dict(id=image) for image in range(1, len(scenes) + 1)]
+    for data, boxes in ((objects, annotations), (found, results)):
+        boxes = [dict(id=number, **box) for number, box in enumerate(boxes, 1)]
+        categories = [dict(id=label) for label in range(5)]
+        data.dataset = dict(images=images, annotations=boxes, categories=categories)
+        data.createIndex()
+    run = COCOeval(objects, found, "bbox")
+    run.params.iouThrs = np.array([0.5])
+    run.evaluate()
+    run.accumulate()
+    precision = run.eval["precision"][0, :, :, :, 2]  # recall, class, size
+    of_size = dict(zip(run.params.areaRngLbl, precision.transpose(2, 0, 1)))
+    return {
+        size: float(of_size[size][:, (of_size[size] >= 0).all(axis=0)].mean())
+        for size in SIZES
+        if (of_size[size] >= 0).any()
+    }
+
+
+def mended(
+    scene: tuple[Detections, GroundTruth], kind: str
+) -> tuple[Detections, GroundTruth]:
+    """A scene whose detections of a kind are put right, or are gone."""
+    own, things = scene
+    matches = match(own, things)
+    rows = [*zip(own.boxes_xyxy, own.scores, own.labels)]
+    for alarm in matches.false_alarms:  # the best score first
+        if alarm.kind != kind:
+            continue
+        rows[alarm.detection] = None
+        lies = [a for a in matches.false_alarms if a.truth == alarm.truth]
+        if kind in ("confused", "badly placed") and alarm.truth in matches.missed:
+            first = next(a for a in lies if a.kind in ("confused", "badly placed"))
+            if first is alarm:
+                box, label = things.boxes_xyxy[alarm.truth], things.labels[alarm.truth]
+                rows[alarm.detection] = (box, own.scores[alarm.detection], label)
+    return detections(*filter(None, rows)), things
+
+
+def test_costs_by_size_are_what_coco_says_of_mended_detections():
+    scenes = []
+    for own, things in random_scenes(5, 0.0):
+        for factor in (0.5, 1, 4):
+            boxes = own.boxes_xyxy * factor, things.boxes_xyxy * factor
+            grown = Detections(boxes[0], own.scores, own.labels)
+            scenes.append((grown, replace(things, boxes_xyxy=boxes[1])))
+    cost = ErrorCost()
+    for own, things in scenes:
+        cost.update(match(own, things), own, things)
+    before = coco_aps(scenes)
+    by_size = cost.by_size()
+    for size, ap in before.items():
+        assert by_size[size].ap == pytest.approx(ap, abs=1e-9)
+    for kind in FALSE_KINDS:
+        after = coco_aps([mended(scene, kind) for scene in scenes])
+        for size in SIZES:
+            gain = max(after[size] - before[size], 0)
+            assert by_size[size].dap[kind] == pytest.approx(gain, abs=1e-9)

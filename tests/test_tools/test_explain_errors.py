@@ -64,7 +64,7 @@ def test_what_is_written_of_a_photo(call, capsys):
     np.testing.assert_allclose(candidate, OBJECTS["dining table"], atol=40)
 
     rows = list(csv.reader((out_dir / "errors.csv").open()))
-    assert ["missed", "not seen", "spoon", "large", "1"] in rows
+    assert ["missed", "not seen", "spoon", "large", "1", "1.0"] in rows
     first, *_, last = csv.DictReader((out_dir / "classes.csv").open())
     assert {first["class"], last["class"]} == {"dining table", "cat"}
     assert (last["objects"], last["hits"], last["ap"]) == ("1", "1", "1.0")
