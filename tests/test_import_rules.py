@@ -26,6 +26,7 @@ LEVELS = {
     "diagnosis": 2,
     "samples": 2,
     "subjects": 2,
+    "checks": 2,
     "options": 2,
     "results": 3,
     "api": 3,
