@@ -148,11 +148,13 @@ class Look:
         predictions: All final detections, without a graph, in the frame that
             ``metainfo`` asks for, which is the original one but for
             ``alignment='network'`` where nothing leads there.
+        in_original: Whether that is the original one, that of annotated objects.
     """
 
     inputs: torch.Tensor
     metainfo: Mapping[str, Any]
     predictions: InstanceData
+    in_original: bool = True
 
 
 @dataclass(frozen=True)

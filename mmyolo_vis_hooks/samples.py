@@ -235,7 +235,7 @@ class BoxSampleMaker(SampleMaker):
         found = detections_of(DetDataSample(pred_instances=predictions))
         detections = on_picture(found, placement, metainfo)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
-        look = Look(inputs, asked, predictions)
+        look = Look(inputs, asked, predictions, in_original=asked is metainfo)
         return BoxSample(
             image_id,
             image_rgb,

@@ -9,14 +9,13 @@ from typing import Any
 import cv2
 import numpy as np
 from mmdet.structures import DetDataSample
-from pycocotools import mask as coco_mask
 from torch import nn
 
 from .data.alignment import packed_frame
 from .data.samples import detections_of
 from .diagnosis.matching import GroundTruth, match
 from .geometry import FrameTransform
-from .metrics.faithfulness import subjects_of
+from .metrics.faithfulness import Score, subjects_of
 from .metrics.metric import Subject
 from .records import Detections, Look
 
@@ -26,6 +25,9 @@ def subjects_with_objects(
     look: Look,
     chosen: Sequence[int],
     instances: Sequence[Mapping[str, Any]] = (),
+    *,
+    score: Score | None = None,
+    batch_size: int = 8,
 ) -> list[Subject]:
     """The subjects of some detections, with the objects that they hit.
 
@@ -35,11 +37,18 @@ def subjects_with_objects(
         chosen (Sequence[int]): Which of its detections, the highest score first.
         instances (Sequence[Mapping]): Objects as a data set has them, in the original
             frame; those with a ``'mask'`` give its outline.
+        score, batch_size: As of :func:`subjects_of`.
     """
     subjects = subjects_of(
-        detector, look.inputs, look.metainfo, look.predictions, chosen
+        detector,
+        look.inputs,
+        look.metainfo,
+        look.predictions,
+        chosen,
+        score=score,
+        batch_size=batch_size,
     )
-    if not instances or not subjects:
+    if not instances or not subjects or not look.in_original:
         return subjects
     height, width = look.metainfo["ori_shape"][:2]
     network_hw = (int(look.inputs.shape[-2]), int(look.inputs.shape[-1]))
@@ -53,21 +62,15 @@ def subjects_with_objects(
         subjects[hit.detection] = replace(
             subjects[hit.detection],
             truth_xyxy=truth.boxes_xyxy[hit.truth],
-            mask=_outline(instances[hit.truth], frame),
+            mask=_outline(truth.region(hit.truth, frame.image_hw), frame),
         )
     return subjects
 
 
-def _outline(instance: Mapping[str, Any], frame: FrameTransform) -> np.ndarray | None:
+def _outline(region: np.ndarray, frame: FrameTransform) -> np.ndarray | None:
     """The outline of an object in the network's frame, ``(H, W)`` bool."""
-    outline = instance.get("mask")
-    if not outline:
+    if region.shape != frame.image_hw:  # its box, or an outline in another image
         return None
-    height, width = frame.image_hw
-    encoded: Any = outline
-    if isinstance(outline, list) or isinstance(outline["counts"], list):
-        parts = coco_mask.frPyObjects(outline, height, width)
-        encoded = coco_mask.merge(parts) if isinstance(parts, list) else parts
     (scale_x, scale_y), (left, top) = frame.scale_xy, frame.offset_xy
     # OpenCV counts from the centres of pixels.
     matrix = np.array(
@@ -77,7 +80,7 @@ def _outline(instance: Mapping[str, Any], frame: FrameTransform) -> np.ndarray |
         ]
     )
     return cv2.warpAffine(
-        coco_mask.decode(encoded),
+        region.astype(np.uint8),
         matrix,
         frame.network_hw[::-1],
         flags=cv2.INTER_NEAREST,

@@ -6,6 +6,7 @@ are those of TIDE (Bolya 2020).
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,7 +130,7 @@ class GroundTruth:
     def parts(self) -> tuple[bytes, ...]:
         """All that it holds, for a digest."""
         arrays = self.boxes_xyxy, self.labels, self.ignored
-        return tuple(array.tobytes() for array in arrays)
+        return (*(array.tobytes() for array in arrays), pickle.dumps(self.masks))
 
     def __len__(self) -> int:
         return len(self.labels)

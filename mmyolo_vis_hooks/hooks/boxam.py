@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -86,13 +87,19 @@ class BoxAMVisHook(BaseVisHook):
             frozen(model),
             torch.autocast(look.inputs.device.type, enabled=False),
         ):
-            subjects = subjects_with_objects(model, look, chosen, instances)
+            subjects = subjects_with_objects(
+                model,
+                look,
+                chosen,
+                instances,
+                batch_size=self.options.batch_size or 8,
+            )
             for explanation, subject in zip(sample.explanations, subjects):
                 saliency = box_map(explanation, whole, subject.box_xyxy)
-                values: dict[str, float] = {}
+                values: dict[str, Any] = {}
                 for name in metrics:
                     values |= METRICS[name].function(saliency, subject)
-                found.append({k: v for k, v in values.items() if "_curve" not in k})
+                found.append({k: float(v) for k, v in values.items() if not np.ndim(v)})
         self._measured.setdefault(state.pass_name, {})[image.image_id] = found
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .faithfulness import box_region, random_field
+from .faithfulness import random_field
 from .metric import Subject
+from .pointing_game import box_region
 
 Baseline = Callable[[Subject, tuple[int, int]], np.ndarray | None]
 

@@ -22,12 +22,17 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from ..attribution.blackbox import final_scores
+from ..attribution.evidence import baseline_of
 from ..data.alignment import packed_frame
 from .metric import Subject, Values, register_metric
+from .pointing_game import box_region
 
 _BLUR_SIGMA = 20.0  # pixels of the network's input
 _FIELD_SIGMA = 5.0
 _TWELFTHS, _QUADRATIC = np.linspace(0, 1, 13), np.linspace(0, 1, 17) ** 2
+
+Score = Callable[[torch.Tensor], torch.Tensor]
+"""From images ``(n, C, H, W)`` to the scores of K boxes on them, ``(n, K)``."""
 
 SHARES = {
     "inside": _TWELFTHS,
@@ -46,7 +51,7 @@ def subjects_of(
     predictions: InstanceData,
     chosen: Sequence[int],
     *,
-    score: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    score: Score | None = None,
     batch_size: int = 8,
 ) -> list[Subject]:
     """The subjects of some detections of an image, without its objects.
@@ -57,9 +62,8 @@ def subjects_of(
         metainfo (Mapping): Of the image's data sample, with ``batch_input_shape``.
         predictions (InstanceData): Its detections, in the original frame.
         chosen (Sequence[int]): Which of them.
-        score (Callable, optional): What scores them, ``(n, K)``, on images
-            ``(n, C, H, W)``. Defaults to None: the greatest product of IoU and score
-            among the final detections of the class.
+        score (Score, optional): What scores them. Defaults to None: the greatest
+            product of IoU and score among the final detections of the class.
         batch_size (int): How many images run at once. Defaults to 8.
     """
     if not chosen:
@@ -83,7 +87,7 @@ class _ChangedImage:
         self,
         detector: nn.Module,
         inputs: torch.Tensor,
-        score: Callable[[torch.Tensor], torch.Tensor],
+        score: Score,
         batch_size: int,
     ) -> None:
         self._preprocessor = getattr(detector, "data_preprocessor", None)
@@ -99,8 +103,7 @@ class _ChangedImage:
 
     def scores_of(self, number: int, shown: np.ndarray, neutral: str) -> np.ndarray:
         if neutral not in self._neutral:
-            make = {"blur": blurred, "black": black_like}[neutral]
-            self._neutral[neutral] = make(self._inputs, self._preprocessor)
+            self._neutral[neutral] = self._without_content(neutral)
         found = []
         for start in range(0, len(shown), self._batch_size):
             part = shown[start : start + self._batch_size, None]
@@ -108,23 +111,19 @@ class _ChangedImage:
             with torch.no_grad():
                 images = torch.where(keep, self._inputs, self._neutral[neutral])
                 found.append(self._score(images)[:, number].double())
-        shares = torch.cat(found) / self._whole[number].clamp(min=1e-6)
-        return shares.cpu().numpy()
+        return (torch.cat(found) / self._whole[number]).cpu().numpy()
+
+    def _without_content(self, kind: str) -> torch.Tensor:
+        if kind == "blur":
+            return blurred(self._inputs)
+        return baseline_of(kind, self._inputs, self._preprocessor)
 
 
-def blurred(inputs: torch.Tensor, preprocessor: Any = None) -> torch.Tensor:
+def blurred(inputs: torch.Tensor) -> torch.Tensor:
     """``(1, C, H, W)`` smoothed by a Gaussian with a sigma of 20 pixels."""
     image = inputs[0].float().permute(1, 2, 0).cpu().numpy()
     smooth = cv2.GaussianBlur(image, (0, 0), _BLUR_SIGMA).reshape(image.shape)
     return torch.from_numpy(smooth).permute(2, 0, 1)[None].to(inputs)
-
-
-def black_like(inputs: torch.Tensor, preprocessor: Any = None) -> torch.Tensor:
-    """What the data preprocessor makes of a black image; broadcasts to ``inputs``."""
-    black = inputs.new_zeros(1, inputs.shape[1], 1, 1)
-    if getattr(preprocessor, "_enable_normalize", False):
-        black -= (preprocessor.mean / preprocessor.std).view(1, -1, 1, 1).to(inputs)
-    return black
 
 
 def ranks_of(saliency: np.ndarray, box_xyxy: np.ndarray) -> np.ndarray:
@@ -152,13 +151,6 @@ def random_field(size_hw: tuple[int, int], seed: int = 0) -> np.ndarray:
     noise = np.random.default_rng(seed).random(size_hw, np.float32)
     field = cv2.GaussianBlur(noise, (0, 0), _FIELD_SIGMA)
     return (field - field.min()) / max(float(np.ptp(field)), 1e-12)
-
-
-def box_region(box_xyxy: np.ndarray, size_hw: Sequence[int]) -> np.ndarray:
-    """The pixels whose centres lie in a box, ``(H, W)`` bool."""
-    ys, xs = (np.arange(size) + 0.5 for size in size_hw)
-    x1, y1, x2, y2 = box_xyxy
-    return ((ys >= y1) & (ys < y2))[:, None] & ((xs >= x1) & (xs < x2))
 
 
 def curves_of(
@@ -201,6 +193,8 @@ def _measured(
         return {}
     ranks = ranks_of(saliency, subject.box_xyxy)
     inserted, deleted = curves_of(ranks, region, shares, lambda s: ask(s, neutral))
+    if not np.isfinite([inserted, deleted]).all():  # asked anew, the image has no score
+        return {}
     insertion, deletion = area_under(inserted, shares), area_under(deleted, shares)
     return {
         name: insertion - deletion,
@@ -211,59 +205,45 @@ def _measured(
     }
 
 
-def _inside(name: str, neutral: str, saliency: np.ndarray, subject: Subject) -> Values:
-    region = box_region(subject.box_xyxy, saliency.shape)
-    return _measured(name, neutral, saliency, subject, region)
+def _register(
+    name: str, neutral: str, summary: str, region_of: Callable = box_region
+) -> None:
+    """Make a metric of what replaces pixels, and of the region that they are of."""
+
+    def measure(saliency: np.ndarray, subject: Subject) -> Values:
+        region = region_of(subject.box_xyxy, saliency.shape)
+        return _measured(name, neutral, saliency, subject, region)
+
+    register_metric(name, summary=summary, asks=True)(measure)
 
 
-def _over_image(
-    name: str, neutral: str, saliency: np.ndarray, subject: Subject
-) -> Values:
-    everything = np.ones(saliency.shape, bool)
-    return _measured(name, neutral, saliency, subject, everything)
+def _everywhere(box_xyxy: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    return np.ones(size_hw, bool)
 
 
-@register_metric(
+_register(
     "inside",
-    summary="insertion minus deletion of the pixels of the box, whose surroundings "
-    "stay, in 12 equal steps; the others are blurred",
-    asks=True,
+    "blur",
+    "insertion minus deletion of the pixels of the box, whose surroundings stay, in 12 "
+    "equal steps; the others are blurred",
 )
-def inside(saliency: np.ndarray, subject: Subject) -> Values:
-    return _inside("inside", "blur", saliency, subject)
-
-
-@register_metric(
-    "inside_black", summary="the same with black pixels for the others", asks=True
-)
-def inside_black(saliency: np.ndarray, subject: Subject) -> Values:
-    return _inside("inside_black", "black", saliency, subject)
-
-
-@register_metric(
+_register("inside_black", "black", "the same with black pixels for the others")
+_register(
     "image",
-    summary="insertion minus deletion over the whole image, in 16 steps that grow "
+    "blur",
+    "insertion minus deletion over the whole image, in 16 steps that grow "
     "quadratically; the others are blurred",
-    asks=True,
+    _everywhere,
 )
-def image(saliency: np.ndarray, subject: Subject) -> Values:
-    return _over_image("image", "blur", saliency, subject)
-
-
-@register_metric(
-    "image_black", summary="the same with black pixels for the others", asks=True
+_register(
+    "image_black", "black", "the same with black pixels for the others", _everywhere
 )
-def image_black(saliency: np.ndarray, subject: Subject) -> Values:
-    return _over_image("image_black", "black", saliency, subject)
-
-
-@register_metric(
+# Chen et al. 2025, "Interpreting Object-level Foundation Models via Visual Precision
+# Search".
+_register(
     "vps",
-    summary="insertion minus deletion over the whole image as VPS has it: 49 equal "
-    "steps, black pixels",
-    asks=True,
+    "black",
+    "insertion minus deletion over the whole image as VPS has it: 49 equal steps, "
+    "black pixels",
+    _everywhere,
 )
-def vps(saliency: np.ndarray, subject: Subject) -> Values:
-    """Chen et al. 2025, "Interpreting Object-level Foundation Models via Visual
-    Precision Search"."""
-    return _over_image("vps", "black", saliency, subject)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -127,8 +127,11 @@ def _inside(saliency: np.ndarray, region: np.ndarray) -> np.ndarray:
             f"region has the shape {region.shape} and is {region.dtype}; pass a bool "
             f"mask {saliency.shape} or a box (x1, y1, x2, y2)"
         )
-    rows, columns = (np.arange(size) + 0.5 for size in saliency.shape)
-    left, top, right, bottom = region
-    in_rows = (rows >= top) & (rows < bottom)
-    in_columns = (columns >= left) & (columns < right)
-    return in_rows[:, None] & in_columns[None]
+    return box_region(region, saliency.shape)
+
+
+def box_region(box_xyxy: np.ndarray, size_hw: Sequence[int]) -> np.ndarray:
+    """The pixels whose centres lie in a box, ``(H, W)`` bool."""
+    ys, xs = (np.arange(size) + 0.5 for size in size_hw)
+    x1, y1, x2, y2 = box_xyxy
+    return ((ys >= y1) & (ys < y2))[:, None] & ((xs >= x1) & (xs < x2))

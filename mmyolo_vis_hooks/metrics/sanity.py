@@ -49,7 +49,7 @@ def randomised(detector: nn.Module, part: str) -> nn.Module:
         # Not 0, with which a detector may have been initialised.
         torch.manual_seed(20181003)
         for module in (other.get_submodule(part) if part else other).modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 module.reset_parameters()
     return other
 

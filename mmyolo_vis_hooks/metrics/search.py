@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .faithfulness import box_region
 from .metric import Subject
+from .pointing_game import box_region
 
 _CELLS, _AT_ONCE = 6, 3
 

@@ -120,6 +120,18 @@ def test_ground_truth_that_is_none_is_refused(given):
         GroundTruth.of(given)
 
 
+def test_other_outlines_are_other_objects():
+    one, other, none = (
+        GroundTruth.of([dict(bbox=[0, 0, 9, 9], bbox_label=0) | own])
+        for own in (
+            dict(mask=[[0, 0, 9, 0, 9, 9]]),
+            dict(mask=[[0, 0, 9, 9, 0, 9]]),
+            {},
+        )
+    )
+    assert len({one.parts(), other.parts(), none.parts()}) == 3
+
+
 def test_ground_truth_of_torch_and_of_mmdetection():
     boxes = torch.tensor([SQUARE], dtype=torch.float32, requires_grad=True)
     for given in (boxes, HorizontalBoxes(boxes)):

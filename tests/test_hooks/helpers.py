@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import torch
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
 from mmyolo_vis_hooks.hooks.base import BaseVisHook
+from tests.toy_boxes import box_config
 
 
 class _KeepsSamples(BaseVisHook):
@@ -60,6 +62,25 @@ def box_spy(**options: Any) -> dict:
 
 def vis_hooks(runner: Runner) -> list[Any]:
     return [hook for hook in runner.hooks if isinstance(hook, BaseVisHook)]
+
+
+def ran_test(work_dir: Path, toy_data: Path, hook: dict, **options: Any) -> Runner:
+    """A runner of the toy detector that has tested with a hook."""
+    torch.manual_seed(0)
+    cfg = box_config(work_dir, [hook], data_root=toy_data, **options)
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    return runner
+
+
+def logged(runner: Runner, hook: str, mode: str = "test") -> dict[str, float]:
+    """The scalars of a hook, by its name."""
+    start = f"{mode}/{hook}/"
+    return {
+        name.removeprefix(start): value.current()
+        for name, value in runner.message_hub.log_scalars.items()
+        if name.startswith(start)
+    }
 
 
 def pictures(work_dir: Path) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
 from mmyolo_vis_hooks import diagnose
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.hooks import base, errors
-from tests.test_hooks.helpers import pictures
+from tests.test_hooks.helpers import logged, pictures, ran_test
 from tests.test_hooks.test_loops import teacher_student
 from tests.toy import SIZES
 from tests.toy_boxes import box_config
@@ -25,20 +24,7 @@ def hook(**options: Any) -> dict:
 
 
 def looked_at(work_dir: Path, toy_data: Path, **options: Any) -> Runner:
-    torch.manual_seed(0)
-    cfg = box_config(work_dir, [hook(**options)], data_root=toy_data)
-    runner = Runner.from_cfg(cfg)
-    runner.test()
-    return runner
-
-
-def logged(runner: Runner, mode: str = "test") -> dict[str, float]:
-    start = f"{mode}/errors/"
-    return {
-        name.removeprefix(start): value.current()
-        for name, value in runner.message_hub.log_scalars.items()
-        if name.startswith(start)
-    }
+    return ran_test(work_dir, toy_data, hook(**options))
 
 
 @pytest.mark.parametrize("score_thr", [0.2, 0.6])
@@ -56,7 +42,7 @@ def test_the_counts_are_those_of_each_image_by_itself(tmp_path, toy_data, score_
         )
         for info in map(dataset.get_data_info, range(len(dataset)))
     ]
-    counts = logged(runner)
+    counts = logged(runner, "errors")
     assert counts["hits"] == sum(len(own.matches.hits) for own in found)
     assert counts["missed"] == sum(len(own.missed) for own in found)
     kinds = [false.kind for own in found for false in own.false_positives]
@@ -67,10 +53,10 @@ def test_the_counts_are_those_of_each_image_by_itself(tmp_path, toy_data, score_
 
 
 def test_images_that_two_ranks_met_are_counted_once(tmp_path, toy_data, monkeypatch):
-    alone = logged(looked_at(tmp_path / "alone", toy_data))
+    alone = logged(looked_at(tmp_path / "alone", toy_data), "errors")
     gather = base.all_gather_object
     monkeypatch.setattr(base, "all_gather_object", lambda own: 2 * gather(own))
-    assert logged(looked_at(tmp_path / "both", toy_data)) == alone
+    assert logged(looked_at(tmp_path / "both", toy_data), "errors") == alone
 
 
 def test_the_scalars_stand_beside_the_metrics_at_their_step(tmp_path, toy_data):
@@ -96,7 +82,7 @@ def test_the_scalars_stand_beside_the_metrics_at_their_step(tmp_path, toy_data):
 def test_the_share_of_evidence_inside_is_that_of_the_drawn_images(tmp_path, toy_data):
     runner = looked_at(tmp_path, toy_data, num_images=-1)
     (name,) = runner.test_dataloader.dataset.metainfo["classes"]
-    share = logged(runner)[f"energy_inside/{name}"]
+    share = logged(runner, "errors")[f"energy_inside/{name}"]
     dataset = DATASETS.build(runner.cfg.test_dataloader.dataset)
     shares = []
     for info in map(dataset.get_data_info, range(len(dataset))):
@@ -162,8 +148,10 @@ def test_of_two_ranks_the_first_that_met_an_image_draws_it(
 
 def test_mechanisms_of_every_image_are_counted_in_every_validation(tmp_path, toy_data):
     options = dict(mechanisms="all", score_thr=0.6, num_images=1)
-    counts = logged(looked_at(tmp_path / "on", toy_data, **options))
-    plain = logged(looked_at(tmp_path / "off", toy_data, score_thr=0.6, num_images=1))
+    counts = logged(looked_at(tmp_path / "on", toy_data, **options), "errors")
+    plain = logged(
+        looked_at(tmp_path / "off", toy_data, score_thr=0.6, num_images=1), "errors"
+    )
     mechanisms = {k: v for k, v in counts.items() if k.startswith("missed/")}
     assert {k: v for k, v in counts.items() if k not in mechanisms} == plain
     assert sum(mechanisms.values()) == counts["missed"] > 0
@@ -181,20 +169,20 @@ def test_mechanisms_of_every_image_are_counted_in_every_validation(tmp_path, toy
 
 def test_no_count_of_an_earlier_run_is_logged_again(tmp_path, toy_data, monkeypatch):
     runner = looked_at(tmp_path, toy_data, on_error="log")
-    assert logged(runner)
+    assert logged(runner, "errors")
 
     def fail(*_):
         raise RuntimeError("cannot count")
 
     monkeypatch.setattr(errors.ErrorVisHook, "_log", fail)
     runner.test()
-    assert logged(runner) == {}
+    assert logged(runner, "errors") == {}
 
 
 def test_each_pass_of_a_loop_is_counted_by_itself(tmp_path, toy_data):
     runner = teacher_student(tmp_path, toy_data, hook(num_images=1))
     runner.val()
-    counts = logged(runner, "val")
+    counts = logged(runner, "errors", "val")
     for part in ("teacher", "student"):
         assert counts[f"{part}/hits"] + counts[f"{part}/missed"] == len(SIZES)
     assert "hits" not in counts

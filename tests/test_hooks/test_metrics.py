@@ -8,35 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from mmcv.transforms import BaseTransform
+from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
 
 from mmyolo_vis_hooks.attribution.saliency import box_saliency
 from mmyolo_vis_hooks.diagnosis.matching import box_iou
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.hooks import base
+from mmyolo_vis_hooks.metrics.metric import METRICS, register_metric
 from mmyolo_vis_hooks.metrics.pointing_game import energy_inside
-from tests.test_hooks.helpers import box_spy, vis_hooks
+from tests.test_hooks.helpers import box_spy, logged, ran_test, vis_hooks
 from tests.test_hooks.test_loops import teacher_student
 from tests.toy_boxes import box_config
 
 
 def measured(work_dir: Path, toy_data: Path, **options: Any) -> Runner:
-    torch.manual_seed(0)
     options = dict(metrics=["energy"], num_images=3) | options
-    cfg = box_config(work_dir, [box_spy(**options)], data_root=toy_data)
-    runner = Runner.from_cfg(cfg)
-    runner.test()
-    return runner
-
-
-def logged(runner: Runner, mode: str = "test") -> dict[str, float]:
-    start = f"{mode}/boxam/"
-    return {
-        name.removeprefix(start): value.current()
-        for name, value in runner.message_hub.log_scalars.items()
-        if name.startswith(start)
-    }
+    return ran_test(work_dir, toy_data, box_spy(**options))
 
 
 @pytest.mark.parametrize("alignment", ["resize", "letterbox", "network"])
@@ -64,14 +53,62 @@ def test_the_energy_is_that_of_each_box_by_itself(tmp_path, toy_data, alignment)
             saliency = box_saliency(explanation, sample.frame, box)
             energies.append(energy_inside(saliency, truth[0] if takes else box))
     assert len(energies) > 3
-    assert logged(runner)["energy_box"] == pytest.approx(np.mean(energies), abs=0.01)
+    assert logged(runner, "boxam")["energy_box"] == pytest.approx(
+        np.mean(energies), abs=0.01
+    )
+
+
+def test_objects_are_left_out_where_nothing_leads_to_them(tmp_path, toy_data):
+    """The pipeline moves the image and does not say so."""
+
+    @TRANSFORMS.register_module(force=True)
+    class Nudge(BaseTransform):
+        def transform(self, results: dict) -> dict:
+            return results | dict(img=np.roll(results["img"], 4, axis=1))
+
+    geometry = (dict(type="mmdet.Resize", scale_factor=1.0), dict(type="Nudge"))
+    hook = box_spy(metrics=["energy"], alignment="network")
+    runner = ran_test(tmp_path, toy_data, hook, geometry=geometry)
+    (hook,) = vis_hooks(runner)
+    energies = [
+        energy_inside(box_saliency(e, sample.frame, box), box)
+        for sample in hook.samples
+        for e in sample.explanations
+        for box in [sample.detections.boxes_xyxy[e.index]]
+    ]
+    assert len(energies) > 3
+    energy = logged(runner, "boxam")["energy_box"]
+    assert energy == pytest.approx(np.mean(energies), abs=1e-5)
+
+
+def test_images_are_asked_as_many_at_once_as_the_hook_may(tmp_path, toy_data):
+    hook = box_spy(metrics=["inside"], num_images=1, topk=1, batch_size=3)
+    cfg = box_config(tmp_path, [hook], data_root=toy_data)
+    runner = Runner.from_cfg(cfg)
+    sizes = []
+    count = lambda module, args: sizes.append(len(args[0]))  # noqa: E731
+    runner.model.backbone.register_forward_pre_hook(count)
+    runner.test()
+    assert max(sizes) == 3
+
+
+def test_a_metric_of_ones_own_logs_its_numbers(tmp_path, toy_data):
+    @register_metric("spread", summary="standard deviation of the map")
+    def spread(saliency, subject):
+        return dict(spread=saliency.std(), rows=saliency.sum(axis=1))
+
+    try:
+        runner = measured(tmp_path, toy_data, metrics=["spread"], num_images=1)
+    finally:
+        del METRICS["spread"]
+    assert set(logged(runner, "boxam")) == {"spread"}
 
 
 def test_images_that_two_ranks_met_are_counted_once(tmp_path, toy_data, monkeypatch):
-    alone = logged(measured(tmp_path / "alone", toy_data))
+    alone = logged(measured(tmp_path / "alone", toy_data), "boxam")
     gather = base.all_gather_object
     monkeypatch.setattr(base, "all_gather_object", lambda own: 2 * gather(own))
-    assert logged(measured(tmp_path / "both", toy_data)) == alone != {}
+    assert logged(measured(tmp_path / "both", toy_data), "boxam") == alone != {}
 
 
 def test_scalars_stand_beside_the_metrics_of_the_runs_that_are_drawn(
@@ -95,12 +132,15 @@ def test_each_pass_of_a_loop_is_measured_by_itself(tmp_path, toy_data):
     hook = box_spy(metrics=["energy"], num_images=1)
     runner = teacher_student(tmp_path, toy_data, hook)
     runner.val()
-    assert set(logged(runner, "val")) == {"teacher/energy_box", "student/energy_box"}
+    assert set(logged(runner, "boxam", "val")) == {
+        "teacher/energy_box",
+        "student/energy_box",
+    }
 
 
 def test_nothing_is_logged_that_was_not_asked_for_or_of_no_box(tmp_path, toy_data):
-    assert logged(measured(tmp_path / "none", toy_data, metrics=[])) == {}
-    assert logged(measured(tmp_path / "no_box", toy_data, score_thr=1.0)) == {}
+    assert logged(measured(tmp_path / "none", toy_data, metrics=[]), "boxam") == {}
+    assert logged(measured(tmp_path / "no_box", toy_data, score_thr=1.0), "boxam") == {}
 
 
 def test_what_is_unknown_is_refused_before_the_run(tmp_path, toy_data):

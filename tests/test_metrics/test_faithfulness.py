@@ -13,14 +13,13 @@ from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
 from mmyolo_vis_hooks.metrics.faithfulness import (
     area_under,
-    black_like,
     blurred,
-    box_region,
     curves_of,
     ranks_of,
     subjects_of,
 )
 from mmyolo_vis_hooks.metrics.metric import METRICS, Metric, Subject
+from mmyolo_vis_hooks.metrics.pointing_game import box_region
 
 SIZE = (20, 24)
 BOX = np.array([4.0, 4.0, 16.0, 12.0])  # 96 pixels
@@ -230,10 +229,19 @@ class TestSubjects:
         soft = blurred(inputs)
         assert soft.shape == inputs.shape
         assert 10 < float(soft.min()) < float(soft.max()) < 100
-        assert not bool(black_like(inputs).any())
         statistics = SimpleNamespace(
             _enable_normalize=True,
             mean=torch.tensor([10.0, 20, 30]).view(3, 1, 1),
             std=torch.tensor([2.0, 4, 5]).view(3, 1, 1),
         )
-        assert black_like(inputs, statistics).flatten().tolist() == [-5, -5, -6]
+        for preprocessor, black in ((None, [0, 0, 0]), (statistics, [-5, -5, -6])):
+            seen = []
+            score = lambda images: seen.append(images) or torch.ones(len(images), 2)  # noqa: E731,B023
+            _, (subject, _) = self.make(score, preprocessor)
+            subject.score(np.zeros((1, *SIZE), bool), "black")
+            assert seen[0][0, :, 3, 3].tolist() == black
+
+    def test_a_box_that_the_image_itself_does_not_score_has_no_value(self):
+        _, (subject, _) = self.make(lambda images: images.new_zeros(len(images), 2))
+        for name in ("inside", "image"):
+            assert METRICS[name].function(np.ones(SIZE), subject) == {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmyolo_vis_hooks.metrics.faithfulness import box_region
 from mmyolo_vis_hooks.metrics.metric import METRICS, Subject
+from mmyolo_vis_hooks.metrics.pointing_game import box_region
 from mmyolo_vis_hooks.metrics.search import greedy_cells
 
 SIZE = (40, 50)

@@ -17,6 +17,7 @@ from mmengine.registry import MODELS
 import eval_boxam
 from _evaluation import Evaluation, options_of
 from _peers import mmyolo_demo
+from _quality_report import Case, main_value
 from mmyolo_vis_hooks import load
 from mmyolo_vis_hooks.detector import read_config
 from tests.toy_boxes import box_config
@@ -57,6 +58,7 @@ def test_tables_curves_and_cases(run, words, tmp_path, capsys):
     out = tmp_path / "maps"
     for name in ("Gaussian", "uniform box", "random", "true outline", "boxam"):
         assert name in printed
+    assert "(of " in printed  # not all have an outline
     table = json.loads((out / "table.json").read_text())
     values = {(v["map"], v["value"]): v for v in table["values"] if v["size"] == "all"}
     count = values["boxam", "inside"]["count"]
@@ -150,6 +152,33 @@ def test_forwards_of_replays_and_of_the_search_are_counted(scene):
     assert own.costs["drise:num_masks=20"]["forwards"] == 22  # with a graph, a trace
     assert own.costs["search"]["forwards"] == 462
     assert len(np.unique(own.maps["search"])) == 37
+
+
+def test_detections_are_scored_at_their_own_anchors(scene):
+    config, weights = scene
+    evaluation = Evaluation(
+        read_config(str(config)), str(weights), ["boxam"],
+        split="val", device="cpu", score_thr=0.3, per_image=1, score="own",
+    )  # fmt: skip
+    look, (index,) = evaluation.find(evaluation.images[0])
+    _, (own,) = evaluation.explain(evaluation.images[0])
+    shown = np.ones((2, *look.inputs.shape[-2:]), bool)
+    shown[1, :, : int(own.subject.box_xyxy[[0, 2]].mean())] = False
+    kept = torch.where(torch.from_numpy(shown[:, None]), look.inputs, 0)
+    black = evaluation.detector.data_preprocessor
+    kept = kept - ~torch.from_numpy(shown[:, None]) * (black.mean / black.std)
+    with torch.no_grad():
+        levels = evaluation.detector(kept, mode="tensor")
+    whole, half = torch.cat([level.flatten(1) for level in levels], 1).sigmoid()
+    place = (whole - look.predictions.scores[index]).abs().argmin()
+    expected = [1.0, float(half[place] / whole[place])]
+    assert own.subject.score(shown, "black") == pytest.approx(expected, rel=1e-4)
+    assert expected[1] < 0.9
+
+
+def test_boxes_that_are_too_small_have_no_main_value():
+    case = Case("a", 0, 2.0, {"boxam": {"ms": 1.0, "forwards": 1}})
+    assert main_value([case], ["inside"]) is None
 
 
 def test_the_demo_of_mmyolo_is_for_its_detectors_alone(mistake, words):
