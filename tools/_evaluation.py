@@ -39,11 +39,14 @@ from mmyolo_vis_hooks.detector import (
     load_weights,
 )
 from mmyolo_vis_hooks.diagnosis.matching import match
+from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
+from mmyolo_vis_hooks.metrics.faithfulness import Score
 from mmyolo_vis_hooks.metrics.metric import Metric, Subject
 from mmyolo_vis_hooks.metrics.search import greedy_cells
 from mmyolo_vis_hooks.network.graph import prediction_of
+from mmyolo_vis_hooks.network.state import frozen
 from mmyolo_vis_hooks.options import BoxAMOptions
 from mmyolo_vis_hooks.records import Look
 from mmyolo_vis_hooks.render.boxam_panel import BoxAMPanel
@@ -92,7 +95,7 @@ class Evaluation:
         config (Config): Of the detector and its data set.
         checkpoint (str): Its weights.
         methods (Sequence[str]): As of :func:`options_of`, or ``'search'``.
-        split, device, score_thr, per_image: As on the command line.
+        split, device, score_thr, per_image, score: As on the command line.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Evaluation:
         device: str,
         score_thr: float,
         per_image: int,
+        score: str = "iou",
     ) -> None:
         self.detector = build_detector(config, check_device(device))
         dataset = build_dataset(config, split)
@@ -121,6 +125,10 @@ class Evaluation:
             if name not in (SEARCH, MMYOLO_DEMO):
                 options = options_of(name)
                 self._methods[name] = _Chosen(self.detector, options, logger=logger)
+        self._anchors: _Chosen | None = None
+        if score == "own":
+            look_at_none = BoxAMOptions(method="drise")
+            self._anchors = _Chosen(self.detector, look_at_none, logger=logger)
         self._placements: dict[int, Placement] = {}
 
     def find(self, image: SelectedImage) -> tuple[Look, list[int]]:
@@ -151,9 +159,11 @@ class Evaluation:
         found = detections_of(DetDataSample(pred_instances=look.predictions))
         instances = image.dataset.get_data_info(image.index)["instances"]
         explained = []
-        for index, subject in zip(
-            chosen, subjects_with_objects(self.detector, look, chosen, instances)
-        ):
+        score = self._own_score(look, chosen)
+        subjects = subjects_with_objects(
+            self.detector, look, chosen, instances, score=score
+        )
+        for index, subject in zip(chosen, subjects):
             label = int(found.labels[index])
             title = f"{class_name(label, self.names)} {found.scores[index]:.2f}"
             explained.append(Explained(subject, label, title, {}, {}))
@@ -166,6 +176,18 @@ class Evaluation:
                 if drawn is not None:
                     own.maps[name] = drawn
         return picture, explained
+
+    def _own_score(self, look: Look, chosen: list[int]) -> Score | None:
+        """What scores detections at their anchors, where that is asked for."""
+        if self._anchors is None:
+            return None
+        self._anchors.chosen = chosen
+        try:
+            with frozen(self.detector):
+                _, _, scorer = self._anchors.anchored(look.inputs, look.metainfo)
+        except VisError as error:
+            raise ToolError(f"--score own: {error}; use --score iou") from error
+        return scorer.scores if scorer is not None else None
 
     def _placement(self, dataset: Any) -> Placement:
         """Make sure on its first images that boxes lie where the network saw them."""

@@ -117,12 +117,13 @@ def tables_of(cases: Sequence[Case], against: str) -> Tables:
     }
     num_images = len({case.image for case in cases})
     title = f"{len(cases)} detections of {num_images} images"
+    overview = _overview(title, len(cases), records, costs)
     by_size = {
         value: _details(value, records, against)
         for value in dict.fromkeys(r.value for r in records)
         if not value.endswith(("_ins", "_del"))
     }
-    return Tables(records, costs, _overview(title, records, costs), by_size)
+    return Tables(records, costs, overview, by_size)
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
@@ -134,14 +135,18 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _overview(
-    title: str, records: list[Compared], costs: dict[str, dict[str, float]]
+    title: str,
+    num_cases: int,
+    records: list[Compared],
+    costs: dict[str, dict[str, float]],
 ) -> TextTable:
-    """The means of all values over all boxes, and what a map cost."""
+    """The means of all values over all boxes that have them, and what a map cost."""
     values = list(dict.fromkeys(r.value for r in records))
     rows = {r.map: [r.map, *[""] * (len(values) + 2)] for r in records}
     for record in records:
         if record.size == "all":
-            rows[record.map][1 + values.index(record.value)] = f"{record.mean:.3f}"
+            of = f" (of {record.count})" if record.count < num_cases else ""
+            rows[record.map][1 + values.index(record.value)] = f"{record.mean:.3f}{of}"
     for name, own in costs.items():
         rows[name][-2:] = f"{own['ms']:.0f}", f"{own['forwards']:.1f}"
     columns = ["map", *values, "ms a box", "forwards a box"]
@@ -177,15 +182,14 @@ def _difference(record: Compared) -> str:
     return f"{record.difference:+.3f} [{low:+.3f}, {high:+.3f}]{mark}"
 
 
-def main_value(cases: Sequence[Case], metrics: Sequence[str]) -> str:
+def main_value(cases: Sequence[Case], metrics: Sequence[str]) -> str | None:
     """The value by which cases are good or bad: what lives on forwards, if anything."""
     asking = [name for name in metrics if METRICS[name].asks]
     known = dict.fromkeys(
         v for case in cases for own in case.maps.values() for v in own
     )
-    return next(
-        value for value in (*asking, *known) if value in known and value not in COSTS
-    )
+    values = [v for v in (*asking, *known) if v in known and v not in COSTS]
+    return values[0] if values else None
 
 
 def draw_curves(cases: Sequence[Case], path: Path) -> None:

@@ -71,6 +71,14 @@ def parse_args() -> argparse.Namespace:
         help=f"of {', '.join(METRICS)} (default: pointing energy inside)",
     )
     parser.add_argument(
+        "--score",
+        choices=["iou", "own"],
+        default="iou",
+        help="what insertion and deletion ask for: the greatest product of IoU and "
+        "score of the class, or the score at the detection's own anchor "
+        "(default: iou)",
+    )
+    parser.add_argument(
         "--num-detections",
         type=int,
         default=100,
@@ -222,6 +230,7 @@ def main() -> None:
             device=args.device,
             score_thr=args.score_thr,
             per_image=args.per_image,
+            score=args.score,
         )
     truths = [objects_of(image) for image in evaluation.images]
     settings = dict(
@@ -232,6 +241,7 @@ def main() -> None:
         metrics=args.metrics,
         per_image=args.per_image,
         score_thr=args.score_thr,
+        score=args.score,
     )
     open_out_dir(out_dir, "images.jsonl")
     kept = Kept(out_dir / "images.jsonl", settings)
@@ -241,8 +251,13 @@ def main() -> None:
         raise ToolError(
             "no detection hits an object; lower --score-thr, or name other weights"
         )
-    tables = tables_of(cases, args.against)
     value = main_value(cases, args.metrics)
+    if value is None:
+        raise ToolError(
+            f"--metrics {' '.join(args.metrics)}: the boxes are too small for any of "
+            "them; take pointing or energy"
+        )
+    tables = tables_of(cases, args.against)
     for table in (tables.overview, tables.by_size[value]):
         print_table(table.rich())
     write_whole(out_dir / "table.csv", tables.csv().encode())

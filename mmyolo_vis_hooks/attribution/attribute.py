@@ -287,7 +287,7 @@ class BoxAttributor:
         method, options, note = self._method, self.options, ""
         with frozen(self._detector):
             try:
-                predictions, chosen, scorer = self._anchored(inputs, metainfo)
+                predictions, chosen, scorer = self.anchored(inputs, metainfo)
             except VisError:
                 note = "boxes are scored by the final detections, not at anchors"
                 with torch.no_grad():
@@ -319,10 +319,14 @@ class BoxAttributor:
             explanations.append(self._record(index, shown, warning, note=note))
         return predictions, explanations
 
-    def _anchored(
+    def anchored(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> tuple[InstanceData, list[int], Scorer | None]:
-        """The detections, and what scores the chosen ones at their own anchors."""
+        """The detections, and what scores the chosen ones at their own anchors.
+
+        In eval mode, and for a method that looks at no layer. A ``VisError`` says why
+        boxes cannot be scored so.
+        """
         graph = self._run(inputs, metainfo)
         chosen = self.choose(graph.predictions)
         if not chosen:
