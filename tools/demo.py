@@ -244,15 +244,11 @@ def train(config: Any, progress: Progress) -> dict[str, Any]:
         def after_val_epoch(self, runner: Runner, metrics: Any = None) -> None:
             self.history[runner.epoch] = metrics
             # Of maps there are none as long as nothing is found.
-            worth = [
-                f"   {name} {scalars[f'val/boxam/{name}'].current():.3f}"
-                for scalars in [runner.message_hub.log_scalars]
-                for name in ("energy_box", "inside")
-                if f"val/boxam/{name}" in scalars
-            ]
+            energy = runner.message_hub.log_scalars.get("val/boxam/energy_box")
+            worth = f"   energy_box {energy.current():.3f}" if energy else ""
             progress.console.print(
                 f"  epoch {runner.epoch:>2}   mAP50 {metrics[METRIC]:.3f}   "
-                f"mAP {metrics['coco/bbox_mAP']:.3f}{''.join(worth)}"
+                f"mAP {metrics['coco/bbox_mAP']:.3f}{worth}"
             )
 
         def _describe(self, where: str) -> None:

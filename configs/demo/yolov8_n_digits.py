@@ -182,7 +182,7 @@ custom_hooks = [
         **_base_.featmap_vis_hook,
         "target_layers": ["backbone.stage2", "backbone.stage3", "neck.out_layers[0]"],
     },
-    dict(type="BoxAMVisHook", topk=6, metrics=["energy", "inside"]),
+    dict(type="BoxAMVisHook", topk=6, metrics=["energy"]),
     dict(type="ErrorVisHook", num_images=1),
 ]
 vis_backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
