@@ -202,15 +202,12 @@ def check_sanity(
     for name in progress(dict.fromkeys(case.image for case in cases), "random weights"):
         look, chosen = evaluation.find(images[name])
         check.update(look.inputs, look.metainfo, chosen)
-    unchanged = check.unchanged()
-    rows = [
-        [
-            method,
-            *(f"{value:.3f}" for value in found.values()),
-            "DOES NOT CHANGE" if method in unchanged else "",
-        ]
-        for method, found in check.compute().items()
-    ]
+    found, unchanged = check.compute(), check.unchanged()
+    rows = []
+    for method in methods:
+        values = [f"{value:.3f}" for value in found.get(method, {}).values()]
+        note = "DOES NOT CHANGE" if method in unchanged else ""
+        rows.append([method, *values, note] if values else [method, "", "", "no check"])
     title = "rank correlation with the map of the trained detector"
     return TextTable(title, ["map", *PARTS, ""], rows)
 

@@ -152,6 +152,8 @@ def test_forwards_of_replays_and_of_the_search_are_counted(scene):
     assert own.costs["drise:num_masks=20"]["forwards"] == 22  # with a graph, a trace
     assert own.costs["search"]["forwards"] == 462
     assert len(np.unique(own.maps["search"])) == 37
+    rows = eval_boxam.check_sanity(evaluation, [], methods).rows
+    assert rows == [[method, "", "", "no check"] for method in methods]
 
 
 def test_detections_are_scored_at_their_own_anchors(scene):
