@@ -54,6 +54,12 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def take(self, which: Any) -> Detections:
+        """Some of them, by indices or ``(N,)`` bool."""
+        return Detections(
+            self.boxes_xyxy[which], self.scores[which], self.labels[which]
+        )
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -14,6 +14,7 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 
+from mmyolo_vis_hooks.diagnosis.result import Diagnosis
 from mmyolo_vis_hooks.publish.gather import RankSpool
 from tests.test_hooks.helpers import box_spy, spy, vis_hooks
 from tests.toy_boxes import box_config
@@ -59,6 +60,15 @@ def damage(fault: str, runner: Runner, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(RankSpool, "_keep", forget)
     elif fault == "killed" and rank == 1:
         patch.setattr(RankSpool, "gather", die)
+    elif fault == "worst":
+        draw = Diagnosis.draw
+
+        def drawn(diagnosis):
+            with open(Path(runner.work_dir) / f"drawn{rank}.txt", "a") as file:
+                file.write(f"{diagnosis.image_id}\n")
+            return draw(diagnosis)
+
+        patch.setattr(Diagnosis, "draw", drawn)
     elif fault == "backend" and rank == 0:
         # That of a picture of the other rank, while that one waits.
         backend = runner.visualizer.get_backend("LocalVisBackend")
@@ -73,6 +83,9 @@ def test(work_dir: Path, data_root: str, alignment: str, fault: str, on_error: s
     options = dict(alignment=alignment, num_images=-1, on_error=on_error)
     options["table"] = fault == "table"
     hooks = [spy(**options), box_spy(**options)]
+    if fault == "worst":
+        worst = dict(select="worst", num_images=-1, score_thr=0.6, mechanisms="all")
+        hooks = [dict(type="ErrorVisHook", on_error=on_error, **worst)]
     cfg = box_config(work_dir, hooks, data_root=Path(data_root), batch_size=1)
     cfg.test_dataloader.dataset.indices = 5
     cfg.test_evaluator = []

@@ -18,8 +18,9 @@ from ..attribution.targets import ChosenBoxes, Target
 from ..data.alignment import packed_frame
 from ..geometry import FrameTransform
 from ..options import BoxAMOptions
-from ..records import BoxExplanation
+from ..records import BoxExplanation, Detections
 from ..render.boxes import class_name
+from .maps import found_again
 
 Pair = tuple[int, int]
 """Index of a detection, and the class that it should have been given."""
@@ -62,17 +63,24 @@ class _Pairs(BoxAttributor):
     Maps are rectified, so it takes two to have one of any sign.
     """
 
-    pairs: Sequence[Pair] = ()
+    detections = Detections()
+    wanted: Sequence[Pair] = ()
+    # Of those that are found, which prediction it is.
+    pairs: Mapping[Pair, Pair] = {}
 
     def choose(self, predictions: InstanceData) -> list[int]:
-        return 4 * [detection for detection, _ in self.pairs]
+        again = found_again(predictions, self.detections)
+        known = [pair for pair in self.wanted if pair[0] in again]
+        self.pairs = {(own, label): (again[own], label) for own, label in known}
+        return 4 * [index for index, _ in self.pairs.values()]
 
     def targets(self) -> list[Target]:
         return [Target("class score", self._scores, "two raw class scores and more")]
 
     def _scores(self, boxes: ChosenBoxes) -> torch.Tensor:
-        once = ChosenBoxes(boxes.graph, [own for own, _ in self.pairs], boxes.detector)
-        given, right = once.logits(), once.logits([label for _, label in self.pairs])
+        indices, labels = map(list, zip(*self.pairs.values()))
+        once = ChosenBoxes(boxes.graph, indices, boxes.detector)
+        given, right = once.logits(), once.logits(labels)
         return torch.cat([given, right, right - given, given - right])
 
 
@@ -96,6 +104,7 @@ class ClassComparer:
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
         image_hw: tuple[int, int],
+        detections: Detections,
         pairs: Sequence[Pair],
     ) -> dict[Pair, ClassContrast]:
         """Compare the class of each detection with another one.
@@ -104,29 +113,32 @@ class ClassComparer:
             inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
             metainfo (Mapping): Of its data sample.
             image_hw (tuple[int, int]): Size of the image.
-            pairs (Sequence[Pair]): Which detections, each with the right class.
+            detections (Detections): Final ones.
+            pairs (Sequence[Pair]): Which of them, each with the right class.
 
         Returns:
-            dict: By pair; those without any influence are left out.
+            dict: By pair; those without any influence, and those that a forward in
+            full precision does not find, are left out.
 
         Raises:
             VisError: If this detector's raw class scores cannot be had.
         """
-        self._pairs.pairs = pairs
+        self._pairs.detections, self._pairs.wanted = detections, pairs
         with torch.autocast(inputs.device.type, enabled=False):
             predictions, found = self._pairs.explain(inputs, metainfo)
         frame = packed_frame(image_hw, metainfo["batch_input_shape"], metainfo)
         boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)
         labels = predictions.labels.tolist()
         contrasts = {}
-        for number, pair in enumerate(pairs):
-            four = found[number :: len(pairs)]
-            sigma = box_sigma(boxes[pair[0]].float().cpu().numpy(), self._smooth)
+        known = self._pairs.pairs
+        for number, (pair, (index, _)) in enumerate(known.items()):
+            four = found[number :: len(known)]
+            sigma = box_sigma(boxes[index].float().cpu().numpy(), self._smooth)
             given, right, more, less = (_on_image(own, frame, sigma) for own in four)
             difference, peak = more - less, max(given.max(), right.max())
             if difference.any():
                 contrasts[pair] = ClassContrast(
-                    class_name(labels[pair[0]], self._names),
+                    class_name(labels[index], self._names),
                     class_name(pair[1], self._names),
                     given / peak if peak else given,
                     right / peak if peak else right,

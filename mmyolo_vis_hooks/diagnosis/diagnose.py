@@ -21,7 +21,6 @@ from ..records import Detections
 from ..render.boxes import class_name
 from ..render.panel import joined
 from .explainer import Explainer
-from .maps import above
 from .matching import DUPLICATE, FalseAlarm, GroundTruth, Matches, match
 from .mechanisms import sentence, why_missed
 from .opening import opened
@@ -116,8 +115,7 @@ class Diagnoser:
         if not placement.proven:
             reason = f"no maps: {placement.reason}"
             return replace(found, note=joined([*notes, reason]))
-        _, numbers = above(final, self._options.score_thr)
-        return self._explainer.explain(found, numbers, inputs, metainfo)
+        return self._explainer.explain(found, inputs, metainfo)
 
     def candidates(
         self, final: Detections, inputs: torch.Tensor, metainfo: Mapping[str, Any]
@@ -156,7 +154,7 @@ def judge(
         class_names (Sequence[str]): Names of the classes.
     """
     names = tuple(class_names)
-    detections, _ = above(final, options.score_thr)
+    detections = final.take(final.scores > options.score_thr)
     matches = match(detections, truth, iou_thr=options.iou_thr)
     missed = [
         Missed(

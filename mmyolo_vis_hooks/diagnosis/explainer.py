@@ -7,7 +7,6 @@ from dataclasses import replace
 from logging import Logger
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -47,7 +46,6 @@ class Explainer:
     def explain(
         self,
         diagnosis: Diagnosis,
-        numbers: np.ndarray,
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
     ) -> Diagnosis:
@@ -55,26 +53,28 @@ class Explainer:
 
         Args:
             diagnosis (Diagnosis): Without maps.
-            numbers (np.ndarray): Which of all final detections its own are.
             inputs (Tensor): ``(1, 3, H, W)``, in which they were found.
             metainfo (Mapping): Of its data sample.
         """
         seen = inputs, metainfo, diagnosis.image_rgb.shape[:2]
         candidates, detections, pairs = self._wanted(diagnosis)
-        final = {int(numbers[index]): index for index in detections}
+        wanted = (
+            diagnosis.detections.take(detections),
+            diagnosis.candidates.take(candidates),
+        )
         try:
-            found, of_candidates = self._mapper.maps(*seen, list(final), candidates)
+            found, reached = self._mapper.maps(*seen, *wanted)
         except VisError as error:  # what was missed is known all the same
             return _noted(diagnosis, f"no maps: {error}")
-        of_detections = {final[number]: own for number, own in found.items()}
+        of_detections = {detections[k]: own for k, own in found.items()}
+        of_candidates = {candidates[k]: own for k, own in reached.items()}
         if pairs:
-            by_number = {(int(numbers[i]), label): (i, label) for i, label in pairs}
+            boxes = diagnosis.detections
             try:
-                apart = self._comparer.contrasts(*seen, list(by_number))
+                contrasts = self._comparer.contrasts(*seen, boxes, pairs)
             except VisError as error:
                 diagnosis = _noted(diagnosis, f"classes are not compared: {error}")
             else:
-                contrasts = {by_number[pair]: own for pair, own in apart.items()}
                 diagnosis = _with_contrasts(diagnosis, contrasts)
         return self._with_maps(diagnosis, of_detections, of_candidates)
 

@@ -159,6 +159,10 @@ class LiveDetector:
                     self._detector, self._logger, options, self._names
                 )
             _, maps = self._mappers[options].maps(
-                look.inputs, look.metainfo, look.image_rgb.shape[:2], [], [candidate]
+                look.inputs,
+                look.metainfo,
+                look.image_rgb.shape[:2],
+                Detections(),
+                look.candidates.take([candidate]),
             )
-        return maps.get(candidate)
+        return maps.get(0)

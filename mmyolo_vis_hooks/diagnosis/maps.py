@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import nn
 
 from ..attribution.attribute import BoxAttributor
 from ..attribution.saliency import normalize_saliency, raw_saliency
 from ..data.alignment import packed_frame
+from ..data.samples import detections_of
 from ..geometry import FrameTransform, cells_per_pixel
 from ..metrics.pointing_game import energy_inside
 from ..options import BoxAMOptions
@@ -58,13 +60,15 @@ class ErrorMap:
         return f"ErrorMap({self.layer}, {self.inside:.0%} inside)"
 
 
-class _Named(BoxAttributor):
-    """Explains the detections that it is told to."""
+class _Wanted(BoxAttributor):
+    """Explains the boxes that it is told to."""
 
-    indices: Sequence[int] = ()
+    wanted = Detections()
+    indices: Mapping[int, int] = {}
 
     def choose(self, predictions: InstanceData) -> list[int]:
-        return list(self.indices)
+        self.indices = found_again(predictions, self.wanted)
+        return list(dict.fromkeys(self.indices.values()))
 
 
 class ErrorMapper:
@@ -87,7 +91,7 @@ class ErrorMapper:
     ) -> None:
         self._detector = detector
         self._options = options or BoxAMOptions()
-        self._attributor = _Named(
+        self._attributor = _Wanted(
             detector, self._options, class_names=class_names, logger=logger
         )
 
@@ -96,8 +100,8 @@ class ErrorMapper:
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
         image_hw: tuple[int, int],
-        detections: Sequence[int],
-        candidates: Sequence[int],
+        detections: Detections,
+        candidates: Detections,
     ) -> tuple[dict[int, ErrorMap], dict[int, ErrorMap]]:
         """Explain some final detections and some candidates of an image.
 
@@ -105,16 +109,17 @@ class ErrorMapper:
             inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
             metainfo (Mapping): Of its data sample.
             image_hw (tuple[int, int]): Size of the image.
-            detections (Sequence[int]): Which final detections.
-            candidates (Sequence[int]): Which candidates, as :func:`opened` gives them.
+            detections (Detections): Some of the final ones.
+            candidates (Detections): Some of those that :func:`opened` gives.
 
         Returns:
-            tuple: Maps by detection, and by candidate; those without any influence are
-            left out.
+            tuple: Maps by position in the detections, and in the candidates; those
+            without any influence, and those that a forward in full precision does not
+            find, are left out.
         """
         explained = partial(self._explained, inputs, metainfo, image_hw)
-        found = explained(detections) if detections else {}
-        if not candidates:
+        found = explained(detections) if len(detections) else {}
+        if not len(candidates):
             return found, {}
         with opened(self._detector):
             return found, explained(candidates)
@@ -124,9 +129,9 @@ class ErrorMapper:
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
         image_hw: tuple[int, int],
-        indices: Sequence[int],
+        wanted: Detections,
     ) -> dict[int, ErrorMap]:
-        self._attributor.indices = indices
+        self._attributor.wanted = wanted
         with torch.autocast(inputs.device.type, enabled=False):
             predictions, explanations = self._attributor.explain(inputs, metainfo)
         frame = packed_frame(image_hw, metainfo["batch_input_shape"], metainfo)
@@ -147,7 +152,31 @@ class ErrorMapper:
                     energy_inside(speaking, box_xyxy + margin),
                     float(raw.max()),
                 )
-        return maps
+        indices = self._attributor.indices
+        return {k: maps[index] for k, index in indices.items() if index in maps}
+
+
+def found_again(predictions: InstanceData, wanted: Detections) -> dict[int, int]:
+    """Which predictions of another forward are the wanted boxes.
+
+    Another precision, another batch or test-time augmentation put them into another
+    order, and may have found others.
+
+    Returns:
+        dict: Index of the prediction of its class that is nearest in place and score,
+        by position in ``wanted``; boxes whose sides are a quarter of its size away
+        are none.
+    """
+    own = detections_of(DetDataSample(pred_instances=predictions))
+    indices = {}
+    for k, (box, score) in enumerate(zip(wanted.boxes_xyxy, wanted.scores)):
+        size = max(1.0, float((box[2:] - box[:2]).max()))
+        apart = np.abs(own.boxes_xyxy - box).max(axis=1) / size
+        same = (own.labels == wanted.labels[k]) & (apart < 0.25)
+        if same.any():
+            distance = np.where(same, apart + np.abs(own.scores - score), np.inf)
+            indices[k] = int(distance.argmin())
+    return indices
 
 
 def _cell_xy(explanation: BoxExplanation, frame: FrameTransform) -> np.ndarray:
@@ -157,16 +186,3 @@ def _cell_xy(explanation: BoxExplanation, frame: FrameTransform) -> np.ndarray:
         for own in explanation.maps
     ]
     return 1 / (np.array(cells).min(axis=0) * frame.scale_xy)
-
-
-def above(detections: Detections, score_thr: float) -> tuple[Detections, np.ndarray]:
-    """Detections above a threshold, and which of all these are."""
-    kept = np.flatnonzero(detections.scores > score_thr)
-    return (
-        Detections(
-            detections.boxes_xyxy[kept],
-            detections.scores[kept],
-            detections.labels[kept],
-        ),
-        kept,
-    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data.alignment import Placement
+from ..data.alignment import Placement, network_input
 from ..data.pipeline import Loaded
 from ..data.samples import detections_of
 from ..errors import VisError
@@ -40,10 +40,16 @@ class DiagnosisMaker(SampleMaker):
         super().__init__(detector, {}, channels=options.image_channels)
         self._diagnoser = Diagnoser(detector, options, class_names, logger)
 
-    def look(self, image_id: str, loaded: Loaded, placement: Placement) -> Diagnosis:
-        """Diagnose an image by a forward of its own."""
+    def look(
+        self, image_id: str, loaded: Loaded, placement: Placement, final: Detections
+    ) -> Diagnosis:
+        """Diagnose what a loop found in an image, by a forward of its own."""
+        data = placement.pipeline.pack(loaded)
+        inputs, metainfo = network_input(self._detector, data)
         truth = GroundTruth.of(loaded.results["instances"])
-        return self._diagnoser.look(image_id, loaded, placement, truth)
+        return self._diagnoser.diagnose(
+            image_id, loaded, placement, truth, final, inputs, metainfo
+        )
 
     def candidates(
         self, image_id: str, record: ForwardRecord, position: int, output: Any

@@ -280,9 +280,8 @@ class BaseVisHook(Hook):
         with self._policy.guard(f"find the images of a {mode} batch"):
             wanted = state.wanted(outputs)
         for position, image in wanted:
-            output = outputs[position]
-            make = partial(state.make_sample, image, position, output)
-            self._draw(state, image, make, output.metainfo)
+            make = partial(state.make_sample, image, position, outputs[position])
+            self._draw(state, image, make, position)
         state.record = None
 
     def _draw(
@@ -290,9 +289,9 @@ class BaseVisHook(Hook):
         state: VisLoop,
         image: SelectedImage,
         make: Callable[[], Any],
-        metainfo: Mapping[str, Any],
+        position: int = 0,
     ) -> None:
-        """Draw the sample of an image, and publish it."""
+        """Draw the sample of an image, at a position of the batch, and publish it."""
         picture_id, boxed = state.picture_id(image), None
         state.seen.update((image.image_id, picture_id))
         with self._policy.guard(f"draw {picture_id}"), preserve_rng_state():
@@ -301,7 +300,7 @@ class BaseVisHook(Hook):
                 self._measure(state, sample, image)
             if self._publisher.wants_boxes:
                 with self._policy.guard(f"find the boxes of {picture_id}"):
-                    boxed = boxed_image(state, sample, image, metainfo)
+                    boxed = boxed_image(state, sample, image, position)
             picture = VisImage(sample.image_id, state.panel(sample), boxed)
             if is_main_process():
                 self._publisher.publish(state.mode, picture, state.step)

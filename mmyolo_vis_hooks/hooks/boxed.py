@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,12 @@ from ..diagnosis.matching import GroundTruth
 from ..records import BoxedImage, Detections
 from ..render.montage import cell_size_hw, resize_image
 from ..render.panel import resized_boxes
-from ..samples import leads_there, on_picture
+from ..samples import leads_there, on_picture, recorded
 from .vis_loop import VisLoop
 
 
 def boxed_image(
-    state: VisLoop, sample: Any, image: SelectedImage, metainfo: Mapping[str, Any]
+    state: VisLoop, sample: Any, image: SelectedImage, position: int
 ) -> BoxedImage:
     """The image that a panel begins with, at its size, with its boxes and objects.
 
@@ -25,7 +24,7 @@ def boxed_image(
         state (VisLoop): The loop.
         sample (Sample | Diagnosis): What the panel draws.
         image (SelectedImage): Of the data set, which knows its objects.
-        metainfo (Mapping): Of its data sample.
+        position (int): Of the image in the batch.
     """
     image_hw = sample.image_rgb.shape[:2]
     size_hw = cell_size_hw(image_hw)
@@ -33,13 +32,14 @@ def boxed_image(
     def resized(boxes: Detections, keep: Any) -> Detections:
         xyxy = resized_boxes(boxes.boxes_xyxy, image_hw, size_hw)
         keep = keep & np.isfinite(xyxy).all(axis=1)
-        return Detections(xyxy[keep], boxes.scores[keep], boxes.labels[keep])
+        return Detections(xyxy, boxes.scores, boxes.labels).take(keep)
 
-    truth = None
-    metainfo = {"batch_input_shape": image_hw, **metainfo}
+    truth, metainfo = None, dict[str, Any]()
     placement = state.placements[id(image.dataset)]
     instances = image.dataset.get_data_info(image.index).get("instances")
     on_input = placement.alignment == "network"
+    if on_input:  # that of the drawn view: augmented ones were merged in another
+        _, _, metainfo = recorded(state.recorded, image.image_id, position)
     if instances and (not on_input or leads_there(placement, metainfo)):
         found = GroundTruth.of(instances)
         scores = np.ones(len(found), np.float32)

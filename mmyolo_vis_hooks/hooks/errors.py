@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from logging import Logger
 from typing import Any, NamedTuple, cast
@@ -21,7 +21,6 @@ from ..declare import takes_options
 from ..diagnosis.cost import ErrorCost, ap_lost
 from ..diagnosis.diagnose import Diagnosis
 from ..diagnosis.energy import EnergyWatch, Shares, mean_by_class, shares_inside
-from ..diagnosis.maps import above
 from ..diagnosis.matching import GroundTruth, Matches, match
 from ..diagnosis.mechanisms import MissedObject, why_missed
 from ..diagnosis.sample import DiagnosisMaker
@@ -145,6 +144,12 @@ class ErrorVisHook(BaseVisHook):
         state = super()._prepare_loop(runner, mode, loop)
         state.record_all = self._mechanisms
         if self._worst:  # none is known before the last iteration
+            if not all(all_gather_object(_num_batches(loop))):
+                raise VisConfigError(
+                    "select='worst' cannot work with this data loader: it does not "
+                    "know how many batches it has, or has none for one of the ranks; "
+                    "leave select='fixed'"
+                )
             state.selector = ImageSelector(dataset, 0, [])
         return state
 
@@ -212,66 +217,95 @@ class ErrorVisHook(BaseVisHook):
         super()._after_iter(runner, batch_idx, data_batch, outputs, mode)
         if state is not None:
             state.record = None
-            if self._worst and batch_idx == len(state.loop.dataloader) - 1:
+            if self._worst and batch_idx == _num_batches(state.loop) - 1:
                 self._draw_worst(state)
 
     def _keep(self, state: VisLoop, position: int, output: Any) -> None:
         image = self._everything[state.mode].find(output.metainfo)
         if image is None:
             return
-        thresholds = self.options.score_thr, self.options.iou_thr
-        score_thr, iou_thr = thresholds
         truth = GroundTruth.of(image.dataset.get_data_info(image.index)["instances"])
-        found, _ = above(detections_of(output), score_thr)
-        matches = match(found, truth, iou_thr=iou_thr)
-        missed: Sequence[MissedObject] = ()
-        if self._mechanisms and matches.missed and state.record is not None:
-            given = image.image_id, state.record, position, output
-            with state.autocast(), preserve_rng_state():
-                candidates = _maker(state).candidates(*given)
-            missed = why_missed(
-                matches,
-                found,
-                candidates,
-                truth,
-                score_thr=score_thr,
-                iou_thr=iou_thr,
-            )
+        found = detections_of(output)
+        found = found.take(found.scores > self.options.score_thr)
+        matches = match(found, truth, iou_thr=self.options.iou_thr)
+        counted = _Counted(matches, found, truth)
         of_pass = self._found.setdefault(state.pass_name, {})
-        of_pass[image.image_id] = _Counted(matches, found, truth, missed)
+        of_pass[image.image_id] = counted
+        if self._mechanisms and matches.missed:
+            with self._policy.guard(
+                f"find out why objects of {image.image_id} are missed"
+            ):
+                missed = self._why_missed(state, image, position, output, counted)
+                of_pass[image.image_id] = counted._replace(missed=missed)
+
+    def _why_missed(
+        self,
+        state: VisLoop,
+        image: SelectedImage,
+        position: int,
+        output: Any,
+        counted: _Counted,
+    ) -> Sequence[MissedObject]:
+        given = image.image_id, state.recorded, position, output
+        with state.autocast(), preserve_rng_state():
+            candidates = _maker(state).candidates(*given)
+        return why_missed(
+            counted.matches,
+            counted.found,
+            candidates,
+            counted.truth,
+            score_thr=self.options.score_thr,
+            iou_thr=self.options.iou_thr,
+        )
 
     def _draw_worst(self, state: VisLoop) -> None:
         """Draw the images that lose most, each on the first rank that met it."""
-        by_rank = all_gather_object(self._found.get(state.pass_name, {}))
+        own = self._found.get(state.pass_name, {})
+        by_rank = all_gather_object(own)
         if not state.drawing or self._policy.ends_run:
             return
-        images = {name: own for found in by_rank for name, own in found.items()}
+        images = {name: counted for found in by_rank for name, counted in found.items()}
         losses = ap_lost(list(images.values()))
-        worst = sorted(zip(images, losses), key=lambda own: (-own[1], own[0]))
+        worst = sorted(zip(images, losses), key=lambda pair: (-pair[1], pair[0]))
         number = self.run_options.num_images
         limit = None if number < 0 else number
         chosen = [name for name, loss in worst if loss][:limit]
         elsewhere = {name for found in by_rank[: get_rank()] for name in found}
+        here = own.keys() & set(chosen) - elsewhere
         for image in self._everything[state.mode].images:
-            if image.image_id in chosen and image.image_id not in elsewhere:
-                self._draw(state, image, partial(self._look, state, image), {})
+            if image.image_id in here:
+                found = own[image.image_id].found
+                self._draw(state, image, partial(self._look, state, image, found))
 
-    def _look(self, state: VisLoop, image: SelectedImage) -> Diagnosis:
+    def _look(
+        self, state: VisLoop, image: SelectedImage, found: Detections
+    ) -> Diagnosis:
         placement = state.placements[id(image.dataset)]
         loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        picture_id = state.picture_id(image)
         with state.autocast():
-            return _maker(state).look(state.picture_id(image), loaded, placement)
+            return _maker(state).look(picture_id, loaded, placement, found)
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
         if mode in self._loops:
             everything = of_all_ranks(self._found)
             shares = of_all_ranks(self._shares)
             with self._policy.guard("add the errors up"):
-                for name, found in everything.items():
+                for name, found in (everything or {"": {}}).items():
+                    self._warn_of_gaps(runner, mode, found)
                     self._log(runner, mode, name, found, shares.get(name, {}))
             if self._drawn(mode) is None:
                 self._policy.share()
         super()._after_epoch(runner, mode)
+
+    def _warn_of_gaps(self, runner: Runner, mode: str, counted: Container) -> None:
+        names = [image.image_id for image in self._everything[mode].images]
+        lost = [name for name in names if name not in counted]
+        if lost:
+            runner.logger.warning(
+                f"{self.name}: {len(lost)} of the {len(names)} images of the {mode} "
+                f"loop are not counted: {', '.join(lost[:5])}"
+            )
 
     def _log(
         self,
@@ -295,6 +329,14 @@ class ErrorVisHook(BaseVisHook):
         for alarm in watch.update(shares, summary["ap"]["ap"]):
             runner.logger.warning(f"{self.name}: {alarm}")
         self._log_scalars(runner, mode, name, scalars)
+
+
+def _num_batches(loop: BaseLoop) -> int:
+    """How many batches a loop has on this rank; 0 where nobody knows."""
+    try:
+        return len(loop.dataloader)
+    except TypeError:
+        return 0
 
 
 def _maker(state: VisLoop) -> DiagnosisMaker:

@@ -149,6 +149,17 @@ class VisLoop:
             self._attached.callback(setattr, model, name, previous)
 
     @property
+    def recorded(self) -> ForwardRecord:
+        """The forward of the current batch; a ``VisError`` where nobody recorded it."""
+        if self.record is None:
+            raise VisError(
+                f"the forward of the batch was not recorded: its data samples have "
+                "other metainfo before the forward than after it, or the loop does not "
+                f"call {self.mode}_step"
+            )
+        return self.record
+
+    @property
     def layers(self) -> list[str]:
         """The layers that are asked for, as seen from the model that predicts now."""
         name, _ = predicting_model(self.detector)
@@ -225,14 +236,9 @@ class VisLoop:
             loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
         if placement.alignment == "resize":
             return self.maker.run(picture_id, loaded, placement, fp16=self.fp16)
-        if self.record is None:
-            raise VisError(
-                f"the forward of {image.image_id} was not recorded; its data sample "
-                "has other metainfo before the forward than after it"
-            )
         with self.autocast():  # what is asked again answers as it did
             return self.maker.from_record(
-                picture_id, loaded, placement, self.record, position, output
+                picture_id, loaded, placement, self.recorded, position, output
             )
 
 

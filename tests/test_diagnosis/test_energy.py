@@ -35,7 +35,7 @@ def explained(
     without = judge("a", image, *given, options, names)
 
     def maps(self: Any, *args: Any) -> tuple:
-        return dict.fromkeys(args[3], own), dict.fromkeys(args[4], own)
+        return tuple(dict.fromkeys(range(len(boxes)), own) for boxes in args[3:5])
 
     monkeypatch.setattr(ErrorMapper, "maps", maps)
     monkeypatch.setattr(ErrorMapper, "__init__", lambda self, *_, **__: None)
@@ -43,8 +43,7 @@ def explained(
         "mmyolo_vis_hooks.diagnosis.explainer.ClassComparer", lambda *_: None
     )
     logger = logging.getLogger("test")
-    numbers = np.arange(len(found))
-    return Explainer(None, options, names, logger).explain(without, numbers, None, {})
+    return Explainer(None, options, names, logger).explain(without, None, {})
 
 
 @pytest.mark.parametrize(

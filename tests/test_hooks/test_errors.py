@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from mmengine.registry import DATASETS
-from mmengine.runner import Runner
+import torch
+from mmengine.model import BaseTTAModel
+from mmengine.registry import DATASETS, LOOPS, MODELS
+from mmengine.runner import Runner, loops
 
 from mmyolo_vis_hooks import diagnose
+from mmyolo_vis_hooks.diagnosis.result import Diagnosis
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.hooks import base, errors
-from tests.test_hooks.helpers import logged, pictures, ran_test
+from mmyolo_vis_hooks.hooks.vis_loop import VisLoop
+from tests.test_hooks.helpers import log_of, logged, pictures, ran_test
+from tests.test_hooks.test_featmap import augmented
 from tests.test_hooks.test_loops import teacher_student
 from tests.toy import SIZES
 from tests.toy_boxes import box_config
@@ -114,6 +121,61 @@ def test_the_log_says_when_the_evidence_leaves_the_objects(
     assert "errors: it falls" in log.read_text()
 
 
+@MODELS.register_module()
+class HalvingTTA(BaseTTAModel):
+    """Finds half as much as the detector alone, in another order."""
+
+    def merge_preds(self, data_samples_list: list) -> list:
+        merged = [samples[0] for samples in data_samples_list]
+        for sample in merged:
+            number = len(sample.pred_instances)
+            order = torch.arange(number).flip(0)[: (number + 1) // 2]
+            sample.pred_instances = sample.pred_instances[order]
+        return merged
+
+
+@pytest.mark.parametrize("select", ["fixed", "worst"])
+def test_pictures_show_what_the_loop_found_each_box_with_its_own_map(
+    tmp_path, toy_data, monkeypatch, select
+):
+    drawn, draw = [], Diagnosis.draw
+    shown = lambda own: drawn.append(own) or draw(own)  # noqa: E731
+    monkeypatch.setattr(Diagnosis, "draw", shown)
+    options = dict(select=select, num_images=-1, score_thr=0.3, topk=-1)
+    plain = box_config(tmp_path, [hook(**options)], data_root=toy_data)
+    cfg = augmented(copy.deepcopy(plain), flip_first=False)
+    cfg.model.type = "HalvingTTA"
+    torch.manual_seed(0)
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    counts = logged(runner, "errors")
+    assert counts["false_alarms"] == sum(len(own.false_positives) for own in drawn) > 0
+    assert counts["missed"] == sum(len(own.missed) for own in drawn)
+    infos = map(runner.test_dataloader.dataset.get_data_info, range(len(SIZES)))
+    images = {f"{info['img_id']}_image": info for info in infos}
+    num_maps = 0
+    for own in drawn:
+        info = images[own.image_id]
+        alone = diagnose(
+            runner.model.module,
+            info["img_path"],
+            info["instances"],
+            config=plain,
+            score_thr=0.3,
+            topk=-1,
+        )
+        boxes = [*alone.found, *alone.false_positives]
+        for box in [*own.found, *own.false_positives]:
+            (same,) = (b for b in boxes if np.allclose(b.box_xyxy, box.box_xyxy))
+            assert (box.map is None) == (same.map is None)
+            if box.map is not None:
+                num_maps += 1
+                np.testing.assert_allclose(
+                    box.map.saliency, same.map.saliency, atol=1e-5
+                )
+    assert num_maps > len(drawn)
+
+
 @pytest.mark.parametrize("num_images", [1, 2, -1])
 def test_the_worst_are_those_that_lose_most(tmp_path, toy_data, num_images):
     options = dict(select="worst", score_thr=0.6)
@@ -167,6 +229,39 @@ def test_mechanisms_of_every_image_are_counted_in_every_validation(tmp_path, toy
     assert mechanisms == expected
 
 
+def test_what_cannot_be_found_out_of_missed_objects_leaves_the_counts(
+    tmp_path, toy_data, monkeypatch
+):
+    """As of a loop that does not call what is recorded."""
+    plain = logged(looked_at(tmp_path / "plain", toy_data, score_thr=0.6), "errors")
+    monkeypatch.setattr(VisLoop, "_record_next_step", lambda *_: None)
+    options = dict(score_thr=0.6, select="worst", on_error="log", mechanisms="all")
+    counts = logged(looked_at(tmp_path / "all", toy_data, **options), "errors")
+    reasons = {k: v for k, v in counts.items() if k.startswith("missed/")}
+    assert sum(reasons.values()) == 0 < counts["missed"]
+    others = counts.items() - reasons.items()
+    assert {k: v for k, v in others if "energy" not in k}.items() <= plain.items()
+    assert "Could not find out why objects of 1_image are missed" in log_of(tmp_path)
+
+
+@LOOPS.register_module()
+class ShortLoop(loops.TestLoop):
+    """Ends after the first batch."""
+
+    def run(self) -> None:
+        self.runner.call_hook("before_test_epoch")
+        self.run_iter(0, next(iter(self.dataloader)))
+        self.runner.call_hook("after_test_epoch", metrics={})
+
+
+def test_images_that_are_not_counted_are_named(tmp_path, toy_data):
+    cfg = box_config(tmp_path, [hook(select="worst")], data_root=toy_data, batch_size=4)
+    cfg.test_cfg = dict(type="ShortLoop")
+    Runner.from_cfg(cfg).test()
+    gap = "2 of the 6 images of the test loop are not counted: 5_image, 6_image"
+    assert gap in log_of(tmp_path)
+
+
 def test_no_count_of_an_earlier_run_is_logged_again(tmp_path, toy_data, monkeypatch):
     runner = looked_at(tmp_path, toy_data, on_error="log")
     assert logged(runner, "errors")
@@ -198,6 +293,12 @@ def test_what_cannot_work_is_refused_before_the_run(tmp_path, toy_data):
     cfg = box_config(tmp_path, [hook(**both)], data_root=toy_data)
     with pytest.raises(VisConfigError, match="select='worst' and image_indices"):
         Runner.from_cfg(cfg)
+    cfg = box_config(tmp_path, [hook(select="worst")], data_root=toy_data)
+    runner = Runner.from_cfg(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(errors, "all_gather_object", lambda number: [number, 0])
+        with pytest.raises(VisConfigError, match="has none for one of the ranks"):
+            runner.test()
     cfg = box_config(tmp_path, [hook()], data_root=toy_data)
     runner = Runner.from_cfg(cfg)
     dataset = runner.test_dataloader.dataset

@@ -12,8 +12,9 @@ from mmengine.runner import Runner
 from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
 from mmyolo_vis_hooks.attribution.saliency import box_saliency
 from mmyolo_vis_hooks.errors import VisConfigError, VisError
+from mmyolo_vis_hooks.publish.publisher import Publisher
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
-from tests.toy import LETTERBOX, META_KEYS, SQUARE, make_pipeline, toy_config
+from tests.toy import LETTERBOX, META_KEYS, SIZES, SQUARE, make_pipeline, toy_config
 from tests.toy_boxes import box_config
 
 ALIGNMENTS = ("resize", "letterbox", "network")
@@ -166,6 +167,23 @@ def test_test_time_augmentation(tmp_path, toy_data, hook, alignment, flip_first)
     runner = after_test(augmented(cfg, flip_first))
     # The toy does not put its boxes back where the first view is flipped.
     assert_on_objects(tmp_path, runner, boxes=not flip_first)
+
+
+def test_objects_lie_on_the_view_that_is_drawn(tmp_path, toy_data, monkeypatch):
+    """Not on the merged one's, which is flipped here."""
+    given = []
+    publish = lambda self, mode, image, step: given.append(image.boxed)  # noqa: E731
+    monkeypatch.setattr(Publisher, "wants_boxes", True)
+    monkeypatch.setattr(Publisher, "publish", publish)
+    hooks = [every_image(spy, alignment="network")]
+    cfg = toy_config(tmp_path, hooks, data_root=toy_data)
+    after_test(augmented(cfg, flip_first=True))
+    assert len(given) == len(SIZES)
+    for boxed in given:
+        bright = np.argwhere(boxed.image_rgb.min(axis=2) > 150)[:, ::-1]
+        (box,) = boxed.truth.boxes_xyxy
+        expected = [*bright.min(0), *(bright.max(0) + 1)]
+        np.testing.assert_allclose(box, expected, atol=2)
 
 
 @both_hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,32 @@ def test_boxes_and_tables_of_all_ranks_are_one(tmp_path, toy_data, monkeypatch):
             assert boxes == of_image["image"]["boxes"]
             assert len(boxes["predictions"]) == len(of_image["scores"])
             assert len(boxes["ground_truth"]) == 1
+
+
+@pytest.mark.nightly
+def test_two_ranks_draw_the_worst_of_both_and_count_each_image_once(tmp_path, toy_data):
+    assert run_on_two_ranks(tmp_path / "two", toy_data, "letterbox:worst:raise") == 0
+    worst = dict(select="worst", num_images=-1, score_thr=0.6, mechanisms="all")
+    hooks = [dict(type="ErrorVisHook", on_error="raise", **worst)]
+    cfg = box_config(tmp_path / "one", hooks, data_root=toy_data, batch_size=1)
+    cfg.test_dataloader.dataset.indices = 5
+    cfg.test_evaluator = []
+    Runner.from_cfg(cfg).test()
+    found, expected = pictures(tmp_path / "two"), pictures(tmp_path / "one")
+    assert found.keys() == expected.keys()
+    for name, image in expected.items():
+        np.testing.assert_array_equal(found[name], image)
+    first, second = (
+        path.read_text().split() for path in sorted(tmp_path.rglob("drawn*.txt"))
+    )
+    assert min(len(first), len(second)) > 0  # each draws its own
+    assert sorted(first + second) == sorted(n.split(".")[2][:-2] for n in expected)
+    metrics = [
+        {k: v for k, v in json.loads(path.read_text()).items() if "errors/" in k}
+        for folder in ("one", "two")
+        for path in (tmp_path / folder).rglob("[0-9]*.json")
+    ]
+    assert metrics[0] == metrics[1] != {}
 
 
 def test_a_killed_rank_leaves_no_file(tmp_path, toy_data):
