@@ -74,7 +74,8 @@ class MapMaker:
             return shared.expand(len(spot.members), -1, -1)
         map_hw = spot.view.activations.shape[-2:]
         is_whole = eigen_smooth or not method.elementwise
-        if spot.windows and not is_whole and activations.shape[-2:] == map_hw:
+        one_size = len({(w.height, w.width) for w in spot.windows}) == 1
+        if one_size and not is_whole and activations.shape[-2:] == map_hw:
             crops = torch.stack([w.cut(activations[0]) for w in spot.windows])
             parts = weigh(method.name, crops, torch.stack(spot.gradients))
             return torch.stack([w.pad(p, map_hw) for w, p in zip(spot.windows, parts)])

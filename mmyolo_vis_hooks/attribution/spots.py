@@ -188,12 +188,13 @@ def spots_of_levels(
         spot = spots.setdefault(level.tap, spot)
         spot.members.append(k)
         window = Window.around(anchor.cell, level.radius, tensor.shape[-2:])
-        spot.windows.append(window)
         placed.append(_Placed(k, anchor, spot, window))
     if with_gradients:
         slopes = _gradients_in_windows(case, placed, pyramid.head)
-        for k, _, spot, _ in placed:
-            spot.gradients.append(slopes[k])
+        for box in placed:
+            window, slope = slopes[box.number]
+            box.spot.windows.append(window)
+            box.spot.gradients.append(slope)
     return [*spots.values(), *others]
 
 
@@ -212,12 +213,15 @@ class _Placed(NamedTuple):
 
 def _gradients_in_windows(
     case: Case, placed: Sequence[_Placed], head: WindowedHead | None
-) -> dict[int, torch.Tensor]:
-    """Gradients of boxes in their windows, many by one pass where that is faster."""
+) -> dict[int, tuple[Window, torch.Tensor]]:
+    """Gradients of boxes in their windows, many by one pass where that is faster.
+
+    A window that leaves out a part of the gradient becomes the whole map.
+    """
     # Running the head again on some cells costs as much as a pass through thrice them.
     cells = 3 * sum(box.window.height * box.window.width for box in placed)
     whole = sum(box.spot.view.tensor[0, 0].numel() for box in placed)
-    slopes: dict[int, torch.Tensor] = {}
+    slopes: dict[int, tuple[Window, torch.Tensor]] = {}
     if head is not None and len(placed) > 1 and cells < whole:
         for begin in range(0, len(placed), _WINDOWS_AT_ONCE):
             part = placed[begin : begin + _WINDOWS_AT_ONCE]
@@ -226,13 +230,15 @@ def _gradients_in_windows(
         if number not in slopes:
             (slope,) = _through_head(case.graph, anchor, [spot.view.tensor])
             slope = torch.zeros_like(spot.view.tensor) if slope is None else slope
-            slopes[number] = window.cut(slope[0])
+            if slope.count_nonzero() > window.cut(slope).count_nonzero():
+                window = Window(0, 0, *slope.shape[-2:])
+            slopes[number] = window, window.cut(slope[0])
     return slopes
 
 
 def _through_windows(
     case: Case, placed: Sequence[_Placed], head: WindowedHead
-) -> dict[int, torch.Tensor]:
+) -> dict[int, tuple[Window, torch.Tensor]]:
     """The same by one pass; nothing if the head gives other values in windows."""
     rows: dict[TapKey, list[_Placed]] = {tap: [] for tap in head.blocks}
     for box in placed:
@@ -262,7 +268,7 @@ def _through_windows(
     given = [outputs[key] for key in slopes]
     found = gradients(given, list(inputs.values()), slopes=list(slopes.values()))
     return {
-        box.number: part
+        box.number: (box.window, part)
         for boxes, slope in zip(rows.values(), found)
         if slope is not None
         for box, part in zip(boxes, slope)

@@ -68,10 +68,9 @@ class WindowedHead:
         self, windows: Mapping[TapKey, torch.Tensor]
     ) -> dict[HeadKey, torch.Tensor]:
         """Raw outputs ``(K, c, a, b)`` of windows ``(K, C, a, b)`` of every level."""
-        maps = [
-            windows[tap].clone() if block is None else block(windows[tap])
-            for tap, block in self.blocks.items()
-        ]
+        # Copies, so that in-place operations leave the windows alone.
+        copies = ((windows[tap].clone(), block) for tap, block in self.blocks.items())
+        maps = [part if block is None else block(part) for part, block in copies]
         outputs = flatten_tensors(self.head(tuple(maps)))
         return {HeadKey(self.path, 0, index): output for index, output in outputs}
 

@@ -15,12 +15,14 @@ from torch import nn
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
 from tests.families import (
     FAMILIES,
+    Family,
     build_family,
     plain_predict,
     reference_gradients,
 )
 from tests.test_attribution.helpers import (
     LOGGER,
+    MOVED,
     RawOutputs,
     agrees,
     attributor,
@@ -90,6 +92,45 @@ def test_boxes_share_a_pass_unless_the_head_looks_beyond_windows(name):
             expected = layercam(*most_influential(maps))
             if expected.max() > 0:
                 assert agrees(explanation.maps[0].saliency, expected)
+
+
+def changed(name: str, kind: str) -> Family:
+    """A family whose head looks farther at some cells, or takes not every window."""
+    family = build_family(name)
+    family = dataclasses.replace(family, detector=copy.deepcopy(family.detector))
+    head = family.detector.bbox_head.head_module
+    if kind == "corner pooling":
+        for convs in head.multi_level_cls_convs:
+            convs.register_forward_hook(
+                lambda m, args, out: out + out.flip(-1).cummax(-1).values.flip(-1)
+            )
+    elif kind == "reflection":
+        for conv in (m for m in head.modules() if isinstance(m, nn.Conv2d)):
+            if conv.kernel_size == (3, 3):
+                conv.padding_mode = "reflect"
+                conv._reversed_padding_repeated_twice = [1] * 4
+    else:
+        for path in MOVED[name]:
+            block = family.detector.get_submodule(path)
+            block.register_forward_pre_hook(lambda m, args: (args[0].relu_(),))
+    return family
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("yolox", "corner pooling"), ("yolox", "reflection"), ("yolov5", "in place")],
+)
+def test_boxes_have_their_maps_of_any_head(name, kind):
+    family = changed(name, kind)
+    own = attributor(family, topk=16)
+    given = family.inputs, family.data_samples[0].metainfo
+    finest = [e.index for e in own.explain(*given)[1] if e.cell and max(e.cell) > 5]
+    assert len(finest) > 1
+    expected = references(family, max(finest) + 1)
+    own.choose = lambda predictions: finest  # no box is of another level
+    for index, explanation in zip(finest, own.explain(*given)[1]):
+        maps = layercam(*most_influential(expected[index]))
+        assert agrees(explanation.maps[0].saliency, maps)
 
 
 class Copying(nn.Module):

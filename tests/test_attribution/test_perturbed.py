@@ -25,6 +25,7 @@ from tests.families import (
 )
 from tests.test_attribution.helpers import (
     LOGGER,
+    TRANSFORMERS,
     RawOutputs,
     agrees,
     attributor,
@@ -221,6 +222,7 @@ QUICK += itertools.product(ONE_OF_A_KIND[:-1], ["yolov5", "faster_rcnn", "detr"]
     [
         pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.nightly)
         for pair in itertools.product(METHODS, FAMILIES)
+        if pair[0] != "attention" or pair[1] in TRANSFORMERS
     ],
 )
 def test_every_method_runs_on_every_family(method, name):
