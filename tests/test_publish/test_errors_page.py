@@ -186,9 +186,16 @@ def test_five_thousand_images_are_built_only_where_one_looks(browser, tmp_path):
     written = tmp_path / ASSETS / "a.image.jpg"
     for name in names:
         os.link(written, tmp_path / ASSETS / f"{name}.image.jpg")
-    start = time.monotonic()
-    browser.open(page)
-    assert time.monotonic() - start < 5  # 0.4 s where nothing else runs
+
+    def seconds() -> float:
+        """Until all pictures that one sees first are there."""
+        start = time.monotonic()
+        browser.open(page)
+        return time.monotonic() - start
+
+    tries = [seconds() for _ in range(3)]  # of which the machine may hold up some
+    print(f"the first pictures are there within {min(tries):.2f} s")
+    assert min(tries) < 1
     assert browser.texts("#found") == ["5000 errors"]
     built = "document.querySelectorAll('.entry').length"
     assert browser.run(f"return {built}") < 150

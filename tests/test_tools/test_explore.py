@@ -287,6 +287,13 @@ def test_what_the_controls_change(live):
     live.slide("Score", 0.5)
     live.says("dining table 0.69: found, IoU 0.94", "Map: boxam of its logit")
     live.photograph("threshold")
+    live.open()
+    live.says("1 found, 2 missed, 1 false")
+    live.slide("NMS", 0.95)  # it hides three boxes less
+    live.says("1 found, 2 missed, 4 false")
+    live.photograph("NMS")
+    live.slide("NMS", 0.65)  # the detector's own
+    live.says("1 found, 2 missed, 1 false")
 
 
 def test_the_next_error(live):
@@ -309,13 +316,17 @@ def test_the_next_error(live):
     shows("2_cat")
 
 
-def test_two_checkpoints_side_by_side(gradio, chromium, tmp_path):
+def test_two_checkpoints_and_configs_side_by_side(gradio, chromium, tmp_path):
     weights = torch.load(WEIGHTS, weights_only=True)
     for name, value in weights["state_dict"].items():
         if "conv_obj" in name and name.endswith("bias"):
             value -= 2
     torch.save(weights, tmp_path / "worse.pth")
-    live = Live(chromium, tmp_path, "--compare", tmp_path / "worse.pth")
+    config = tmp_path / "open.py"
+    weaker = "model = dict(test_cfg=dict(nms=dict(iou_threshold=0.95)))"
+    config.write_text(f"_base_ = {str(CONFIG)!r}\n{weaker}\n")
+    second = "--compare", tmp_path / "worse.pth", "--compare-config", config
+    live = Live(chromium, tmp_path, *second)
     live.open()
     live.says("1 found, 2 missed, 1 false")
     live.says("0 found, 3 missed, 0 false", which=1)
@@ -324,6 +335,14 @@ def test_two_checkpoints_side_by_side(gradio, chromium, tmp_path):
     missed = "Missed cat, below threshold: 0.63 for 'cat', threshold 0.75"
     live.says(missed, "cat 0.63: below the threshold", "Map: ", which=1)
     assert colours(live.photograph("two"), live, (30, 100, 470, 300)) > 0.2
+    live.browser.click("#next")
+    live.says("1 found, 2 missed, 1 false")
+    live.slide("Score", 0.5)  # each has its own NMS
+    live.says("2 found, 1 missed, 1 false")
+    live.says("1 found, 2 missed, 1 false", which=1)
+    live.slide("NMS", 0.8)  # both have this one
+    live.says("2 found, 1 missed, 2 false")
+    live.says("1 found, 2 missed, 0 false", which=1)
     check(live)
     live.page.close()
 
@@ -380,6 +399,12 @@ def test_what_cannot_work_ends_in_one_line(mistake, monkeypatch, tmp_path):
     )
     assert "there is no checkpoint" in mistake(explore, CONFIG, tmp_path / "none.pth")
     assert "--compare: there is no" in mistake(*line, "--compare", tmp_path / "no.pth")
+    assert "of --compare: name them" in mistake(*line, "--compare-config", CONFIG)
+    weights = torch.load(WEIGHTS, weights_only=True)
+    weights["meta"] = dict(dataset_meta=dict(classes=("cat", *NAMES[1:])))
+    torch.save(weights, tmp_path / "other.pth")
+    others = "--compare", tmp_path / "other.pth"
+    assert "class 0 is person of A and cat of B" in mistake(*line, PHOTO, *others)
     assert "there is no image" in mistake(*line, tmp_path / "none.jpg")
     (tmp_path / "film.mp4").write_bytes(b"")
     assert "film.mp4" in mistake(*line, tmp_path / "film.mp4")
