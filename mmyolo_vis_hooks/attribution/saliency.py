@@ -206,7 +206,7 @@ def raw_saliency(
     """:func:`box_saliency` before it is divided by its maximum, in its maps' unit.
 
     Returns:
-        np.ndarray: ``(H, W)`` floating point, not negative.
+        np.ndarray: ``(H, W)`` floating point.
     """
     if not explanation.maps:
         return np.zeros(frame.image_hw, dtype=np.float32)
