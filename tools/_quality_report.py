@@ -195,6 +195,7 @@ def main_value(cases: Sequence[Case], metrics: Sequence[str]) -> str | None:
 def draw_curves(cases: Sequence[Case], path: Path) -> None:
     """Mean curves of insertion and deletion, a row per metric; none without any."""
     # Only those who ask for curves pay for the import.
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -209,6 +210,7 @@ def draw_curves(cases: Sequence[Case], path: Path) -> None:
     axes = figure.subplots(len(names), 2, squeeze=False, sharey=True)
     for row, name in zip(axes, names):
         for ax, (way, kind, word) in zip(row, _WAYS):
+            ax.set_prop_cycle(color=colormaps["tab20"](range(20)))
             for label, own in curves[f"{name}_{way}_curve"].items():
                 style = "--" if label in BASELINES else "-"
                 ax.plot(SHARES[name], np.mean(own, axis=0), style, label=label)
