@@ -22,8 +22,9 @@ from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
 for module in (mmcv_builder, mmyolo_vis_hooks):
     assert module.__file__.startswith(sys.argv[1]), module.__file__
 page = resources.files("mmyolo_vis_hooks.publish")
-for name in ("index_template.html", "errors_template.html", "common.css", "common.js"):
-    assert len((page / name).read_text("utf-8")) > 1000
+templates = "common_head.html", "index_template.html", "errors_template.html"
+for name in (*templates, "common.css", "common.js"):
+    assert len((page / name).read_text("utf-8")) > 400
 print(mmyolo_vis_hooks.__version__)
 """
 

@@ -23,12 +23,9 @@ from .result import Diagnosis, FalsePositive, Missed
 class Explainer:
     """Explains errors, and the hits beside them.
 
-    Args:
-        detector (nn.Module): The detector, without wrappers.
-        options (DiagnosisOptions): ``topk``: at most so many errors of an image, missed
-            objects first, and as many hits, the best first; -1 explains all.
-        class_names (Sequence[str]): Names of the classes.
-        logger (Logger): Told what a user should know.
+    The arguments are those of :class:`~.diagnose.Diagnoser`. Of the options it reads
+    ``topk``: at most so many errors of an image, missed objects first, and as many
+    hits, the best first; -1 explains all.
     """
 
     def __init__(

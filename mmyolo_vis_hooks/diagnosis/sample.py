@@ -23,11 +23,7 @@ from .matching import GroundTruth
 class DiagnosisMaker(SampleMaker):
     """Turns forwards of a loop into diagnoses of its own final detections.
 
-    Args:
-        detector (nn.Module): The detector, without wrappers.
-        options (DiagnosisOptions): What counts, and how many errors get a map.
-        class_names (Sequence[str]): Names of the classes.
-        logger (Logger): Told what a user should know.
+    The arguments are those of :class:`~.diagnose.Diagnoser`.
     """
 
     def __init__(

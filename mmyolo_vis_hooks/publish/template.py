@@ -44,8 +44,8 @@ def fill_page(
     """Make a page that needs no server and no network.
 
     Args:
-        template (str): File of this folder with the slots ``title``, ``style``,
-            ``filters``, ``common`` and ``data``.
+        template (str): File of this folder that goes on after ``common_head.html``, in
+            its style, with the slots ``title``, ``filters``, ``common`` and ``data``.
         title (str): Any text.
         filters (dict): By the id that CSS calls it: ``(256, 3)`` uint8 RGB that levels
             are shown in, and the share of the blend that they have, as above.
@@ -64,7 +64,7 @@ def fill_page(
         "data": _safe_json(data),
     }
     # One pass: what is put in may itself look like a slot.
-    page = _SLOT.sub(lambda m: slots[m[1]], read(template))
+    page = _SLOT.sub(lambda m: slots[m[1]], read("common_head.html") + read(template))
     # A title made from a file name that is no text may hold half characters.
     return page.encode("utf-8", "xmlcharrefreplace")
 
