@@ -85,10 +85,12 @@ class ImageSelector:
         wanted = _key_of(metainfo)
         if "img_id" in metainfo and "img_path" in metainfo:
             return self._by_key.get(wanted)
+        known = self._by_key.items()
         for position, name in enumerate(("img_id", "img_path")):
-            for known, image in self._by_key.items():
-                if name in metainfo and known[position] == wanted[position]:
-                    return image
+            if name in metainfo:
+                alike = [i for key, i in known if key[position] == wanted[position]]
+                # Joined data sets may count alike; a wrong image is worse than none.
+                return alike[0] if len(alike) == 1 else None
         return None
 
 

@@ -83,9 +83,12 @@ def test_wrappers_lead_to_the_dataset_that_loads_the_image(root, tmp_path_factor
     assert resolve_index(balanced, 2) == (one, 2)
     assert leaf_datasets(concat) == [one, two]
     # Equal ids and equal file names in two datasets, and repeated images.
-    images = ImageSelector(concat, -1, None).images
+    selector = ImageSelector(concat, -1, None)
+    images = selector.images
     assert len(images) == n + 2
     assert len({image.image_id for image in images}) == n + 2
+    assert selector.find(dict(img_id=5)) is None  # of which?
+    assert selector.find(dict(img_id=4)).dataset is one
 
 
 def test_image_ids_are_safe_and_unique():
