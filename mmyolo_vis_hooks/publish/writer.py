@@ -69,9 +69,13 @@ class Writer:
         self._jobs.popleft().result()
 
     def _hold_up_signal(self) -> None:
-        # Whoever handles the signal already ends the process as Python does.
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # Whoever handles the signal already ends the process as Python does; but not
+        # the writer of an earlier run, which an exception ended.
+        handler = signal.getsignal(signal.SIGTERM)
+        is_free = handler is signal.SIG_DFL or isinstance(
+            getattr(handler, "__self__", None), Writer
+        )
+        if is_free and threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
             signal.signal(signal.SIGTERM, self._on_signal)
 
