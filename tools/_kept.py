@@ -49,8 +49,7 @@ class Kept:
                 "settings or objects than this one; name another --out-dir, or remove "
                 "it"
             )
-        # The last line may have been cut off.
-        whole = [line for line in lines if line.endswith("]")]
+        whole = lines[:-1]  # what follows the last line break was cut off, or is empty
         self.known = dict(map(json.loads, whole))
         text = "".join(f"{line}\n" for line in (json.dumps(settings), *whole))
         write_whole(path, text.encode())

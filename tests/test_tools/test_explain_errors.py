@@ -148,10 +148,12 @@ def test_a_call_goes_on_where_it_was(call, monkeypatch):
         call("--num-pictures", -1)
     assert (out_dir / "index.html").read_text() == page
     assert (out_dir / "errors.json").read_text() == before
-    kept.write_text(whole[: len(whole) * 2 // 3])  # cut off in its only image
-    call("--num-pictures", 0)
-    assert (out_dir / "errors.json").read_text() == before
-    assert kept.read_text() == whole
+    inner = whole.index("]", whole.index("\n")) + 1
+    for end in (len(whole) * 2 // 3, inner):  # cut off in its only image
+        kept.write_text(whole[:end])
+        call("--num-pictures", 0)
+        assert (out_dir / "errors.json").read_text() == before
+        assert kept.read_text() == whole
 
 
 def test_what_cannot_work_ends_in_one_line(call, capsys):
