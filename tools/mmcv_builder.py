@@ -66,8 +66,8 @@ class BuildError(Exception):
     def quote(cls, problem: str, output: str, log: Path | None = None) -> BuildError:
         """Quote the lines that tell why, and name what helps if that is certain."""
         lines = [line.strip() for line in output.splitlines() if line.strip()]
-        telling = r"\b(error: |\w+Error: )|ERROR:(?!.*subprocess)"
-        errors = [line for line in lines if re.search(telling, line)]
+        telling = r"\b(error: |fatal *: |\w+Error: )|^ERROR:(?!.*subprocess)"
+        errors = list(dict.fromkeys(x for x in lines if re.search(telling, x)))
         said = [f"  {line}" for line in (errors or lines)[-6:]]
         help = [text for words, text in REMEDIES.items() if re.search(words, output)]
         where = [f"Log: {log}"] if log else []

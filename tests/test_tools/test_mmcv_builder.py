@@ -292,6 +292,10 @@ def test_a_remedy_only_where_it_is_certain() -> None:
     # A line that every build on such a machine prints says nothing of its end.
     other = "No CUDA runtime is found, using CUDA_HOME=/usr\nKeyError: '__version__'"
     assert said(other) == ["It failed:", "  KeyError: '__version__'", "Log: log"]
+    # nvcc's own way, twice; and a line of pip's program that pip shows.
+    nvcc = "ptxas fatal   : Ptx assembly aborted due to errors"
+    shown = '"ERROR: Can not execute `setup.py` since setuptools is not available "'
+    assert said("\n".join([nvcc, nvcc, shown]))[1:] == [f"  {nvcc}", "Log: log"]
 
 
 def test_setup_is_mended_for_torch_and_python() -> None:
