@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from tests.test_publish.browser import Browser
 
 torch.set_num_threads(1)
+# A shell that starts the tests in the background has them ignore it, and the children
+# that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILDER_TESTS = ("test_mmcv_builder.py", "test_setup_env.py")
