@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +45,7 @@ from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
 from mmyolo_vis_hooks.metrics.faithfulness import Score
 from mmyolo_vis_hooks.metrics.metric import Metric, Subject
-from mmyolo_vis_hooks.metrics.search import greedy_cells
+from mmyolo_vis_hooks.metrics.search import greedy_cells, ridge_cells
 from mmyolo_vis_hooks.network.graph import prediction_of
 from mmyolo_vis_hooks.network.state import frozen
 from mmyolo_vis_hooks.options import BoxAMOptions
@@ -55,8 +56,11 @@ from mmyolo_vis_hooks.subjects import subjects_with_objects
 
 logger = logging.getLogger("mmyolo_vis_hooks")
 
-SEARCH = "search"
-"""Not an explanation that a hook could draw: a reference."""
+REFERENCES: dict[str, Callable[..., tuple[np.ndarray, int]]] = {
+    "search": greedy_cells,
+    "ridge": ridge_cells,
+}
+"""Not explanations that a hook could draw."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class Evaluation:
     Args:
         config (Config): Of the detector and its data set.
         checkpoint (str): Its weights.
-        methods (Sequence[str]): As of :func:`options_of`, or ``'search'``.
+        methods (Sequence[str]): Each as of :func:`read_method`, whose name is a
+            method's, a peer's or one of ``REFERENCES``.
         split, device, score_thr, per_image, score: As on the command line.
     """
 
@@ -120,11 +125,16 @@ class Evaluation:
             raise ToolError(f"--methods {MMYOLO_DEMO} is for MMYOLO's detectors only")
         self._score_thr, self._per_image = score_thr, per_image
         self._methods: dict[str, _Chosen | None] = {}
+        self._references: dict[str, Callable[..., tuple[np.ndarray, int]]] = {}
         for name in methods:
             self._methods[name] = None
-            if name not in (SEARCH, MMYOLO_DEMO):
-                options = options_of(name)
-                self._methods[name] = _Chosen(self.detector, options, logger=logger)
+            own, options = read_method(name)
+            if own in REFERENCES:
+                self._references[name] = partial(REFERENCES[own], **options)
+            elif own != MMYOLO_DEMO:
+                explain = PEERS.get(own) or dict(options, method=own)
+                own_options = BoxAMOptions(**explain)
+                self._methods[name] = _Chosen(self.detector, own_options, logger=logger)
         self._anchors: _Chosen | None = None
         if score == "own":
             look_at_none = BoxAMOptions(method="drise")
@@ -216,8 +226,9 @@ class Evaluation:
         if attributor is None:
             for own in explained:
                 start = time.perf_counter()
-                if name == SEARCH:
-                    own.maps[name], forwards = greedy_cells(own.subject, network_hw)
+                if name in self._references:
+                    try_regions = self._references[name]
+                    own.maps[name], forwards = try_regions(own.subject, network_hw)
                 else:
                     box, forwards = own.subject.box_xyxy, 1
                     own.maps[name] = mmyolo_demo(
@@ -254,25 +265,28 @@ def measure(explained: Explained, metrics: list[Metric]) -> dict[str, dict[str, 
     return found
 
 
-def options_of(method: str) -> BoxAMOptions:
-    """Options of a method as it is written: ``NAME``, or ``NAME:option=value,...``."""
-    if method in PEERS:
-        return BoxAMOptions(**PEERS[method])
-    name, _, words = method.partition(":")
-    known = {field.name for field in fields(BoxAMOptions)}
+def read_method(written: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of ``NAME``, or of ``NAME:option=value,...``."""
+    name, _, words = written.partition(":")
+    known = {field.name for field in fields(BoxAMOptions)} - {"method"}
+    if name in PEERS or name == MMYOLO_DEMO:
+        known = set()
+    elif name in REFERENCES:
+        parameters = inspect.signature(REFERENCES[name]).parameters.values()
+        known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     options: dict[str, Any] = {}
     for word in filter(None, words.split(",")):
         key, equals, text = word.partition("=")
         if not equals or key not in known:
             raise ToolError(
-                f"--methods {method}: {word!r} is no option of a method; write "
-                "NAME:option=value,option=value"
+                f"--methods {written}: {word!r} is no option of {name}; write "
+                f"{name}:option=value,option=value with {', '.join(sorted(known))}"
             )
         try:
             options[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             options[key] = text
-    return BoxAMOptions(method=name, **options)
+    return name, options
 
 
 @contextlib.contextmanager

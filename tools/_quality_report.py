@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -31,6 +31,9 @@ from mmyolo_vis_hooks.render.montage import (
     montage,
     resize_image,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COSTS = ("ms", "forwards")
 _WAYS = (("ins", "insertion", "shown"), ("del", "deletion", "replaced"))
@@ -192,12 +195,49 @@ def main_value(cases: Sequence[Case], metrics: Sequence[str]) -> str | None:
     return values[0] if values else None
 
 
-def draw_curves(cases: Sequence[Case], path: Path) -> None:
-    """Mean curves of insertion and deletion, a row per metric; none without any."""
+def _figure(**options: Any) -> Figure:
     # Only those who ask for curves pay for the import.
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write_figure(path: Path, figure: Figure) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_whole(path, content.getvalue())
+
+
+def draw_budget(tables: Tables, value: str, path: Path) -> None:
+    """A value against the forwards that maps took; a method's budgets are joined."""
+    budgets: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    figure = _figure(figsize=(7.5, 4.5))
+    ax = figure.subplots()
+    for record in tables.records:
+        if (record.value, record.size) != (value, "all"):
+            continue
+        if (cost := tables.costs.get(record.map)) is not None:
+            name = record.map.partition(":")[0]
+            budgets[name].append((cost["forwards"], record.mean))
+        else:
+            ax.axhline(record.mean, color="0.6", linestyle="--", linewidth=1)
+            ax.annotate(
+                record.map, (1, record.mean), xycoords=("axes fraction", "data")
+            )
+    for name, points in budgets.items():
+        ax.plot(*zip(*sorted(points)), "o-", label=name)
+    ax.set(xscale="log", xlabel="forwards a box", ylabel=value)
+    ax.grid(alpha=0.3)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.16, 1), frameon=False)
+    _write_figure(path, figure)
+
+
+def draw_curves(cases: Sequence[Case], path: Path) -> None:
+    """Mean curves of insertion and deletion, a row per metric; none without any."""
+    from matplotlib import colormaps
 
     curves: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for name, key, curve in _all_curves(cases):
@@ -205,8 +245,7 @@ def draw_curves(cases: Sequence[Case], path: Path) -> None:
     names = [name for name in SHARES if f"{name}_ins_curve" in curves]
     if not names:
         return
-    figure = Figure(figsize=(11, 4.2 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(figsize=(11, 4.2 * len(names)))
     axes = figure.subplots(len(names), 2, squeeze=False, sharey=True)
     for row, name in zip(axes, names):
         for ax, (way, kind, word) in zip(row, _WAYS):
@@ -218,9 +257,7 @@ def draw_curves(cases: Sequence[Case], path: Path) -> None:
             ax.grid(alpha=0.3)
         row[0].set_ylabel("share of the score")
     axes[0][1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    write_whole(path, content.getvalue())
+    _write_figure(path, figure)
 
 
 def _all_curves(cases: Sequence[Case]) -> Iterator[tuple[str, str, list[float]]]:

@@ -4,9 +4,9 @@
 
 Detections that hit an object are explained by each method, and by baselines that look
 at no detector; the same metrics are taken of all. Written are ``table.csv``,
-``table.json`` and ``table.md``, the curves of insertion and deletion, and pictures of
-the best and worst cases. What was measured stays in ``images.jsonl``, so that an
-interrupted call goes on where it was.
+``table.json`` and ``table.md``, the curves of insertion and deletion, what more
+forwards gain, and pictures of the best and worst cases. What was measured stays in
+``images.jsonl``, so that an interrupted call goes on where it was.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from _quality_report import (
     Case,
     TextTable,
     case_picture,
+    draw_budget,
     draw_curves,
     main_value,
     tables_of,
@@ -59,8 +60,8 @@ def parse_args() -> argparse.Namespace:
         default=["boxam", "layercam", "odam"],
         metavar="METHOD",
         help="methods, with options as in drise:num_masks=300 if need be; 'search' "
-        "tries regions of the box, 'ultralytics' and 'mmyolo_demo' draw as others do "
-        "(default: boxam layercam odam)",
+        "and 'ridge' try regions of the box, 'ultralytics' and 'mmyolo_demo' draw as "
+        "others do (default: boxam layercam odam)",
     )
     parser.add_argument(
         "--metrics",
@@ -261,6 +262,7 @@ def main() -> None:
     write_whole(out_dir / "table.json", tables.json(settings).encode())
     write_whole(out_dir / "table.md", tables.markdown().encode())
     draw_curves(cases, out_dir / "curves.png")
+    draw_budget(tables, value, out_dir / "budget.png")
     if args.sanity:
         sanity = check_sanity(evaluation, cases, args.methods)
         print_table(sanity.rich())

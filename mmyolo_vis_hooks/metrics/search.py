@@ -1,51 +1,91 @@
-"""The expensive reference: regions found by trying, as the search methods do."""
+"""References that try regions of the box, with its surroundings intact."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from .metric import Subject
 from .pointing_game import box_region
 
-_CELLS, _AT_ONCE = 6, 3
 
+def greedy_cells(
+    subject: Subject, size_hw: tuple[int, int], *, cells: int = 6, at_once: int = 3
+) -> tuple[np.ndarray, int]:
+    """Rank the cells of a grid on the box by trying each of those that are left.
 
-def greedy_cells(subject: Subject, size_hw: tuple[int, int]) -> tuple[np.ndarray, int]:
-    """Rank the cells of a 6x6 grid on the box by trying each of those that are left.
-
-    Three at a time are taken: those that with what is shown already make the detection
+    Some at a time are taken: those that with what is shown already make the detection
     score most, plus what it loses when they are hidden with the others. This is the
     idea of VPS (Chen 2025) and VX-CODE (2026), on cells instead of superpixels or
-    patches, and with the surroundings of the box intact.
+    patches.
+
+    Args:
+        subject (Subject): A detection that can be asked.
+        size_hw (tuple[int, int]): Of the network's input.
+        cells (int): So many in a row, and rows. Defaults to 6.
+        at_once (int): So many are taken at a time. Defaults to 3.
 
     Returns:
         tuple: The map ``(H, W)``, 1 to 36 in the box, 36 for the first; and how many
         forwards were needed.
     """
-    if subject.score is None:
-        raise ValueError("the subject cannot be asked")
-    region = box_region(subject.box_xyxy, size_hw)
-    x1, y1, x2, y2 = subject.box_xyxy
-    rows, columns = (
-        ((np.arange(n) + 0.5 - low) / max(high - low, 1e-6) * _CELLS)
-        .astype(int)
-        .clip(0, _CELLS - 1)
-        for n, low, high in ((size_hw[0], y1, y2), (size_hw[1], x1, x2))
-    )
-    cells = np.where(region, rows[:, None] * _CELLS + columns[None], -1)
-    left = list(range(_CELLS**2))
+    score, region = _ask(subject), box_region(subject.box_xyxy, size_hw)
+    grid = _grid(subject.box_xyxy, region, cells)
+    left = list(range(cells**2))
     order: list[int] = []
     num_forwards = 0
-    while len(left) > _AT_ONCE:
-        with_each = np.stack([np.isin(cells, [*order, cell]) for cell in left])
-        scores = subject.score(
-            np.concatenate([with_each | ~region, ~with_each]), "blur"
-        )
+    while len(left) > at_once:
+        with_each = np.stack([np.isin(grid, [*order, cell]) for cell in left])
+        scores = score(np.concatenate([with_each | ~region, ~with_each]), "blur")
         num_forwards += len(scores)
         gains = scores[: len(left)] - scores[len(left) :]
-        best = np.argsort(-gains, kind="stable")[:_AT_ONCE]
+        best = np.argsort(-gains, kind="stable")[:at_once]
         order += [left[k] for k in best]
         left = [cell for cell in left if cell not in order]
-    values = np.zeros(_CELLS**2 + 1)  # the last is of what lies outside
-    values[[*order, *left]] = np.arange(_CELLS**2, 0, -1)
-    return values[cells], num_forwards
+    values = np.zeros(cells**2 + 1)  # the last is of what lies outside
+    values[[*order, *left]] = np.arange(cells**2, 0, -1)
+    return values[grid], num_forwards
+
+
+def ridge_cells(
+    subject: Subject, size_hw: tuple[int, int], *, cells: int = 7, num_masks: int = 64
+) -> tuple[np.ndarray, int]:
+    """What each cell of a grid on the box adds to the score, by ridge regression.
+
+    Half of the cells, drawn at random, are shown at a time; the penalty is chosen by
+    leaving one mask out. LIME (Ribeiro 2016) on the cells of a box.
+
+    Args:
+        subject, size_hw, cells: As of :func:`greedy_cells`; 7 cells by default.
+        num_masks (int): So many forwards. Defaults to 64.
+
+    Returns:
+        tuple: The map ``(H, W)``, signed, 0 outside of the box; and the forwards.
+    """
+    from sklearn.linear_model import RidgeCV  # takes a second, and few ask for it
+
+    score, region = _ask(subject), box_region(subject.box_xyxy, size_hw)
+    grid = _grid(subject.box_xyxy, region, cells)
+    shown = np.random.default_rng(0).random((num_masks, cells**2)) < 0.5
+    scores = score(np.take(np.c_[shown, np.ones(num_masks, bool)], grid, 1), "blur")
+    fitted = RidgeCV(alphas=np.logspace(-1, 3, 9)).fit(shown.astype(float), scores)
+    return np.append(fitted.coef_, 0.0)[grid], num_masks
+
+
+def _ask(subject: Subject) -> Callable[[np.ndarray, str], np.ndarray]:
+    if subject.score is None:
+        raise ValueError("the subject cannot be asked")
+    return subject.score
+
+
+def _grid(box_xyxy: np.ndarray, region: np.ndarray, cells: int) -> np.ndarray:
+    """The number of each pixel's cell, row by row; -1 outside of the box."""
+    x1, y1, x2, y2 = box_xyxy
+    rows, columns = (
+        ((np.arange(n) + 0.5 - low) / max(high - low, 1e-6) * cells)
+        .astype(int)
+        .clip(0, cells - 1)
+        for n, low, high in ((region.shape[0], y1, y2), (region.shape[1], x1, x2))
+    )
+    return np.where(region, rows[:, None] * cells + columns[None], -1)

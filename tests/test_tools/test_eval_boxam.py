@@ -15,11 +15,13 @@ import torch
 from mmengine.registry import MODELS
 
 import eval_boxam
-from _evaluation import Evaluation, options_of
-from _peers import mmyolo_demo
+from _common import ToolError
+from _evaluation import Evaluation, read_method
+from _peers import PEERS, mmyolo_demo
 from _quality_report import Case, main_value
 from mmyolo_vis_hooks import load
 from mmyolo_vis_hooks.detector import read_config
+from mmyolo_vis_hooks.options import BoxAMOptions
 from tests.toy_boxes import box_config
 
 CALL = ("--methods", "boxam", "--num-pictures", 1, "--num-detections", 3)
@@ -79,7 +81,12 @@ def test_tables_curves_and_cases(run, words, tmp_path, capsys):
     assert len(rows) == len(table["values"])
     assert "| boxam |" in (out / "table.md").read_text()
     pictures = sorted(p.name for p in out.iterdir() if p.suffix in (".png", ".jpg"))
-    assert [p.split("_")[0] for p in pictures] == ["best", "curves.png", "worst"]
+    assert [p.split("_")[0] for p in pictures] == [
+        "best",
+        "budget.png",
+        "curves.png",
+        "worst",
+    ]
     for name in pictures:
         assert cv2.imread(str(out / name)).std() > 5
 
@@ -132,14 +139,18 @@ def test_what_cannot_work_is_refused(mistake, words, wrong, message):
 
 
 def test_methods_have_options():
-    options = options_of("drise:num_masks=30,smooth=0.5,target=score")
-    assert (options.method, options.num_masks, options.smooth) == ("drise", 30, 0.5)
-    assert options_of("layercam:target_layers=neck").target_layers == ("neck",)
+    options = dict(num_masks=30, smooth=0.5, target="score")
+    written = "drise:num_masks=30,smooth=0.5,target=score"
+    assert read_method(written) == ("drise", options)
+    assert read_method("search:cells=4,at_once=2")[1] == dict(cells=4, at_once=2)
+    for wrong in ("search:layers=2", "ultralytics:topk=1", "boxam:method=odam"):
+        with pytest.raises(ToolError, match="is no option of"):
+            read_method(wrong)
 
 
 def test_forwards_of_replays_and_of_the_search_are_counted(scene):
     config, weights = scene
-    methods = ["drise:num_masks=20", "search"]
+    methods = ["drise:num_masks=20", "search", "ridge:num_masks=16"]
     evaluation = Evaluation(
         read_config(str(config)), str(weights), methods,
         split="val", device="cpu", score_thr=0.3, per_image=1,
@@ -152,6 +163,7 @@ def test_forwards_of_replays_and_of_the_search_are_counted(scene):
     assert own.costs["drise:num_masks=20"]["forwards"] == 22  # with a graph, a trace
     assert own.costs["search"]["forwards"] == 462
     assert len(np.unique(own.maps["search"])) == 37
+    assert own.costs["ridge:num_masks=16"]["forwards"] == 16
     rows = eval_boxam.check_sanity(evaluation, [], methods).rows
     assert rows == [[method, "", "", "no check"] for method in methods]
 
@@ -209,7 +221,7 @@ def test_the_demo_of_mmyolo_has_a_loss_for_each_box():
 
 
 def test_peers_are_options_of_explain():
-    options = options_of("ultralytics")
+    options = BoxAMOptions(**PEERS["ultralytics"])
     assert (options.method, options.target, options.fusion) == (
         "layercam", "logit", "max",
     )  # fmt: skip
