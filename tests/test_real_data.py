@@ -18,7 +18,12 @@ CONFIG = Path(__file__).parents[1] / "configs" / "coco128" / "yolox_nano_coco128
 
 
 def run(
-    shared_dir: Path, work_dir: Path, hook: dict | None = None, **hook_options
+    shared_dir: Path,
+    work_dir: Path,
+    hook: dict | None = None,
+    *,
+    fp16: bool = False,
+    **hook_options,
 ) -> tuple[dict, Runner]:
     config = Config.fromfile(CONFIG)
     config.update(
@@ -29,6 +34,7 @@ def run(
     )
     # MMEngine keeps one instance per name for the whole process.
     config.visualizer.name = str(work_dir)
+    config.test_cfg.update(fp16=fp16)
     config.test_dataloader.update(num_workers=0, persistent_workers=False)
     if hook is not None:
         config.custom_hooks[-1] = hook

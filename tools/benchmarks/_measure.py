@@ -35,6 +35,14 @@ def take_turns(
     return seconds
 
 
+def finish(device: Any) -> None:
+    """Wait for what a GPU was given to do."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def status(field: str) -> int:
     """A field of /proc/self/status, bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -70,13 +78,20 @@ def verdict(value: float, goal: float, *, at_most: bool = False) -> str:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    device: str = "cpu",
 ) -> None:
     """Print figures, and on which machine they were measured."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             model = line.split(":", 1)[1].strip()
+    if device != "cpu":
+        import torch
+
+        model = f"{torch.cuda.get_device_name(device)}, {model}"
     cores = len(os.sched_getaffinity(0))
     versions = [f"{name} {metadata.version(name)}" for name in ("torch", "mmengine")]
     table = Table(title=title, caption=", ".join([model, f"{cores} cores", *versions]))

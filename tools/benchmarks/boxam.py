@@ -11,6 +11,7 @@ the rounds, so that a busy machine disturbs it least.
 
     python tools/benchmarks/boxam.py
     python tools/benchmarks/boxam.py --quick --detectors yolov5_s
+    python tools/benchmarks/boxam.py --device cuda:0
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from _measure import CONFIG, ROOT, SHARED, WEIGHTS, print_table, take_turns, verdict
+from _measure import (
+    CONFIG,
+    ROOT,
+    SHARED,
+    WEIGHTS,
+    finish,
+    print_table,
+    take_turns,
+    verdict,
+)
 
 PARTS = ("gradients", "ablation", "import")
 MOST_FORWARDS = {1: 1.2, 10: 1.5, 30: 2.0}
@@ -65,6 +75,7 @@ class Scene:
 
         with torch.no_grad():
             (output,) = self.detector(self.inputs, [self.sample()], mode="predict")
+        finish(self.inputs.device)
         return output.pred_instances
 
 
@@ -80,7 +91,7 @@ def shown(seconds: Sequence[float]) -> str:
 # --- detectors -----------------------------------------------------------------
 
 
-def yolox_nano() -> Scene:
+def yolox_nano(device: str) -> Scene:
     """The trained YOLOX-nano on a photograph, 416x416."""
     import cv2
     import torch
@@ -90,11 +101,11 @@ def yolox_nano() -> Scene:
     photo: Any = cv2.imread(str(SHARED / "data" / "demo.jpg"))
     image = torch.from_numpy(cv2.resize(photo, (416, 416))).permute(2, 0, 1)
     layers = ("neck.out_convs.2", "neck.bottom_up_blocks.1", "backbone.stage4")
-    detector = load(CONFIG, WEIGHTS, device="cpu")
+    detector = load(CONFIG, WEIGHTS, device=device)
     return Scene("yolox_nano", detector, image, layers)
 
 
-def yolov5_s(size: int = 640) -> Scene:
+def yolov5_s(device: str, size: int = 640) -> Scene:
     """YOLOv5-s at 640x640, untrained, with logits like those of a trained one."""
     import torch
     import torch.nn.functional as F
@@ -109,12 +120,11 @@ def yolov5_s(size: int = 640) -> Scene:
     smooth = F.interpolate(coarse, (size, size), mode="bicubic")[0]
     image = (smooth.clamp(0, 1) * 255).to(torch.uint8)
     layers = ("neck.bottom_up_layers.1", "backbone.stage4")
-    scene = Scene("yolov5_s", detector, image, layers)
-    _tune(scene)
-    return scene
+    _tune(Scene("yolov5_s", detector, image, layers))
+    return Scene("yolov5_s", detector.to(device), image, layers)
 
 
-DETECTORS: dict[str, Callable[[], Scene]] = {
+DETECTORS: dict[str, Callable[[str], Scene]] = {
     "yolox_nano": yolox_nano,
     "yolov5_s": yolov5_s,
 }
@@ -226,6 +236,7 @@ def measure_ablation(scene: Scene, rounds: int) -> list[list[str]]:
     def timed(layer: Any) -> Any:
         start = time.perf_counter()
         weights = ablationcam(layer)
+        finish(weights.device)
         per_channel.append((time.perf_counter() - start) / weights.shape[1])
         return weights
 
@@ -271,6 +282,7 @@ def main() -> None:
         "--detectors", nargs="+", choices=DETECTORS, default=list(DETECTORS)
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--device", default="cpu", help="(cpu), or such as cuda:0")
     parser.add_argument("--rounds", type=int, default=25, help="(25)")
     parser.add_argument("--quick", action="store_true", help="3 rounds")
     args = parser.parse_args()
@@ -283,12 +295,12 @@ def main() -> None:
         if name == "yolox_nano" and not WEIGHTS.is_file():
             print(f"{name} is left out: its weights are not in {SHARED}")
             continue
-        scene = DETECTORS[name]()
+        scene = DETECTORS[name](args.device)
         if "gradients" in args.parts:
             rows += measure_gradients(scene, rounds)
         if "ablation" in args.parts:
             rows += measure_ablation(scene, few)
-    print_table("Box explanations", COLUMNS, rows)
+    print_table("Box explanations", COLUMNS, rows, args.device)
 
 
 if __name__ == "__main__":

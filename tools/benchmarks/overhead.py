@@ -4,10 +4,12 @@ Each run is a process of its own, without hooks, with one and with both, with fo
 images drawn and with all; they take turns, and a share is the median over the rounds.
 Processor seconds count all threads. The trial is what the hooks do before the run. A
 drawn image is all that hooks do for it, in the loop and beside it, in plain images of
-the same run: the rest of what it took.
+the same run: the rest of what it took. On a GPU, where there is one: then the memory
+is the GPU's, and the processor's seconds are those of a thread that also waits for it.
 
     python tools/benchmarks/overhead.py
     python tools/benchmarks/overhead.py --rounds 1 --runs plain both_4
+    python tools/benchmarks/overhead.py --amp
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ MOST_PER_IMAGE = {"featmap": 1.5, "boxam": 2.0}
 MOST_TRIAL, MOST_MEMORY = 0.5, 200e6
 
 
-def child(name: str) -> dict[str, Any]:
+def child(name: str, amp: bool) -> dict[str, Any]:
     """Test once and tell what it took."""
     import torch
     from mmengine.config import Config
@@ -61,6 +63,7 @@ def child(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config.update(load_from=str(WEIGHTS), work_dir=folder, log_level="ERROR")
         config.custom_hooks = [*config.custom_hooks[:-1], *RUNS[name]]
+        config.test_cfg.update(fp16=amp)
         config.test_dataloader.update(num_workers=0, persistent_workers=False)
         runner = Runner.from_cfg(config)
         _watch(parts)
@@ -68,13 +71,17 @@ def child(name: str) -> dict[str, Any]:
         with torch.no_grad():
             runner.model.eval().test_step(next(iter(runner.test_dataloader)))
         before = reset_peak()
+        if on_gpu := torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         parts.clear()
         start, wall = time.process_time(), time.perf_counter()
         runner.test()
         cpu, wall = time.process_time() - start, time.perf_counter() - wall
         images = len(runner.test_dataloader.dataset)
+        after = torch.cuda.max_memory_allocated() if on_gpu else peak()
     return dict(
-        cpu=cpu, wall=wall, memory=peak() - before, images=images, parts=dict(parts)
+        cpu=cpu, wall=wall, memory=after - before, images=images, parts=dict(parts)
     )
 
 
@@ -107,11 +114,11 @@ def _watch(parts: dict[str, float]) -> None:
     timed(LocalAdapter, "add", "write")
 
 
-def measure(runs: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+def measure(runs: list[str], rounds: int, amp: bool) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name in runs:
-            words = [sys.executable, __file__, "--child", name]
+            words = [sys.executable, __file__, "--child", name, *["--amp"] * amp]
             output = subprocess.run(
                 words, stdout=subprocess.PIPE, check=True, text=True
             )
@@ -120,6 +127,8 @@ def measure(runs: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def report(found: dict[str, list[dict[str, Any]]]) -> None:
+    import torch
+
     def middle(name: str, value: Callable[[dict[str, Any]], float]) -> float:
         return statistics.median(map(value, found[name]))
 
@@ -154,7 +163,8 @@ def report(found: dict[str, list[dict[str, Any]]]) -> None:
         rows.append(row)
     columns = ["run", "processor", "wall", "memory", "in plain runs, processor / wall"]
     columns += ["a drawn image", "trial", "where it goes", "more memory"]
-    print_table("A test run with the hooks", columns, rows)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    print_table("A test run with the hooks", columns, rows, device)
     print(
         f"Goals: four images <= {MOST_OF_FOUR} plain runs; a drawn image <= "
         f"{MOST_PER_IMAGE['featmap']} plain images for FeatMapVisHook, <= "
@@ -169,12 +179,14 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--amp", action="store_true", help="under autocast")
     parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child)))
+        print(json.dumps(child(args.child, args.amp)))
         return
-    report(measure(["plain", *(r for r in args.runs if r != "plain")], args.rounds))
+    runs = ["plain", *(r for r in args.runs if r != "plain")]
+    report(measure(runs, args.rounds, args.amp))
 
 
 if __name__ == "__main__":
