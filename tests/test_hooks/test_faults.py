@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, VISBACKENDS
 from mmengine.runner import Runner
 from mmengine.visualization import LocalVisBackend, Visualizer
+from PIL import Image
 
 from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
 from mmyolo_vis_hooks.errors import VisConfigError
@@ -88,6 +92,27 @@ def test_a_folder_that_takes_no_picture_is_said_in_one_line(tmp_path, toy_data):
     assert "permissions of the work dir" in line
     assert failures(tmp_path) == [3]
     assert "Traceback" not in log
+
+
+@pytest.mark.nightly
+def test_a_work_dir_that_takes_nothing_new(tmp_path, toy_data):
+    command = [sys.executable, "-m", "tests.read_only_run", str(tmp_path / "work")]
+    command.append(str(toy_data))
+    if os.geteuid() == 0:  # who may do anything has to give that up
+        powers = "-dac_override,-dac_read_search"
+        given_up = [f"--bounding-set={powers}", f"--inh-caps={powers}"]
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv")
+        command = ["setpriv", *given_up, *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    for folder in (tmp_path / "work").rglob("*"):
+        if folder.is_dir():
+            folder.chmod(0o755)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "mAP 0." in done.stdout
+    assert failures(tmp_path) == [2, 2]
+    assert "permissions of the work dir" in log_of(tmp_path)
+    assert pictures(tmp_path) == {}
 
 
 def test_full_disk(tmp_path, toy_data):
@@ -371,6 +396,34 @@ def test_odd_weights_and_images_are_drawn(tmp_path, toy_data, alignment, sizes, 
         change(runner)
     runner.test()
     assert len(pictures(tmp_path / "work")) == 2 * len(sizes or "123")
+
+
+def test_files_of_every_kind_are_drawn_as_they_look(tmp_path):
+    """Grey, 16 bits, a palette, and a photograph that lies on its side."""
+    data_root = tmp_path / "data"
+    write_dataset(data_root, ((96, 160), (160, 96), (70, 131), (64, 170)))
+    files = sorted(data_root.glob("*/image.png"))
+    grey, deep, few, turned = (Image.open(file).convert("L") for file in files)
+    grey.save(files[0])
+    Image.fromarray(np.asarray(deep).astype(np.uint16) * 257).save(files[1])
+    few = few.convert("P", palette=Image.Palette.ADAPTIVE, colors=16)
+    few.save(files[2])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    on_its_side = turned.convert("RGB").rotate(90, expand=True)
+    on_its_side.save(files[3], "JPEG", quality=95, exif=exif)
+    options = dict(num_images=-1, alignment="resize")
+    hooks = [spy(**options), box_spy(**options)]
+    cfg = box_config(tmp_path / "work", hooks, data_root=data_root, batch_size=1)
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    assert len(pictures(tmp_path / "work")) == 2 * 4
+    for own in vis_hooks(runner):
+        for sample, file in zip(own.samples, (grey, deep, few, turned), strict=True):
+            expected = np.asarray(file.convert("RGB")).astype(int)
+            assert sample.image_rgb.shape == expected.shape
+            difference = np.abs(sample.image_rgb - expected)
+            assert np.percentile(difference, 95) < 12, sample.image_id
 
 
 @pytest.mark.parametrize(
