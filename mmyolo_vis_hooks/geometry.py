@@ -9,7 +9,7 @@ offset per axis lead from the one to the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,6 +174,29 @@ class FrameTransform:
             )[0]
         rows, columns = self.axis_samplings(map_hw)
         return _lerp(_lerp(maps, rows, dim=1), columns, dim=2)
+
+
+def box_cells(
+    box_xyxy: np.ndarray, size_hw: Sequence[int], num_rows: int
+) -> np.ndarray:
+    """Which cell of a grid on a box each pixel lies in, by its centre.
+
+    Args:
+        box_xyxy (np.ndarray): ``(4,)``, pixels.
+        size_hw (Sequence[int]): Height and width of the image.
+        num_rows (int): Rows of the grid, which has as many columns.
+
+    Returns:
+        np.ndarray: ``(H, W)`` int, row by row from 0; -1 outside of the box.
+    """
+    x1, y1, x2, y2 = np.asarray(box_xyxy, np.float64)
+    rows, columns = (
+        np.floor((np.arange(size) + 0.5 - low) / max(high - low, 1e-6) * num_rows)
+        for size, low, high in ((size_hw[0], y1, y2), (size_hw[1], x1, x2))
+    )
+    inside = [(numbers >= 0) & (numbers < num_rows) for numbers in (rows, columns)]
+    cells = rows[:, None] * num_rows + columns
+    return np.where(inside[0][:, None] & inside[1], cells, -1).astype(int)
 
 
 def cells_per_pixel(

@@ -221,6 +221,12 @@ class BoxAMOptions(_Seen):
         count("use an even number: masks have complements", least=0, step=2),
         "coarse random masks of `'evidence'`; `0` takes the steps alone",
     )
+    cells: int = option(
+        0,
+        count("use 0, or as many cells as a row shall have", least=0),
+        "cells in a row of a grid on each box that `'evidence'` also hides and shows "
+        "alone, in 2 forwards each: `5` takes 50 per box; `0` none",
+    )
     baseline: str = option(
         "blur",
         choice(BASELINES),

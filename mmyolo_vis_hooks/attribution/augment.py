@@ -12,6 +12,7 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData
 
 from ..geometry import FrameTransform, cells_per_pixel
+from ..network.graph import network_boxes
 from ..records import BoxExplanation, LayerMap
 
 # Those of pytorch-grad-cam: mirrored or not, three brightnesses. The first is the plain
@@ -37,7 +38,7 @@ def smoothed(
     network_hw = tuple(inputs.shape[-2:])
     frame = FrameTransform.from_metainfo({"batch_input_shape": network_hw, **metainfo})
     columns = image_columns(frame)
-    boxes = _network_boxes(predictions, frame)
+    boxes = torch.from_numpy(network_boxes(predictions, frame))
     labels = predictions.labels.tolist()
     found: list[dict[str, list[np.ndarray]]] = [
         {m.layer: [m.saliency / m.saliency.max()] for m in explanation.maps}
@@ -49,7 +50,7 @@ def smoothed(
         def choose(
             others: InstanceData, mirrored: bool = mirrored, pairs: dict = pairs
         ) -> list[int]:
-            seen = _network_boxes(others, frame)
+            seen = torch.from_numpy(network_boxes(others, frame))
             if mirrored:
                 seen = mirror_boxes(seen, columns)
             for k, explanation in enumerate(explanations):
@@ -116,14 +117,6 @@ def mirror_map(
 
 def _mean_map(layer: str, maps: list[np.ndarray]) -> LayerMap:
     return LayerMap(layer, np.stack(maps).mean(axis=0, dtype=np.float32))
-
-
-def _network_boxes(predictions: InstanceData, frame: FrameTransform) -> torch.Tensor:
-    """Final boxes ``(N, 4)`` in the network's frame, on the CPU."""
-    boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)
-    return torch.from_numpy(
-        frame.boxes_to_network(boxes.detach().float().cpu().numpy())
-    )
 
 
 def _same_box(

@@ -4,9 +4,12 @@ Gradients of a box's own score at the pixels, on images between one without cont
 the image itself: along the straight way, and under coarse random masks with their
 complements, where the score is asked for parts of the object.
 
+Cells of the box can be hidden and shown alone, too.
+
 Sources: Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks"
 (integrated gradients); Okhrati and Lipani 2021, "A Multilinear Sampling Algorithm to
-Estimate Shapley Values" (masks of every size with their complements).
+Estimate Shapley Values" (masks of every size with their complements); Zeiler and
+Fergus 2014, "Visualizing and Understanding Convolutional Networks" (hidden parts).
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..geometry import box_cells
 from .methods import register_method
 from .scoring import Scorer
 
@@ -25,6 +30,8 @@ CELLS = 16
 """Cells of a mask along the longer side of the input."""
 BLUR = 0.05
 """Sigma of the blurred image, in units of the longer side of the input."""
+SMOOTH = 0.05
+"""Sigma of what a map is smoothed by, in units of the side of a square of the area."""
 BASELINES = ("blur", "black", "mean")
 
 
@@ -32,13 +39,16 @@ BASELINES = ("blur", "black", "mean")
 class PixelPath:
     """What a method may ask of an image ``(1, C, H, W)`` and K boxes on it.
 
-    ``baseline`` is the image without content, of the same shape.
+    ``baseline`` is the image without content, of the same shape; ``boxes_xyxy`` are
+    ``(K, 4)``, in its pixels.
     """
 
     inputs: torch.Tensor
     baseline: torch.Tensor
+    boxes_xyxy: np.ndarray
     steps: int
     num_masks: int
+    num_cells: int
     scorer: Scorer
 
     def evidence(self, shares: torch.Tensor) -> torch.Tensor:
@@ -55,6 +65,40 @@ class PixelPath:
         slopes = self.scorer.slopes_of_many(len(shares), between, "evidence")
         return (slopes * change).sum(dim=1) / len(shares)
 
+    def worth_of_cells(self) -> torch.Tensor:
+        """What each cell of a grid on a box is worth to its score, ``(K, H, W)``.
+
+        The score with this cell alone less that without it alone, while what surrounds
+        the box stays; less the mean of the cells. Outside of the box it is 0.
+        """
+        count, found = self.num_cells**2, []
+        numbers = torch.arange(2 * count, device=self.inputs.device).view(-1, 1, 1)
+        for k, box_xyxy in enumerate(self.boxes_xyxy):
+            grid = box_cells(box_xyxy, self.inputs.shape[-2:], self.num_cells)
+            cells = torch.from_numpy(grid).to(self.inputs.device)
+
+            def images(part: slice, cells: torch.Tensor = cells) -> torch.Tensor:
+                own = cells == numbers[part] % count
+                alone = own | (cells < 0)
+                shown = torch.where(numbers[part] < count, alone, ~own)[:, None]
+                return torch.where(shown, self.inputs, self.baseline)
+
+            scores = self.scorer.scores_of_many(len(numbers), images, "cells")[:, k]
+            alone, without = scores.chunk(2)
+            worth = alone - without
+            worth = F.pad(worth - worth.mean(), (0, 1))  # the last lies outside
+            found.append(worth[cells])
+        return torch.stack(found).to(self.inputs)
+
+    def smoothed(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps ``(K, H, W)``, each with a Gaussian of the scale of its box."""
+        sides = (self.boxes_xyxy[:, 2:] - self.boxes_xyxy[:, :2]).clip(1)
+        found = []
+        for own, sigma in zip(maps, SMOOTH * np.sqrt(sides.prod(axis=1))):
+            rows, columns = (_gaussians(n, float(sigma)).to(own) for n in own.shape)
+            found.append(rows @ own @ columns.T)
+        return torch.stack(found)
+
 
 @register_method(
     "evidence",
@@ -63,8 +107,9 @@ class PixelPath:
     "the pixels on the way from the blurred image and under coarse masks.",
     formula="mean of sum_c g * (x - b), b = the blurred image, g at b + m * (x - b), m "
     "= steps from 0 to 1, plus the same for m = random masks with their complements, "
-    "each by its norm; then a Gaussian with sigma = 0.05 * sqrt(box area)",
-    default_smooth=0.05,
+    "each by its norm; with cells, plus the score with a cell of the box alone less "
+    "that without it; then a Gaussian with sigma = 0.05 * sqrt(box area)",
+    default_smooth=SMOOTH,
     tells="tells what",
     takes_eigen_smooth=False,
 )
@@ -76,7 +121,12 @@ def evidence(path: PixelPath) -> torch.Tensor:
     maps = [path.evidence(way) for way in ways if len(way)]
     # Either may be several times as large; both have half of the say.
     sizes = [own.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12) for own in maps]
-    return torch.stack([own / size for own, size in zip(maps, sizes)]).sum(dim=0)
+    slopes = torch.stack([own / size for own, size in zip(maps, sizes)]).sum(dim=0)
+    if not path.num_cells:
+        return slopes
+    # Gradients see small changes, cells what is left when a part is gone.
+    parts = torch.stack([path.smoothed(slopes), path.worth_of_cells()])
+    return (parts / parts.abs().amax((2, 3), keepdim=True).clamp(min=1e-12)).sum(dim=0)
 
 
 def complementary_masks(count: int, image_hw: Sequence[int]) -> torch.Tensor:

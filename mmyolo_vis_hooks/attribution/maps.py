@@ -91,7 +91,16 @@ class MapMaker:
         target = input_target(case, self._engine, method.name)
         scorer = self._scorer(case, members=spot.members, target=target)
         baseline = baseline_of(options.baseline, inputs, self._preprocessor)
-        path = PixelPath(inputs, baseline, options.steps, options.masks, scorer)
+        indices = [case.boxes.indices[k] for k in spot.members]
+        path = PixelPath(
+            inputs,
+            baseline,
+            case.graph.network_boxes()[indices],
+            steps=options.steps,
+            num_masks=options.masks,
+            num_cells=options.cells,
+            scorer=scorer,
+        )
         shape = len(spot.members), *case.graph.network_hw
         maps = shaped(method.function(path), shape, f"method={method.name!r}")
         require_finite(maps, "the gradients at the pixels")

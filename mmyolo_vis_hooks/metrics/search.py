@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..geometry import box_cells
 from .metric import Subject
-from .pointing_game import box_region
 
 
 def greedy_cells(
@@ -30,14 +30,13 @@ def greedy_cells(
         tuple: The map ``(H, W)``, 1 to 36 in the box, 36 for the first; and how many
         forwards were needed.
     """
-    score, region = _ask(subject), box_region(subject.box_xyxy, size_hw)
-    grid = _grid(subject.box_xyxy, region, cells)
+    score, grid = _ask(subject), box_cells(subject.box_xyxy, size_hw, cells)
     left = list(range(cells**2))
     order: list[int] = []
     num_forwards = 0
     while len(left) > at_once:
         with_each = np.stack([np.isin(grid, [*order, cell]) for cell in left])
-        scores = score(np.concatenate([with_each | ~region, ~with_each]), "blur")
+        scores = score(np.concatenate([with_each | (grid < 0), ~with_each]), "blur")
         num_forwards += len(scores)
         gains = scores[: len(left)] - scores[len(left) :]
         best = np.argsort(-gains, kind="stable")[:at_once]
@@ -65,8 +64,7 @@ def ridge_cells(
     """
     from sklearn.linear_model import RidgeCV  # takes a second, and few ask for it
 
-    score, region = _ask(subject), box_region(subject.box_xyxy, size_hw)
-    grid = _grid(subject.box_xyxy, region, cells)
+    score, grid = _ask(subject), box_cells(subject.box_xyxy, size_hw, cells)
     shown = np.random.default_rng(0).random((num_masks, cells**2)) < 0.5
     scores = score(np.take(np.c_[shown, np.ones(num_masks, bool)], grid, 1), "blur")
     fitted = RidgeCV(alphas=np.logspace(-1, 3, 9)).fit(shown.astype(float), scores)
@@ -77,15 +75,3 @@ def _ask(subject: Subject) -> Callable[[np.ndarray, str], np.ndarray]:
     if subject.score is None:
         raise ValueError("the subject cannot be asked")
     return subject.score
-
-
-def _grid(box_xyxy: np.ndarray, region: np.ndarray, cells: int) -> np.ndarray:
-    """The number of each pixel's cell, row by row; -1 outside of the box."""
-    x1, y1, x2, y2 = box_xyxy
-    rows, columns = (
-        ((np.arange(n) + 0.5 - low) / max(high - low, 1e-6) * cells)
-        .astype(int)
-        .clip(0, cells - 1)
-        for n, low, high in ((region.shape[0], y1, y2), (region.shape[1], x1, x2))
-    )
-    return np.where(region, rows[:, None] * cells + columns[None], -1)

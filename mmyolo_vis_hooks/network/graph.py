@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
@@ -15,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import VisError
+from ..geometry import FrameTransform
 from .maps import image_tensors
 from .nested import OutputIndex, flatten_tensors, map_tensors
 from .recorder import did_not_run
@@ -73,6 +75,7 @@ class PredictionGraph:
     """
 
     inputs: torch.Tensor
+    metainfo: Mapping[str, Any] = field(default_factory=dict)
     taps: dict[TapKey, torch.Tensor] = field(default_factory=dict)
     head_outputs: dict[HeadKey, torch.Tensor] = field(default_factory=dict)
     predictions: InstanceData = field(default_factory=InstanceData)
@@ -82,6 +85,11 @@ class PredictionGraph:
     def network_hw(self) -> tuple[int, int]:
         """Height and width of the network's input, pixels."""
         return self.inputs.shape[-2], self.inputs.shape[-1]
+
+    def network_boxes(self) -> np.ndarray:
+        """The final boxes ``(N, 4)`` in pixels of the network's input."""
+        metainfo = {"batch_input_shape": self.network_hw, **self.metainfo}
+        return network_boxes(self.predictions, FrameTransform.from_metainfo(metainfo))
 
     def detections(self) -> InstanceData:
         """The final detections without a graph."""
@@ -140,7 +148,7 @@ class GraphForward:
     ) -> PredictionGraph:
         # Tensors of inference mode take part in no graph; their copies do.
         inputs = inputs.clone() if inputs.is_inference() else inputs.detach()
-        graph = PredictionGraph(inputs)
+        graph = PredictionGraph(inputs, metainfo)
         calls: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
@@ -157,6 +165,12 @@ class GraphForward:
         if silent:
             raise did_not_run(self._detector, {t.layer: t.module for t in silent})
         return graph
+
+
+def network_boxes(predictions: InstanceData, frame: FrameTransform) -> np.ndarray:
+    """Final boxes ``(N, 4)`` float32 in pixels of the network's input."""
+    boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)
+    return frame.boxes_to_network(boxes.detach().float().cpu().numpy())
 
 
 def prediction_of(

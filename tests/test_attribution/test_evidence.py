@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmdet.structures.bbox import bbox2roi
+from scipy.ndimage import gaussian_filter
 
 from mmyolo_vis_hooks.attribution.evidence import baseline_of, complementary_masks
 from mmyolo_vis_hooks.errors import VisConfigError
@@ -57,6 +59,51 @@ def test_it_is_the_mean_of_gradients_between_the_baseline_and_the_image(baseline
         assert found.layer == joined.layer == "image"
         assert np.abs(found.saliency - expected[0]).max() < 1e-4
         assert np.abs(joined.saliency - sum(expected)).max() < 1e-4
+
+
+def test_cells_are_hidden_and_shown_alone():
+    family = build_family("yolox")
+    options = dict(method="evidence", target="score", topk=2)
+    _, plain = explain(family, **options)
+    _, both = explain(family, cells=3, batch_size=5, **options)
+    raw = RawOutputs(family)
+    neutral = baseline_of("blur", family.inputs, family.detector.data_preprocessor)
+    metainfo = family.data_samples[0].metainfo
+    top, _, left, _ = metainfo.get("pad_param", [0] * 4)
+    found = plain_predict(family).bboxes * torch.tensor(metainfo["scale_factor"] * 2)
+    for slopes, joined in zip(plain, both):
+        x1, y1, x2, y2 = (found[joined.index] + torch.tensor([left, top] * 2)).tolist()
+        ys, xs = np.arange(128) + 0.5, np.arange(160) + 0.5
+        rows, columns = (ys - y1) / (y2 - y1) * 3, (xs - x1) / (x2 - x1) * 3
+        place = raw.place(joined.index)
+
+        def score(shown: np.ndarray, place: tuple = place) -> float:
+            other = copy.copy(family)
+            image = torch.where(torch.from_numpy(shown), family.inputs, neutral)
+            object.__setattr__(other, "inputs", image)
+            raw.family = other
+            with torch.no_grad():
+                value = raw.score(*raw.run(), place)
+            raw.family = family
+            return float(value)
+
+        inside = ((rows >= 0) & (rows < 3))[:, None] & (columns >= 0) & (columns < 3)
+        worth, values = np.zeros((128, 160)), []
+        for row, column in np.ndindex(3, 3):
+            own = (rows // 1 == row)[:, None] & (columns // 1 == column)
+            values.append(score(own | ~inside) - score(~own))
+            worth[own] = values[-1]
+        worth[inside] -= np.mean(values)
+        blur = functools.partial(
+            gaussian_filter,
+            sigma=0.05 * ((x2 - x1) * (y2 - y1)) ** 0.5,
+            mode="constant",
+            truncate=12,
+        )
+        first = blur(slopes.maps[0].saliency) / blur(np.ones((128, 160)))
+        expected = first / np.abs(first).max() + worth / np.abs(worth).max()
+        assert np.abs(worth).max() > 1e-3
+        assert np.abs(joined.maps[0].saliency - expected).max() < 2e-3
 
 
 def test_without_signs_it_is_the_positive_part():
