@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 import torch
@@ -29,8 +31,9 @@ BUILDER = [f"tests/test_tools/{name}" for name in BUILDER_TESTS]
 BUILDER += ["tools/mmcv_builder.py", "tools/setup_env.py", "requirements", "Makefile"]
 EXPLORE = ["tests/test_tools/test_explore.py", "mmyolo_vis_hooks/diagnosis"]
 EXPLORE += ["tools/explore.py", "tools/_explore.py", "tools/_explore_page.py"]
+DEMO = ["tools/demo.py", "tools/digits_dataset.py", "configs/demo"]
 # What starts processes, servers and browsers, and the files that it is of.
-LONG = {BUILDER_TESTS: BUILDER, ("test_explore.py",): EXPLORE}
+LONG = {BUILDER_TESTS: BUILDER, ("test_explore.py",): EXPLORE, ("test_demo.py",): DEMO}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
@@ -41,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if own and not has_changed(paths):
             for item in own:
                 item.add_marker("nightly")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported from the garbage collector.
+
+    MMEngine calls it for each data set: half a second for a million objects.
+    """
+    gc.freeze()
 
 
 def has_changed(paths: list[str]) -> bool:
@@ -54,6 +65,15 @@ def has_changed(paths: list[str]) -> bool:
         return True
     base = git("merge-base", "HEAD", "origin/main").stdout.strip()
     return git("diff", "--quiet", base, "--", *paths).returncode != 0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_configs() -> Iterator[None]:
+    """Write configs as they are: to lay them out takes a third of making a Runner."""
+    with mock.patch(
+        "mmengine.config.config.FormatCode", lambda text, **_: (text, True)
+    ):
+        yield
 
 
 @pytest.fixture(scope="session")
