@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import VisConfigError
@@ -43,3 +44,24 @@ def cam_image(library_class: str, *tensors: torch.Tensor) -> torch.Tensor:
     gradients = rest[0] if rest else None
     maps = cam.get_cam_image(None, None, None, activations, gradients, False)
     return torch.from_numpy(maps).to(tensors[0].device)
+
+
+def imputed(image: torch.Tensor, shown: np.ndarray) -> torch.Tensor:
+    """An image ``(C, H, W)`` whose hidden pixels are like their neighbours.
+
+    Each is about the mean of what lies around it, with some noise (Rong et al. 2022,
+    "A Consistent and Efficient Evaluation Strategy for Attribution Methods").
+
+    Args:
+        image (Tensor): The whole image.
+        shown (np.ndarray): ``(H, W)`` bool.
+    """
+    if shown.all():
+        return image
+    if not shown.any():  # no neighbour has a value
+        return image.mean(dim=(1, 2), keepdim=True).expand_as(image)
+    library = importlib.import_module("pytorch_grad_cam.metrics.road")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        given = image.float().cpu(), torch.from_numpy(shown).float()
+        return library.NoisyLinearImputer()(*given).to(image)

@@ -23,6 +23,7 @@ from torch import nn
 
 from ..attribution.blackbox import final_scores
 from ..attribution.evidence import baseline_of
+from ..attribution.library import imputed
 from ..data.alignment import packed_frame
 from .metric import Subject, Values, register_metric
 from .pointing_game import box_region
@@ -37,6 +38,7 @@ Score = Callable[[torch.Tensor], torch.Tensor]
 SHARES = {
     "inside": _TWELFTHS,
     "inside_black": _TWELFTHS,
+    "inside_road": _TWELFTHS,
     "image": _QUADRATIC,
     "image_black": _QUADRATIC,
     "vps": np.linspace(0, 1, 50),
@@ -102,16 +104,22 @@ class _ChangedImage:
             return self._score(self._inputs)[0].double()
 
     def scores_of(self, number: int, shown: np.ndarray, neutral: str) -> np.ndarray:
-        if neutral not in self._neutral:
-            self._neutral[neutral] = self._without_content(neutral)
         found = []
         for start in range(0, len(shown), self._batch_size):
-            part = shown[start : start + self._batch_size, None]
-            keep = torch.from_numpy(part).to(self._inputs.device)
+            part = shown[start : start + self._batch_size]
             with torch.no_grad():
-                images = torch.where(keep, self._inputs, self._neutral[neutral])
+                images = self._replaced(part, neutral)
                 found.append(self._score(images)[:, number].double())
         return (torch.cat(found) / self._whole[number]).cpu().numpy()
+
+    def _replaced(self, shown: np.ndarray, neutral: str) -> torch.Tensor:
+        """Images of which some pixels ``(n, H, W)`` are shown."""
+        if neutral == "road":
+            return torch.stack([imputed(self._inputs[0], own) for own in shown])
+        if neutral not in self._neutral:
+            self._neutral[neutral] = self._without_content(neutral)
+        keep = torch.from_numpy(shown[:, None]).to(self._inputs.device)
+        return torch.where(keep, self._inputs, self._neutral[neutral])
 
     def _without_content(self, kind: str) -> torch.Tensor:
         if kind == "blur":
@@ -228,6 +236,11 @@ _register(
     "equal steps; the others are blurred",
 )
 _register("inside_black", "black", "the same with black pixels for the others")
+_register(
+    "inside_road",
+    "road",
+    "the same with the others filled in from their neighbours (ROAD), which takes long",
+)
 _register(
     "image",
     "blur",

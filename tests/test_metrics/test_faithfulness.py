@@ -79,7 +79,7 @@ def test_ties_are_broken_by_the_distance_from_the_box():
     assert abs(np.nonzero(inside & (ranks <= 48))[0].mean() - 7.5) < 3
 
 
-@pytest.mark.parametrize("name", ["inside", "inside_black"])
+@pytest.mark.parametrize("name", ["inside", "inside_black", "inside_road"])
 def test_what_is_inside_by_hand(name):
     """The eight pixels that count are ranked first, last, and shown second."""
     counts = np.zeros(SIZE, bool)
@@ -95,7 +95,7 @@ def test_what_is_inside_by_hand(name):
     assert against[name] == pytest.approx(-11 / 12)
     shown, neutral = asked[0]
     assert len(shown) == 23  # eleven steps each way, and all of the box
-    assert neutral == ("black" if "black" in name else "blur")
+    assert neutral == name.partition("_")[2] or "blur"
     outside = ~box_region(BOX, SIZE)
     assert shown[:, outside].all()
     assert sorted(96 - (~s).sum() for s in shown) == sorted(
@@ -240,6 +240,29 @@ class TestSubjects:
             _, (subject, _) = self.make(score, preprocessor)
             subject.score(np.zeros((1, *SIZE), bool), "black")
             assert seen[0][0, :, 3, 3].tolist() == black
+
+    def test_hidden_pixels_are_like_their_neighbours(self):
+        seen = []
+
+        def score(images: torch.Tensor) -> torch.Tensor:
+            seen.append(images)
+            return torch.ones(len(images), 2)
+
+        inputs, (subject, _) = self.make(score)
+        shown = np.ones((3, *SIZE), bool)
+        shown[0, 3:8, 2:9] = False  # all around it is 100
+        shown[1, 5, 11:13] = False  # between 100 and 10
+        shown[2] = False
+        state = torch.get_rng_state()
+        subject.score(shown, "road")
+        assert torch.equal(torch.get_rng_state(), state)
+        (images,) = (own for own in seen if len(own) == 3)
+        even, edge, none = images
+        assert (even[:, 3:8, 2:9] - 100).abs().max() < 0.1
+        assert 10 < float(edge[0, 5, 12]) < float(edge[0, 5, 11]) < 100
+        assert none[0].unique().tolist() == [float(inputs[0, 0].mean())]
+        changed = (images != inputs).any(dim=1)
+        assert not (changed & torch.from_numpy(shown)).any()
 
     def test_a_box_that_the_image_itself_does_not_score_has_no_value(self):
         _, (subject, _) = self.make(lambda images: images.new_zeros(len(images), 2))
