@@ -223,7 +223,7 @@ class BoxAMOptions(_Seen):
     )
     cells: int = option(
         0,
-        count("use 0, or as many cells as a row shall have", least=0),
+        count("use 2 or more, or 0 for none", special=0, least=2),
         "cells in a row of a grid on each box that `'evidence'` also hides and shows "
         "alone, in 2 forwards each: `5` takes 50 per box; `0` none",
     )

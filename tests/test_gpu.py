@@ -91,6 +91,10 @@ def test_methods_that_change_what_the_network_sees(name, method):
     assert agree(build_family(name), method=method, **options) > 0
 
 
+def test_cells_of_boxes():
+    assert agree(build_family("yolox"), method="evidence", cells=3) > 0
+
+
 @pytest.mark.parametrize("name", ["detr", "deformable_detr", "dino"])
 def test_attention_of_decoders(name):
     assert agree(build_family(name), method="attention") > 0

@@ -40,7 +40,7 @@ class PixelPath:
     """What a method may ask of an image ``(1, C, H, W)`` and K boxes on it.
 
     ``baseline`` is the image without content, of the same shape; ``boxes_xyxy`` are
-    ``(K, 4)``, in its pixels.
+    ``(K, 4)``, in its pixels, where ``num_cells`` asks for them.
     """
 
     inputs: torch.Tensor
@@ -71,24 +71,29 @@ class PixelPath:
         The score with this cell alone less that without it alone, while what surrounds
         the box stays; less the mean of the cells. Outside of the box it is 0.
         """
-        count, found = self.num_cells**2, []
-        numbers = torch.arange(2 * count, device=self.inputs.device).view(-1, 1, 1)
-        for k, box_xyxy in enumerate(self.boxes_xyxy):
-            grid = box_cells(box_xyxy, self.inputs.shape[-2:], self.num_cells)
-            cells = torch.from_numpy(grid).to(self.inputs.device)
+        maps = [self._worth_of_cells(k, box) for k, box in enumerate(self.boxes_xyxy)]
+        return torch.stack(maps).to(self.inputs)
 
-            def images(part: slice, cells: torch.Tensor = cells) -> torch.Tensor:
-                own = cells == numbers[part] % count
-                alone = own | (cells < 0)
-                shown = torch.where(numbers[part] < count, alone, ~own)[:, None]
-                return torch.where(shown, self.inputs, self.baseline)
+    def _worth_of_cells(self, k: int, box_xyxy: np.ndarray) -> torch.Tensor:
+        grid = box_cells(box_xyxy, self.inputs.shape[-2:], self.num_cells)
+        # Cells without a pixel, outside of the image or too small, are none.
+        numbers, places = np.unique(grid, return_inverse=True)
+        cells = torch.from_numpy(places.reshape(grid.shape)).to(self.inputs.device)
+        cells, count = cells - int(numbers[0] < 0), int((numbers >= 0).sum())
+        if not count:
+            return torch.zeros(grid.shape)
+        asked = torch.arange(2 * count, device=self.inputs.device).view(-1, 1, 1)
 
-            scores = self.scorer.scores_of_many(len(numbers), images, "cells")[:, k]
-            alone, without = scores.chunk(2)
-            worth = alone - without
-            worth = F.pad(worth - worth.mean(), (0, 1))  # the last lies outside
-            found.append(worth[cells])
-        return torch.stack(found).to(self.inputs)
+        def images(part: slice) -> torch.Tensor:
+            own = cells == asked[part] % count
+            alone = own | (cells < 0)
+            shown = torch.where(asked[part] < count, alone, ~own)[:, None]
+            return torch.where(shown, self.inputs, self.baseline)
+
+        scores = self.scorer.scores_of_many(2 * count, images, "cells")[:, k]
+        alone, without = scores.chunk(2)
+        worth = alone - without
+        return F.pad(worth - worth.mean(), (0, 1))[cells]  # the last lies outside
 
     def smoothed(self, maps: torch.Tensor) -> torch.Tensor:
         """Maps ``(K, H, W)``, each with a Gaussian of the scale of its box."""
@@ -107,8 +112,9 @@ class PixelPath:
     "the pixels on the way from the blurred image and under coarse masks.",
     formula="mean of sum_c g * (x - b), b = the blurred image, g at b + m * (x - b), m "
     "= steps from 0 to 1, plus the same for m = random masks with their complements, "
-    "each by its norm; with cells, plus the score with a cell of the box alone less "
-    "that without it; then a Gaussian with sigma = 0.05 * sqrt(box area)",
+    "each by its norm; with cells, smoothed, plus the score with a cell of the box "
+    "alone less that without it, each by its maximum; then a Gaussian with sigma = "
+    "0.05 * sqrt(box area)",
     default_smooth=SMOOTH,
     tells="tells what",
     takes_eigen_smooth=False,
@@ -124,9 +130,10 @@ def evidence(path: PixelPath) -> torch.Tensor:
     slopes = torch.stack([own / size for own, size in zip(maps, sizes)]).sum(dim=0)
     if not path.num_cells:
         return slopes
-    # Gradients see small changes, cells what is left when a part is gone.
+    # Gradients see small changes, cells what is left when a part is gone. Both are of
+    # the same scale before they are divided; equal cells are no difference.
     parts = torch.stack([path.smoothed(slopes), path.worth_of_cells()])
-    return (parts / parts.abs().amax((2, 3), keepdim=True).clamp(min=1e-12)).sum(dim=0)
+    return (parts / parts.abs().amax((2, 3), keepdim=True).clamp(min=1e-6)).sum(dim=0)
 
 
 def complementary_masks(count: int, image_hw: Sequence[int]) -> torch.Tensor:

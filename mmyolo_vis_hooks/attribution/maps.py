@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -91,11 +92,14 @@ class MapMaker:
         target = input_target(case, self._engine, method.name)
         scorer = self._scorer(case, members=spot.members, target=target)
         baseline = baseline_of(options.baseline, inputs, self._preprocessor)
-        indices = [case.boxes.indices[k] for k in spot.members]
+        boxes = np.zeros((0, 4))
+        if options.cells:
+            boxes = case.graph.network_boxes()
+            boxes = boxes[[case.boxes.indices[k] for k in spot.members]]
         path = PixelPath(
             inputs,
             baseline,
-            case.graph.network_boxes()[indices],
+            boxes,
             steps=options.steps,
             num_masks=options.masks,
             num_cells=options.cells,

@@ -25,6 +25,7 @@ from ..attribution.blackbox import final_scores
 from ..attribution.evidence import baseline_of
 from ..attribution.library import imputed
 from ..data.alignment import packed_frame
+from ..network.graph import network_boxes
 from .metric import Subject, Values, register_metric
 from .pointing_game import box_region
 
@@ -75,10 +76,10 @@ def subjects_of(
     height, width = metainfo["ori_shape"][:2]
     network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
     frame = packed_frame((int(height), int(width)), network_hw, metainfo)
-    boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)[list(chosen)]
+    boxes = network_boxes(predictions, frame)[list(chosen)]
     return [
         Subject(box, score=functools.partial(image.scores_of, number))
-        for number, box in enumerate(frame.boxes_to_network(boxes.cpu().numpy()))
+        for number, box in enumerate(boxes)
     ]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from ..errors import FeatureShapeError, VisError
+from ..geometry import box_cells
 from .metric import Subject, Values, register_metric
 
 
@@ -132,6 +133,4 @@ def _inside(saliency: np.ndarray, region: np.ndarray) -> np.ndarray:
 
 def box_region(box_xyxy: np.ndarray, size_hw: Sequence[int]) -> np.ndarray:
     """The pixels whose centres lie in a box, ``(H, W)`` bool."""
-    ys, xs = (np.arange(size) + 0.5 for size in size_hw)
-    x1, y1, x2, y2 = box_xyxy
-    return ((ys >= y1) & (ys < y2))[:, None] & ((xs >= x1) & (xs < x2))
+    return box_cells(box_xyxy, size_hw, 1) == 0

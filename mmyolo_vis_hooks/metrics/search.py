@@ -27,8 +27,8 @@ def greedy_cells(
         at_once (int): So many are taken at a time. Defaults to 3.
 
     Returns:
-        tuple: The map ``(H, W)``, 1 to 36 in the box, 36 for the first; and how many
-        forwards were needed.
+        tuple: The map ``(H, W)``, in the box the number of cells for the first and 1
+        for the last; and how many forwards were needed.
     """
     score, grid = _ask(subject), box_cells(subject.box_xyxy, size_hw, cells)
     left = list(range(cells**2))

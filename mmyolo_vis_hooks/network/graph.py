@@ -70,8 +70,9 @@ class PredictionGraph:
     ``taps`` are nodes of the graph in the order in which they ran: ``(1, C, h, w)`` or
     tokens ``(1, N, C)``. ``head_outputs`` are raw, in the order of the calls. Scores,
     and mostly boxes, of ``predictions`` carry gradients; they are in the original
-    frame. ``squashed`` are maps ``(n, c, h, w)`` that went through a sigmoid behind the
-    head, such as the raw scores of masks.
+    frame, which ``metainfo`` of the image's sample tells. ``squashed`` are maps ``(n,
+    c, h, w)`` that went through a sigmoid behind the head, such as the raw scores of
+    masks.
     """
 
     inputs: torch.Tensor

@@ -13,7 +13,11 @@ import torch
 from mmdet.structures.bbox import bbox2roi
 from scipy.ndimage import gaussian_filter
 
-from mmyolo_vis_hooks.attribution.evidence import baseline_of, complementary_masks
+from mmyolo_vis_hooks.attribution.evidence import (
+    PixelPath,
+    baseline_of,
+    complementary_masks,
+)
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.options import BoxAMOptions
 from tests.families import Family, build_family, plain_predict
@@ -61,8 +65,9 @@ def test_it_is_the_mean_of_gradients_between_the_baseline_and_the_image(baseline
         assert np.abs(joined.saliency - sum(expected)).max() < 1e-4
 
 
-def test_cells_are_hidden_and_shown_alone():
-    family = build_family("yolox")
+@pytest.mark.parametrize("name", ["yolox", "yolov6"])
+def test_cells_are_hidden_and_shown_alone(name):
+    family = build_family(name)
     options = dict(method="evidence", target="score", topk=2)
     _, plain = explain(family, **options)
     _, both = explain(family, cells=3, batch_size=5, **options)
@@ -104,6 +109,26 @@ def test_cells_are_hidden_and_shown_alone():
         expected = first / np.abs(first).max() + worth / np.abs(worth).max()
         assert np.abs(worth).max() > 1e-3
         assert np.abs(joined.maps[0].saliency - expected).max() < 2e-3
+
+
+@pytest.mark.parametrize("box", [(0, 0, 20, 20), (-8, 0, 12, 20), (0, 0, 4, 4)])
+def test_cells_without_a_pixel_are_none(box):
+    """Where all that is seen is worth the same, no cell stands out."""
+    asked = []
+
+    class Mean:
+        def scores_of_many(self, count, images, title):
+            asked.append(images(slice(0, count)))
+            return asked[-1].mean(dim=(1, 2, 3))[:, None]
+
+    image = torch.ones(1, 1, 20, 20)
+    boxes, scorer = np.array([box], float), Mean()
+    path = PixelPath(image, 0 * image, boxes, 4, 4, num_cells=5, scorer=scorer)
+    assert path.worth_of_cells().abs().max() < 1e-6
+    assert len(asked[0]) == 2 * {20: 25, 12: 15, 4: 16}[box[2]]
+    nothing = np.array([[30.0, 0, 40, 10]])
+    beside = PixelPath(image, 0 * image, nothing, 4, 4, num_cells=5, scorer=scorer)
+    assert not beside.worth_of_cells().any()
 
 
 def test_without_signs_it_is_the_positive_part():

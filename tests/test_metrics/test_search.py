@@ -39,6 +39,15 @@ def test_cells_are_taken_by_what_they_are_worth():
     assert best > 0.9
 
 
+def test_a_coarse_search_takes_few_forwards():
+    worth = np.zeros(SIZE)
+    worth[16:22, 10:16] = 1  # the last row's first cell of 4 x 4
+    subject = Subject(BOX, score=lambda shown, _: (shown * worth).sum((1, 2)))
+    found, forwards = greedy_cells(subject, SIZE, cells=4, at_once=4)
+    assert forwards == 2 * (16 + 12 + 8)
+    assert np.argwhere(found == 16).tolist() == np.argwhere(worth).tolist()
+
+
 def test_a_regression_finds_what_each_cell_adds():
     worth = np.zeros(SIZE)
     places = [(4, 10), (13, 22), (24, 30)]  # one speaks against the box
