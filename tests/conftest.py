@@ -31,7 +31,8 @@ BUILDER = [f"tests/test_tools/{name}" for name in BUILDER_TESTS]
 BUILDER += ["tools/mmcv_builder.py", "tools/setup_env.py", "requirements", "Makefile"]
 EXPLORE = ["tests/test_tools/test_explore.py", "mmyolo_vis_hooks/diagnosis"]
 EXPLORE += ["tools/explore.py", "tools/_explore.py", "tools/_explore_page.py"]
-DEMO = ["tools/demo.py", "tools/digits_dataset.py", "configs/demo"]
+DEMO = ["tests/test_tools/test_demo.py", "configs/demo"]
+DEMO += ["tools/demo.py", "tools/digits_dataset.py"]
 # What starts processes, servers and browsers, and the files that it is of.
 LONG = {BUILDER_TESTS: BUILDER, ("test_explore.py",): EXPLORE, ("test_demo.py",): DEMO}
 

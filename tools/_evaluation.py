@@ -23,6 +23,7 @@ from _common import ToolError
 from _dataset import build_dataset, objects_of
 from _peers import MMYOLO_DEMO, PEERS, mmyolo_demo
 from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
+from mmyolo_vis_hooks.checks import count
 from mmyolo_vis_hooks.data.alignment import (
     Placement,
     first_loaded,
@@ -121,7 +122,7 @@ class Evaluation:
         metainfo = load_weights(self.detector, checkpoint)
         self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
         of = type(self.detector).__module__.split(".")[0]
-        if MMYOLO_DEMO in methods and of != "mmyolo":
+        if any(read_method(m)[0] == MMYOLO_DEMO for m in methods) and of != "mmyolo":
             raise ToolError(f"--methods {MMYOLO_DEMO} is for MMYOLO's detectors only")
         self._score_thr, self._per_image = score_thr, per_image
         self._methods: dict[str, _Chosen | None] = {}
@@ -278,14 +279,20 @@ def read_method(written: str) -> tuple[str, dict[str, Any]]:
     for word in filter(None, words.split(",")):
         key, equals, text = word.partition("=")
         if not equals or key not in known:
+            remedy = ", ".join(sorted(known)) or "it takes none"
             raise ToolError(
                 f"--methods {written}: {word!r} is no option of {name}; write "
-                f"{name}:option=value,option=value with {', '.join(sorted(known))}"
+                f"{name}:option=value,option=value, with of its options: {remedy}"
             )
         try:
             options[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             options[key] = text
+    if name in REFERENCES:
+        for key, value in options.items():
+            least = 1 if key == "at_once" else 2
+            check_count = count(f"use a whole number from {least} on", least=least)
+            check_count(f"--methods {written}: {key}", value)
     return name, options
 
 

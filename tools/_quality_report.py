@@ -213,22 +213,25 @@ def _write_figure(path: Path, figure: Figure) -> None:
 
 def draw_budget(tables: Tables, value: str, path: Path) -> None:
     """A value against the forwards that maps took; a method's budgets are joined."""
-    budgets: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    budgets: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     figure = _figure(figsize=(7.5, 4.5))
     ax = figure.subplots()
     for record in tables.records:
         if (record.value, record.size) != (value, "all"):
             continue
         if (cost := tables.costs.get(record.map)) is not None:
-            name = record.map.partition(":")[0]
-            budgets[name].append((cost["forwards"], record.mean))
+            name, _, words = record.map.partition(":")
+            budgets[name].append((cost["forwards"], record.mean, words))
         else:
             ax.axhline(record.mean, color="0.6", linestyle="--", linewidth=1)
             ax.annotate(
                 record.map, (1, record.mean), xycoords=("axes fraction", "data")
             )
     for name, points in budgets.items():
-        ax.plot(*zip(*sorted(points)), "o-", label=name)
+        forwards, means, options = zip(*sorted(points))
+        ax.plot(forwards, means, "o-", label=name)
+        for text, place in zip(options, zip(forwards, means)):
+            ax.annotate(text, place, (3, -8), textcoords="offset points", fontsize=6)
     ax.set(xscale="log", xlabel="forwards a box", ylabel=value)
     ax.grid(alpha=0.3)
     ax.legend(loc="upper left", bbox_to_anchor=(1.16, 1), frameon=False)

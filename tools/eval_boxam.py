@@ -268,7 +268,7 @@ def main() -> None:
         print_table(sanity.rich())
         write_whole(out_dir / "sanity.md", sanity.markdown().encode())
     draw_cases(evaluation, cases, value, args)
-    print(f"{out_dir}: table.csv, table.json, table.md, curves and pictures of cases")
+    print(f"{out_dir}: table.csv, .json and .md, curves, budget and pictures of cases")
 
 
 if __name__ == "__main__":

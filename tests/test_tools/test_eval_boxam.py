@@ -21,6 +21,7 @@ from _peers import PEERS, mmyolo_demo
 from _quality_report import Case, main_value
 from mmyolo_vis_hooks import load
 from mmyolo_vis_hooks.detector import read_config
+from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.options import BoxAMOptions
 from tests.toy_boxes import box_config
 
@@ -145,6 +146,9 @@ def test_methods_have_options():
     assert read_method("search:cells=4,at_once=2")[1] == dict(cells=4, at_once=2)
     for wrong in ("search:layers=2", "ultralytics:topk=1", "boxam:method=odam"):
         with pytest.raises(ToolError, match="is no option of"):
+            read_method(wrong)
+    for wrong in ("search:at_once=0", "search:cells=a", "ridge:num_masks=2.5"):
+        with pytest.raises(VisConfigError, match="use a whole number from"):
             read_method(wrong)
 
 
