@@ -258,7 +258,7 @@ class BaseVisHook(Hook):
         data_batch: Any = None,
         mode: str = "train",
     ) -> None:
-        state = self._drawn(mode)
+        state = self._followed(mode)
         if state is not None and not self._policy.ends_run:
             with self._policy.guard(f"find the images of a {mode} batch"):
                 state.begin_batch(batch_idx, data_batch)
@@ -377,6 +377,10 @@ class BaseVisHook(Hook):
             or (isinstance(hook, LoggerHook) and mode == "val")
             for hook in later
         )
+
+    def _followed(self, mode: str) -> VisLoop | None:
+        """The loop of whose batches the hook is told."""
+        return self._drawn(mode)
 
     def _drawn(self, mode: str) -> VisLoop | None:
         """The loop of a mode, if its current run is drawn."""

@@ -187,18 +187,9 @@ class ErrorVisHook(BaseVisHook):
             self._forget_scalars(runner, mode)
         super()._before_epoch(runner, mode)
 
-    def _before_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: Any = None,
-        mode: str = "train",
-    ) -> None:
-        # Also of a run that is not drawn: all its images are counted.
-        state = self._loops.get(mode)
-        if state is not None and not self._policy.ends_run:
-            with self._policy.guard(f"find the images of a {mode} batch"):
-                state.begin_batch(batch_idx, data_batch)
+    def _followed(self, mode: str) -> VisLoop | None:
+        # Also a run that is not drawn: all its images are counted.
+        return self._loops.get(mode)
 
     def _after_iter(
         self,
