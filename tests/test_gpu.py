@@ -16,7 +16,8 @@ from tests.test_attribution import helpers
 from tests.test_hooks.helpers import box_spy, log_of, pictures, vis_hooks
 from tests.test_real_data import CONFIG, run, without_times
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 # Each asks something else of the device: graphs, parts, masks, whole forwards.
 SLOW = ("ablationcam", "scorecam", "drise", "evidence")
@@ -120,7 +121,6 @@ def test_nothing_stays_in_the_memory_of_the_gpu():
     assert held[1] == held[3]
 
 
-@pytest.mark.real_data
 @pytest.mark.parametrize("half", [False, True])
 def test_a_test_run_keeps_its_metrics_and_explains_every_box(
     shared_dir, tmp_path, monkeypatch, half
@@ -138,7 +138,6 @@ def test_a_test_run_keeps_its_metrics_and_explains_every_box(
     assert "failed" not in log_of(tmp_path / "on")
 
 
-@pytest.mark.real_data
 def test_the_api_runs_where_the_detector_is(shared_dir, monkeypatch):
     monkeypatch.setenv("MMVIS_SHARED", str(shared_dir))
     weights = str(shared_dir / "weights" / "yolox_nano_coco.pth")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def scene():
-    return boxam.yolov5_s(128)
+    return boxam.yolov5_s("cpu", 128)
 
 
 def test_jobs_take_turns():
