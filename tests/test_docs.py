@@ -271,9 +271,9 @@ def anchors_of(path: Path) -> list[str]:
 def test_every_picture_is_shown_and_has_a_licence():
     shown = {p for document in DOCUMENTS for p in pictures_of(document)}
     inputs = {"cat.jpg", "astronaut.jpg"}  # of the examples, not shown by themselves
-    own = {p.name for p in (ROOT / "docs" / "images").glob("*.jpg")} - inputs
+    own = {p.name for p in (ROOT / "docs" / "images").glob("*.[jp][pn]g")} - inputs
     assert own == shown
     licences = (ROOT / "docs" / "images" / "README.md").read_text(encoding="utf-8")
-    patterns = re.findall(r"`([\w*]+\.jpg)`", licences)
+    patterns = re.findall(r"`([\w*]+\.\w+)`", licences)
     for name in own | inputs:
         assert any(Path(name).match(pattern) for pattern in patterns), name

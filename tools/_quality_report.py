@@ -205,6 +205,13 @@ def _figure(**options: Any) -> Figure:
     return figure
 
 
+def _colors() -> np.ndarray:
+    """Twenty that can be told apart, the light ones last."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"]([*range(0, 20, 2), *range(1, 20, 2)])
+
+
 def _write_figure(path: Path, figure: Figure) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
@@ -214,8 +221,7 @@ def _write_figure(path: Path, figure: Figure) -> None:
 def draw_budget(tables: Tables, value: str, path: Path) -> None:
     """A value against the forwards that maps took; a method's budgets are joined."""
     budgets: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
-    figure = _figure(figsize=(7.5, 4.5))
-    ax = figure.subplots()
+    free: dict[str, float] = {}
     for record in tables.records:
         if (record.value, record.size) != (value, "all"):
             continue
@@ -223,25 +229,25 @@ def draw_budget(tables: Tables, value: str, path: Path) -> None:
             name, _, words = record.map.partition(":")
             budgets[name].append((cost["forwards"], record.mean, words))
         else:
-            ax.axhline(record.mean, color="0.6", linestyle="--", linewidth=1)
-            ax.annotate(
-                record.map, (1, record.mean), xycoords=("axes fraction", "data")
-            )
+            free[record.map] = record.mean
+    figure = _figure(figsize=(7.5, 4.5))
+    ax = figure.subplots()
+    ax.set_prop_cycle(color=_colors())
     for name, points in budgets.items():
         forwards, means, options = zip(*sorted(points))
         ax.plot(forwards, means, "o-", label=name)
         for text, place in zip(options, zip(forwards, means)):
             ax.annotate(text, place, (3, -8), textcoords="offset points", fontsize=6)
+    for color, (name, mean) in zip(_colors()[::-1], free.items()):
+        ax.axhline(mean, color=color, linestyle="--", linewidth=1, label=name)
     ax.set(xscale="log", xlabel="forwards a box", ylabel=value)
     ax.grid(alpha=0.3)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.16, 1), frameon=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     _write_figure(path, figure)
 
 
 def draw_curves(cases: Sequence[Case], path: Path) -> None:
     """Mean curves of insertion and deletion, a row per metric; none without any."""
-    from matplotlib import colormaps
-
     curves: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for name, key, curve in _all_curves(cases):
         curves[key][name].append(curve)
@@ -252,7 +258,7 @@ def draw_curves(cases: Sequence[Case], path: Path) -> None:
     axes = figure.subplots(len(names), 2, squeeze=False, sharey=True)
     for row, name in zip(axes, names):
         for ax, (way, kind, word) in zip(row, _WAYS):
-            ax.set_prop_cycle(color=colormaps["tab20"](range(20)))
+            ax.set_prop_cycle(color=_colors())
             for label, own in curves[f"{name}_{way}_curve"].items():
                 style = "--" if label in BASELINES else "-"
                 ax.plot(SHARES[name], np.mean(own, axis=0), style, label=label)
