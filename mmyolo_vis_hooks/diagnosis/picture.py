@@ -64,7 +64,10 @@ def draw_diagnosis(diagnosis: Diagnosis, max_panels: int = 12) -> np.ndarray:
     for _, make in errors:
         if room <= 0:
             break
-        groups.append(make()[:room])
+        group = make()
+        if groups and len(group) > room:  # what belongs together is told as one
+            break
+        groups.append(group[:room])
         room -= len(groups[-1])
     first = _overview(diagnosis, len(errors), len(groups))
     if not groups:

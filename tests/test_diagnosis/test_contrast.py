@@ -84,6 +84,10 @@ def test_the_difference_is_that_of_the_weights_times_the_activations(detector):
     picture = found.draw().astype(int)
     red, green, blue = picture[..., 0], picture[..., 1], picture[..., 2]
     assert ((blue - red > 80) & (abs(red - green) < 30)).sum() > 100
+    # They are shown together or not at all, beside the one panel of what is missed.
+    one, three, four = (found.draw(max_panels=n) for n in (1, 3, 4))
+    assert np.array_equal(three, one)
+    assert np.array_equal(four, picture)
     plain = diagnose(detector, image, truth, topk=0, **options)
     assert (plain.false_positives[0].contrast, plain.missed[0].contrast) == (None, None)
     assert picture.shape[0] > plain.draw().shape[0]
