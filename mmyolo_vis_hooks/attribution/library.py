@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import VisConfigError
+from ..network.state import preserve_rng_state
 
 
 def class_of(library_class: str, method: str, since: str) -> Any:
@@ -61,7 +62,7 @@ def imputed(image: torch.Tensor, shown: np.ndarray) -> torch.Tensor:
     if not shown.any():  # no neighbour has a value
         return image.mean(dim=(1, 2), keepdim=True).expand_as(image)
     library = importlib.import_module("pytorch_grad_cam.metrics.road")
-    with torch.random.fork_rng(devices=[]):
+    with preserve_rng_state():  # a seed is that of all devices
         torch.manual_seed(0)
         given = image.float().cpu(), torch.from_numpy(shown).float()
         return library.NoisyLinearImputer()(*given).to(image)

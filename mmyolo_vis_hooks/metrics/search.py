@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..errors import VisConfigError
 from ..geometry import box_cells
 from .metric import Subject
 
@@ -30,6 +31,10 @@ def greedy_cells(
         tuple: The map ``(H, W)``, in the box the number of cells for the first and 1
         for the last; and how many forwards were needed.
     """
+    if at_once >= cells**2:
+        raise VisConfigError(
+            f"at_once={at_once} takes all of {cells}x{cells} cells unseen; use less"
+        )
     score, grid = _ask(subject), box_cells(subject.box_xyxy, size_hw, cells)
     left = list(range(cells**2))
     order: list[int] = []

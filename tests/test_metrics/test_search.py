@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.metrics.metric import METRICS, Subject
 from mmyolo_vis_hooks.metrics.pointing_game import box_region
 from mmyolo_vis_hooks.metrics.search import greedy_cells, ridge_cells
@@ -46,6 +47,8 @@ def test_a_coarse_search_takes_few_forwards():
     found, forwards = greedy_cells(subject, SIZE, cells=4, at_once=4)
     assert forwards == 2 * (16 + 12 + 8)
     assert np.argwhere(found == 16).tolist() == np.argwhere(worth).tolist()
+    with pytest.raises(VisConfigError, match="at_once=4 takes all of 2x2 cells unseen"):
+        greedy_cells(subject, SIZE, cells=2, at_once=4)
 
 
 def test_a_regression_finds_what_each_cell_adds():
