@@ -20,6 +20,7 @@ from mmengine.visualization import BaseVisBackend
 from torch import nn
 from torch._dynamo.utils import counters
 
+from mmyolo_vis_hooks import BoxAMVisHook
 from mmyolo_vis_hooks.publish import publisher
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
 from tests.toy import LETTERBOX, toy_config
@@ -161,71 +162,52 @@ def assert_same_run(runner, notes, checkpoint, metrics, plain_run):
     assert metrics == plain_metrics
 
 
-@pytest.mark.parametrize(
-    ("variant", "alignment"),
-    [*(("plain", alignment) for alignment in ALIGNMENTS), ("ema", "resize"),
-     ("workers", "letterbox"), ("amp", "network"), ("amp", "resize")],
-)  # fmt: skip
-def test_training_is_bit_identical(tmp_path, toy_data, plain_runs, variant, alignment):
-    """With both kinds of hooks in one run."""
+def both(alignment: str) -> list[dict]:
     options = dict(alignment=alignment, num_images=3)
-    runner, *found = train(
-        tmp_path, toy_data, spy(**options), box_spy(**options), **VARIANTS[variant]
-    )
-    _, explaining = vis_hooks(runner)
-    assert len(pictures(tmp_path)) == 12  # the hooks did draw
-    assert any(e.maps for s in explaining.samples for e in s.explanations)
-    assert_same_run(runner, *found, plain_runs(variant))
+    return [spy(**options), box_spy(**options)]
 
 
-@pytest.mark.parametrize("variant", ["ema", "amp"])
-def test_counting_errors_changes_no_training(tmp_path, toy_data, plain_runs, variant):
-    hook = dict(type="ErrorVisHook", on_error="raise", num_images=2, score_thr=0.2)
-    runner, notes, checkpoint, metrics = train(
-        tmp_path, toy_data, hook, **VARIANTS[variant]
-    )
-    assert len(pictures(tmp_path)) == 4
-    assert any(name.startswith("errors/") for name in metrics[-1])
-    metrics = [
-        {k: v for k, v in line.items() if not k.startswith("errors/")}
-        for line in metrics
-    ]
-    assert_same_run(runner, notes, checkpoint, metrics, plain_runs(variant))
-
-
-def test_measuring_maps_changes_no_training(tmp_path, toy_data, plain_runs):
-    variant = "amp"
-    hook = box_spy(num_images=2, topk=1, metrics=["energy", "inside"])
-    runner, notes, checkpoint, metrics = train(
-        tmp_path, toy_data, hook, **VARIANTS[variant]
-    )
-    assert len(pictures(tmp_path)) == 4
-    assert "boxam/inside" in metrics[-1]
-    metrics = [
-        {k: v for k, v in line.items() if not k.startswith("boxam/")}
-        for line in metrics
-    ]
-    assert_same_run(runner, notes, checkpoint, metrics, plain_runs(variant))
+ERRORS = [dict(type="ErrorVisHook", on_error="raise", num_images=2, score_thr=0.2)]
+MEASURED = [box_spy(num_images=2, topk=1, metrics=["energy", "inside"])]
+WAYS = [
+    dict(method="drise", num_masks=16),
+    dict(method="ablationcam"),
+    dict(method="evidence"),
+    dict(method="shapleycam", aug_smooth=True),
+]
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("variant", "hooks", "logs"),
     [
-        dict(method="drise", num_masks=16),
-        dict(method="ablationcam"),
-        dict(method="evidence"),
-        dict(method="shapleycam", aug_smooth=True),
+        *(("plain", both(alignment), "") for alignment in ALIGNMENTS),
+        *(("plain", [box_spy(num_images=2, **options)], "") for options in WAYS),
+        ("ema", both("resize"), ""),
+        ("workers", both("letterbox"), ""),
+        ("amp", both("network"), ""),
+        ("amp", both("resize"), ""),
+        ("ema", ERRORS, "errors/hits"),
+        ("amp", ERRORS, "errors/hits"),
+        ("amp", MEASURED, "boxam/inside"),
     ],
-    ids=str,
 )
-def test_no_way_of_explaining_changes_a_training(
-    tmp_path, toy_data, plain_runs, options
+def test_training_is_bit_identical(
+    tmp_path, toy_data, plain_runs, variant, hooks, logs
 ):
-    runner, *found = train(tmp_path, toy_data, box_spy(num_images=2, **options))
-    (hook,) = vis_hooks(runner)
-    assert len(pictures(tmp_path)) == 4
-    assert any(e.maps for s in hook.samples for e in s.explanations)
-    assert_same_run(runner, *found, plain_runs("plain"))
+    runner, notes, checkpoint, metrics = train(
+        tmp_path, toy_data, *hooks, **VARIANTS[variant]
+    )
+    # The hooks did draw, explain and log.
+    assert len(pictures(tmp_path)) == 2 * sum(hook["num_images"] for hook in hooks)
+    for hook in vis_hooks(runner):
+        if isinstance(hook, BoxAMVisHook):
+            assert any(e.maps for s in hook.samples for e in s.explanations)
+    assert not logs or logs in metrics[-1]
+    metrics = [
+        {k: v for k, v in line.items() if not k.startswith(("errors/", "boxam/"))}
+        for line in metrics
+    ]
+    assert_same_run(runner, notes, checkpoint, metrics, plain_runs(variant))
 
 
 @VISBACKENDS.register_module()
