@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError
+from mmyolo_vis_hooks.errors import FeatureShapeError
 from mmyolo_vis_hooks.featmap import ReducedMaps, ValueRange, reduce_feature_map
 from mmyolo_vis_hooks.geometry import FrameTransform
 
@@ -75,18 +75,6 @@ class TestReductions:
         found = reduced(ties, channel_reduction=None, topk=9)
         assert found.channels == after_upsampling(ties, (64, 96), 9)
 
-    def test_cells_weigh_as_after_upsampling(self):
-        # Five pixels from four cells: 1.3 * 1.3 for a corner, 1.2 * 1.2 inside.
-        feature_map = torch.zeros(2, 4, 4)
-        feature_map[0, 0, 0] = 1.0
-        feature_map[1, 1, 1] = 1.1
-        assert reduced(feature_map, (5, 5)).channels == (0,)
-        # The single pixel of the image takes the middle cell only.
-        feature_map = torch.zeros(2, 1, 9)
-        feature_map[0, 0, [0, 8]] = 9.0
-        feature_map[1, 0, 4] = 1.0
-        assert reduced(feature_map, (1, 1)).channels == (1,)
-
     def test_padding_does_not_count(self):
         feature_map = torch.zeros(2, 8, 8)
         feature_map[0, 0] = 100.0  # only in the padding
@@ -95,15 +83,6 @@ class TestReductions:
         found = reduce_feature_map(feature_map, LETTERBOX)
         assert found.channels == (1,)
         assert found.value_range == ValueRange(0.0, 1.0)
-
-    @pytest.mark.parametrize("channels", [1, 3])
-    def test_a_picture_is_one_tile(self, channels):
-        feature_map = random_map(channels, 4, 5)
-        found = reduced(feature_map, channel_reduction=None, topk=-1)
-        assert torch.equal(found.maps, feature_map)
-        assert len(found.value_ranges) == 1
-        (tile,) = found.resampled_tiles(stretched(feature_map))
-        assert tile.shape == ((64, 96) if channels == 1 else (3, 64, 96))
 
 
 class TestValues:
@@ -125,13 +104,6 @@ class TestValues:
         feature_map += torch.arange(300)[:, None, None] * 1e-5
         with torch.autocast("cpu", torch.bfloat16):
             assert reduced(feature_map).channels == (299,)
-
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64])
-    def test_other_types(self, dtype):
-        feature_map = (random_map(4, 5, 6) > 0).to(dtype)
-        found = reduced(feature_map, channel_reduction="squeeze_mean")
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        torch.testing.assert_close(found.maps[0], feature_map.to(wide).mean(0))
 
     @pytest.mark.parametrize("bad", [math.nan, -math.inf])
     def test_non_finite_becomes_the_minimum_and_is_counted(self, bad):
@@ -187,8 +159,3 @@ class TestValues:
 def test_what_is_no_feature_map(feature_map, part):
     with pytest.raises(FeatureShapeError, match=part):
         reduce_feature_map(feature_map, FrameTransform.identity((64, 64)))
-
-
-def test_a_picture_has_one_or_three_channels():
-    with pytest.raises(VisConfigError, match=r"topk=-1 .*has 9; .*squeeze_mean"):
-        reduced(random_map(9, 4, 4), channel_reduction=None, topk=-1)

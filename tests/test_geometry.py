@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,30 +31,6 @@ def random_maps(*shape: int, seed: int = 0) -> torch.Tensor:
 )
 def test_cells_per_pixel(map_hw, network_hw, expected):
     assert cells_per_pixel(map_hw, network_hw) == pytest.approx(expected)
-
-
-def test_samplings_of_a_letterbox_by_hand():
-    rows, columns = LETTERBOX.axis_samplings((8, 8))
-    # Row 0 has its centre at network row 16 + 0.5 * 0.32 = 16.16, which is
-    # 16.16 / 8 - 0.5 = 1.52 cells; row 99 is at 5.48.
-    assert (rows.lower[0], rows.upper[0]) == (1, 2)
-    assert rows.upper_weight[0] == pytest.approx(0.52)
-    assert (rows.lower[99], rows.upper[99]) == (5, 6)
-    assert rows.upper_weight[99] == pytest.approx(0.48)
-    # Column 0 would be at -0.48: clamped to the outermost cell.
-    assert (columns.lower[0], columns.upper_weight[0]) == (0, 0.0)
-    assert (columns.lower[199], columns.upper[199]) == (7, 7)
-
-
-@pytest.mark.parametrize(
-    ("map_hw", "image_hw"), [((5, 7), (64, 96)), ((1, 1), (9, 5)), ((9, 4), (5, 11))]
-)
-def test_cell_weights_give_the_sum_of_the_upsampled_map(map_hw, image_hw):
-    maps = random_maps(3, *map_hw).double()
-    rows, columns = FrameTransform.stretch(image_hw, map_hw).axis_samplings(map_hw)
-    weights = rows.cell_weights(map_hw[0]), columns.cell_weights(map_hw[1])
-    sums = np.einsum("h,chw,w->c", weights[0], maps.numpy(), weights[1])
-    np.testing.assert_allclose(sums, upsampled(maps, image_hw).sum((1, 2)))
 
 
 class TestResample:
@@ -99,17 +74,6 @@ class TestResample:
 
 
 class TestFromMetainfo:
-    def test_letterbox(self):
-        metainfo = dict(
-            ori_shape=(100, 200),
-            img_shape=(64, 64),
-            batch_input_shape=(64, 96),
-            scale_factor=(0.32, 0.32),
-            pad_param=np.array([16, 16, 0, 0], dtype=np.float32),
-        )
-        expected = FrameTransform((100, 200), (64, 96), (0.32, 0.32), (0.0, 16.0))
-        assert FrameTransform.from_metainfo(metainfo) == expected
-
     def test_without_scale_factor(self):
         frame = FrameTransform.from_metainfo({"img_shape": (64, 96)}, (32, 24))
         assert frame == FrameTransform((32, 24), (64, 96), (4.0, 2.0))
@@ -129,8 +93,3 @@ class TestFromMetainfo:
     def test_missing_key_is_named(self, metainfo, named):
         with pytest.raises(VisConfigError, match=named):
             FrameTransform.from_metainfo(metainfo)
-
-
-def test_boxes_to_network():
-    boxes = LETTERBOX.boxes_to_network(np.array([[0, 0, 200, 100]]))
-    np.testing.assert_allclose(boxes, [[0, 16, 64, 48]], rtol=1e-6)

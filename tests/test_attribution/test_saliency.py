@@ -11,7 +11,6 @@ from mmyolo_vis_hooks.attribution.saliency import (
     box_sigma,
     fuse_saliency,
     normalize_saliency,
-    render_saliency,
     saliency_range,
 )
 from mmyolo_vis_hooks.errors import VisConfigError
@@ -19,14 +18,6 @@ from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.records import BoxExplanation, LayerMap
 
 LETTERBOX = FrameTransform((40, 80), (64, 64), (0.8, 0.8), (0.0, 16.0))
-FRAMES = [
-    (FrameTransform.stretch((48, 96), (64, 64)), (8, 8)),
-    (FrameTransform.stretch((480, 640), (416, 416)), (26, 26)),
-    (FrameTransform.stretch((31, 17), (64, 96)), (2, 3)),
-    (LETTERBOX, (8, 8)),
-    (FrameTransform((427, 640), (416, 416), (0.65, 0.65), (0.0, 69.0)), (52, 52)),
-    (FrameTransform.identity((64, 64)), (1, 1)),
-]
 
 
 def random_map(*shape: int, seed: int = 0) -> np.ndarray:
@@ -46,32 +37,7 @@ def explanation(*maps: np.ndarray) -> BoxExplanation:
     )
 
 
-class TestRender:
-    @pytest.mark.parametrize(("frame", "map_hw"), FRAMES)
-    @pytest.mark.parametrize("sigma_px", [0, 0.5, 6.0, 23.7])
-    def test_equals_resample_and_opencv(self, frame, map_hw, sigma_px):
-        saliency = random_map(*map_hw)
-        rendered = render_saliency(saliency, frame, sigma_px=sigma_px)
-        expected = slowly(saliency, frame, sigma_px)
-        assert rendered.dtype == np.float32
-        assert rendered.shape == frame.image_hw
-        assert np.abs(rendered - expected).max() <= 1e-5 * expected.max()
-
-    @pytest.mark.parametrize("image_hw", [(1, 1), (5, 300)])
-    def test_a_sigma_far_beyond_the_image_gives_its_mean(self, image_hw):
-        saliency = random_map(4, 6)
-        frame = FrameTransform.stretch(image_hw, (4, 6))
-        rendered = render_saliency(saliency, frame, sigma_px=1e9)
-        assert rendered.max() - rendered.min() < 1e-5
-        assert saliency.min() < rendered.max() < saliency.max()
-
-
 class TestSigma:
-    def test_by_hand(self):
-        # sqrt(40 * 90) = 60
-        assert box_sigma(np.array([10, 20, 50, 110]), 0.1) == pytest.approx(6)
-        assert box_sigma(np.array([10, 20, 50, 110]), 0) == 0
-
     @pytest.mark.parametrize(
         "box", [[5, 5, 5, 9], [9, 5, 5, 9], [0, 0, np.nan, 4], [0, 0, np.inf, 4]]
     )
@@ -156,7 +122,7 @@ def test_range_counts_the_cells_on_the_image():
 
 
 class TestBoxMap:
-    BOX = np.array([40, 10, 70, 40], np.float32)
+    BOX = np.array([30, 16, 80, 34], np.float32)
 
     def test_peak_and_scale(self):
         saliency = np.zeros((8, 8), np.float32)
@@ -168,7 +134,7 @@ class TestBoxMap:
         row, column = np.unravel_index(result.argmax(), result.shape)
         assert abs(row + 0.5 - 25) <= 1
         assert abs(column + 0.5 - 55) <= 1
-        # sigma = 0.1 * sqrt(30 * 30)
+        # sigma = 0.1 * sqrt(50 * 18)
         blurred = slowly(saliency, LETTERBOX, 3.0)
         np.testing.assert_allclose(result, blurred / blurred.max(), atol=1e-5)
 
@@ -189,15 +155,6 @@ class TestBoxMap:
             normalize=normalize,
         )
         np.testing.assert_allclose(result, expected / expected.max(), atol=1e-5)
-
-    def test_norm_in_bbox(self):
-        result = box_saliency(
-            explanation(random_map(8, 8)), LETTERBOX, self.BOX, norm_in_bbox=True
-        )
-        assert result[10:40, 40:70].max() == 1
-        outside = result.copy()
-        outside[10:40, 40:70] = 0
-        assert not outside.any()
 
     @pytest.mark.parametrize("maps", [(), (np.zeros((8, 8), np.float32),)])
     def test_no_influence(self, maps):

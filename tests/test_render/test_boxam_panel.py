@@ -110,6 +110,8 @@ class TestCaptions:
         assert cells[0].scale is None
         assert {(c.scale.low, c.scale.high) for c in cells[1:]} == {(0.0, 1.0)}
         assert draw(sample(labels=(7, 0, 1)))[2].title == "class 7 0.90"
+        nameless = draw(sample(), class_names=())[0]
+        assert not np.array_equal(cells[0].image_rgb, nameless.image_rgb)
 
     def test_classes_and_image(self, draw):
         given = sample(silent=[2])
@@ -197,14 +199,6 @@ class TestHeat:
         grey = cv2.cvtColor(photo(480, 640), cv2.COLOR_RGB2GRAY)
         assert np.array_equal(picture[440:, :60], np.dstack([grey[440:, :60]] * 3))
 
-    def test_weak_and_strong_boxes_are_equally_bright(self, draw):
-        given = sample()
-        strong, box, last = given.explanations
-        layer = replace(box.maps[0], saliency=box.maps[0].saliency * 1e-6)
-        weak = replace(given, explanations=(strong, replace(box, maps=(layer,)), last))
-        for one, other in zip(draw(given)[1:], draw(weak)[1:]):
-            assert np.abs(one.image_rgb.astype(int) - other.image_rgb).max() <= 1
-
     def test_class_panel_shows_its_boxes_only(self, draw):
         dog, cat = (cell.image_rgb for cell in draw(sample(), scope="class")[2:])
         scale = 480 / dog.shape[0]
@@ -236,15 +230,12 @@ class TestHeat:
         cell = draw(with_maps(given, padding))[1]
         assert cell.note.endswith("zero on the image; its heat lies in the padding")
 
-    def test_each_option_reaches_the_picture(self, draw):
+    def test_each_option_reaches_the_map(self, draw):
         given = with_maps(sample(), bump((60, 100), 20), 5 * bump((130, 180), 20))
         changes = [{}, dict(normalize_layers=True), dict(smooth=0.5), dict(alpha=0.3)]
         changes += [dict(fusion="max"), dict(fusion="product"), dict(colormap="jet")]
         cells = [draw(given, scope="image", **options)[1] for options in changes]
         assert len({cell.image_rgb.tobytes() for cell in cells}) == 7
-        changes = {}, dict(class_names=None), dict(palette=[(1, 2, 3)])
-        cells = [draw(sample(), **options)[0] for options in changes]
-        assert len({cell.image_rgb.tobytes() for cell in cells}) == 3
 
 
 class TestWithoutInfluence:
@@ -299,16 +290,6 @@ class TestWindow:
         assert (x2 - x1, y2 - y1) == (154, 115)
         assert (x1 + x2) / 2 == pytest.approx(302, abs=1)
 
-    @pytest.mark.parametrize("image_hw", [(480, 640), (1, 1), (2, 999)])
-    @pytest.mark.parametrize(
-        "box",
-        [[-50, -50, 900, 900], [np.nan, 0, 1, 1], [5, 5, 5, 5], [700, 500, 800, 600]],
-    )
-    def test_is_never_empty_nor_outside(self, image_hw, box):
-        x1, y1, x2, y2 = crop_window(np.array(box, np.float32), image_hw)
-        assert 0 <= x1 < x2 <= image_hw[1]
-        assert 0 <= y1 < y2 <= image_hw[0]
-
     def test_outline_and_heat_are_where_the_box_is(self, draw):
         given = sample(GREY, [[200, 200, 260, 290], *BOXES[1:]])
         panel = draw(given, located=False, alpha=0)[2].image_rgb
@@ -338,11 +319,6 @@ class TestLayout:
         )
         assert len(set(lefts)) == 1
         assert max(rights) - min(rights) < 8
-
-    @pytest.mark.parametrize(("count", "columns"), [(4, 4), (5, 5), (7, 4)])
-    def test_no_panel_is_alone_in_its_row(self, draw, count, columns):
-        draw(many(count))
-        assert draw.columns == [2, columns]
 
     @pytest.mark.parametrize("image_hw", [(1, 1), (30, 900), (900, 30), (2000, 3000)])
     def test_any_image_and_number(self, image_hw):
@@ -418,8 +394,3 @@ def test_of_signed_maps_the_larger_in_size_is_joined():
     joint, first, second = panel.overlay_maps(replace(given, explanations=explanations))
     assert joint.levels.min() == first.levels.min() == 0
     assert joint.levels.max() == second.levels.max() == 255
-
-
-def test_captions_say_which_question_a_map_answers(draw):
-    _, second = draw(with_maps(sample(), bump((93.6, 138.7), 20.0)))
-    assert "boxam · score · tells where" in second.note

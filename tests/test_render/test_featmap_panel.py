@@ -85,36 +85,16 @@ class TestOverlayEqualsMMEngine:
         options = dict(channel_reduction="squeeze_mean")
         assert compared(feature_map, photo(2, 4501), **options).max() <= 2
 
-    def test_topk_figure_agrees(self):
-        options = dict(channel_reduction=None, topk=4, arrangement=(2, 2))
-        difference = compared(random_map(16, 8, 8), photo(120, 160), **options)
-        # Labels lie in the top rows of a tile, and matplotlib blurs tile edges.
-        tiles = difference.reshape(2, 120, 2, 160, 3)[:, 25:118, :, 2:158]
-        assert np.median(tiles) <= 2
-
     @pytest.mark.parametrize("channels", [1, 3])
     def test_picture_is_identical(self, channels):
         options = dict(channel_reduction=None, topk=-1)
         given = random_map(channels, 9, 11), photo(64, 80)
         assert not compared(*given, **options).any()
 
-    @pytest.mark.parametrize("reduction", ["select_max", "squeeze_mean"])
-    def test_zeros(self, reduction):
-        given = torch.zeros(4, 6, 6), photo(30, 40)
-        assert not compared(*given, channel_reduction=reduction).any()
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_is_drawn_as_its_single_precision(self, dtype):
-        # MMEngine itself cannot draw bfloat16, and sums float16 with overflows.
-        feature_map, image_rgb = random_map(16, 8, 8).to(dtype), photo(64, 80)
-        theirs = mmengine_overlay(
-            feature_map.float(), image_rgb, channel_reduction="select_max"
-        )
-        assert np.array_equal(ours(feature_map, image_rgb), theirs)
-
     def test_where_mmengine_shows_rounding_errors_or_nothing(self):
-        constant = ours(torch.full((4, 1, 1), 0.3), photo(30, 41), alpha=1)
-        assert (constant == (0, 0, 128)).all()  # the first colour of JET
+        look = dict(alpha=1, colormap="viridis")
+        constant = ours(torch.full((4, 1, 1), 0.3), photo(30, 41), **look)
+        assert (constant == (68, 1, 84)).all()  # its first colour
         feature_map = torch.full((1, 8, 8), 1.0)
         feature_map[0, 0, 0] = 0.0
         feature_map[0, 7, 7] = float("inf")
@@ -194,28 +174,6 @@ class TestPanel:
         titles = [cell.title for cell in cells[0][1:]]
         assert titles == ["neck[0]", "neck[1]", "neck[0] (call 2)"]
 
-    @pytest.mark.parametrize(
-        ("score_thr", "note"),
-        [
-            (0.5, "330 x 240 px · 1 box with score > 0.5"),
-            (0.9, "330 x 240 px · no boxes with score > 0.9"),
-            (1, "330 x 240 px"),
-        ],
-    )
-    def test_score_thr(self, cells, score_thr, note):
-        given = sample()
-        featmap_panel(score_thr=score_thr, palette=[(255, 0, 0), (0, 255, 0)])(given)
-        first = cells[0][0]
-        assert first.note == note
-        changed = (first.image_rgb != given.image_rgb).any(axis=2)
-        assert changed[100:, 20:150].any() == (score_thr == 0.5)
-        assert not changed[100:, 160:300].any()
-
-    def test_class_names_and_palette_reach_the_boxes(self, cells):
-        for options in {}, dict(class_names=["a", "b"]), dict(palette=[(1, 2, 3)]):
-            featmap_panel(**options)(sample())
-        assert len({row[0].image_rgb.tobytes() for row in cells}) == 3
-
     def test_topk_is_a_block_of_the_arrangement(self, cells):
         given = sample(image_hw=(240, 320))
         featmap_panel(channel_reduction=None, topk=5, arrangement=(2, 3))(given)
@@ -225,6 +183,7 @@ class TestPanel:
         image, *blocks = (cell.image_rgb for cell in cells[0])
         # Tiles of 240x320 with gaps of 4.
         assert {block.shape for block in blocks} == {(484, 968, 3)}
+        assert (blocks[0][-1, -1] < 255).all()  # the place without a tile
         assert image.shape[:2] == (480, 640)
         # Each tile is what its channel looks like alone.
         activation = given.activations[0].feature_map
@@ -322,14 +281,6 @@ class TestPanel:
             assert abs(rows.mean() + 0.5 - 25 * scale) < scale
             assert abs(columns.mean() + 0.5 - 55 * scale) < scale
             assert (heat[0, 0] == (0, 0, 128)).all()
-
-    def test_sample_is_left_alone(self):
-        given = sample()
-        given.image_rgb.flags.writeable = False
-        given.detections.boxes_xyxy.flags.writeable = False
-        featmap_panel()(given)
-        for one, other in zip(given.activations, sample().activations):
-            assert torch.equal(one.feature_map, other.feature_map)
 
     def test_errors_name_the_layer_or_the_option(self):
         panel = featmap_panel(channel_reduction=None, topk=-1)

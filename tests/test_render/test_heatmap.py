@@ -4,16 +4,12 @@ import cv2
 import matplotlib
 import numpy as np
 import pytest
-import torch
-from mmengine.visualization.utils import convert_overlay_heatmap
 
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.render.heatmap import (
     colormap_lut,
     diverge_heatmap,
     fade_heatmap,
-    heat_levels,
-    overlay_heatmap,
 )
 from tests.test_render.pictures import photo, plain
 
@@ -37,11 +33,6 @@ class TestColormap:
         assert np.array_equal(colormap_lut(name)[:, 0], expected)
         assert np.array_equal(colormap_lut(name.lower())[:, 0], expected)
 
-    def test_every_name_of_both_libraries(self):
-        names = [n for n in dir(cv2) if n.startswith("COLORMAP_")]
-        for name in [*names, *matplotlib.colormaps]:
-            assert colormap_lut(name).shape == (256, 1, 3)
-
     @pytest.mark.parametrize(
         ("name", "part"),
         [
@@ -54,50 +45,6 @@ class TestColormap:
     def test_unknown(self, name, part):
         with pytest.raises(VisConfigError, match=f"colormap.*{part}"):
             colormap_lut(name)
-
-
-class TestOverlay:
-    @pytest.mark.parametrize("shape", [(1, 1), (33, 50), (3, 20, 31)])
-    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-    def test_equals_mmengine(self, shape, dtype, alpha):
-        image_rgb = photo(*shape[-2:])
-        for heat in (values(*shape, dtype=dtype), np.full(shape, 0.7, dtype)):
-            before = heat.copy(), image_rgb.copy()
-            drawn = overlay_heatmap(heat, image_rgb, alpha=alpha)
-            given = torch.from_numpy(heat.copy())
-            expected = convert_overlay_heatmap(given, image_rgb, alpha)
-            assert np.array_equal(drawn, expected)
-            assert np.array_equal(heat, before[0])
-            assert np.array_equal(image_rgb, before[1])
-
-    def test_by_hand(self):
-        # (v - 1) / 4 * 255 is 0, 63.75, 127.5 and 255; fractions are cut off.
-        levels = heat_levels(np.array([[1, 2, 3, 5]], dtype=np.float32))
-        assert levels.tolist() == [[0, 63, 127, 255]]
-        heat = np.array([[0.0, 1.0]], np.float32)
-        drawn = overlay_heatmap(heat, plain(1, 2, 100), alpha=0.25)
-        assert drawn.tolist() == [[[75, 75, 107], [107, 75, 75]]]
-
-    @pytest.mark.parametrize("shape", [(5, 6), (3, 5, 6)])
-    def test_colormap_is_used(self, shape):
-        heat = values(*shape)
-        expected = colormap_lut("viridis")[heat_levels(heat), 0]
-        drawn = overlay_heatmap(heat, photo(5, 6), alpha=1, colormap="viridis")
-        assert np.array_equal(drawn, expected)
-
-    def test_soft_steps_only_touch_what_rounding_decides(self):
-        heat = np.array([[0, 158.5, 158.995, 159.005, 159.5, 254, 255]], np.float32)
-        lut = colormap_lut("jet")[:, 0]
-        assert lut[158:160].tolist() == [[250, 255, 6], [254, 255, 1]]
-        hard, soft = (
-            overlay_heatmap(heat, photo(1, 7), alpha=1, soft_steps=soft)[0]
-            for soft in (False, True)
-        )
-        assert hard[2].tolist() == [250, 255, 6]
-        assert soft[2].tolist() == soft[3].tolist() == [252, 255, 3]
-        others = [0, 1, 4, 5, 6]
-        assert np.array_equal(hard[others], soft[others])
 
 
 def test_fading_by_hand():

@@ -73,13 +73,6 @@ def test_a_grid_suits_a_screen(count, cell_hw, columns):
     assert grid_columns(count, cell_hw) == columns
 
 
-@pytest.mark.parametrize("cell_hw", [(1, 2), (3, 4), (1, 1), (4, 3)])
-def test_no_cell_is_alone_in_its_row(cell_hw):
-    for count in range(3, 60):
-        columns = grid_columns(count, cell_hw)
-        assert columns == 1 or count % columns != 1
-
-
 class TestMontage:
     @pytest.mark.parametrize("columns", [None, 3])
     def test_every_cell_is_there_in_order_and_size(self, columns):
@@ -159,19 +152,6 @@ class TestMontage:
 
 
 class TestTileBlock:
-    def test_tiles_by_rows(self):
-        tiles = [plain(60, 80, color_of(i)) for i in range(5)]
-        block = tile_block(tiles, ["channel: 7"] * 5, (2, 3), gap=4)
-        assert block.shape == (124, 248, 3)
-        for i in range(5):
-            region = block[i // 3 * 64 :, i % 3 * 84 :][:60, :80]
-            assert (region[30:] == color_of(i)).all()
-            assert (region[:30] > 200).any()
-            assert (tiles[i] == color_of(i)).all()
-        # The empty place is neither white nor a picture.
-        assert (block[64:, 168:] == block[64, 168]).all()
-        assert tuple(block[64, 168]) != (255, 255, 255)
-
     @pytest.mark.parametrize("size", [(8, 8), (320, 320), (40, 900)])
     def test_label_is_in_its_tile(self, size):
         tiles = [plain(*size, (90, 90, 90)) for _ in range(2)]

@@ -25,15 +25,6 @@ def test_the_area_of_a_disc_is_its_weight():
     assert 3 < large.sum() / small.sum() < 5
 
 
-def test_places_of_the_input_are_those_of_boxes_put_back():
-    frame = FrameTransform((100, 200), (64, 128), (0.5, 0.6), (8.0, 4.0))
-    boxes = np.array([[10, 20, 50, 60]], np.float32)
-    network = frame.boxes_to_network(boxes)
-    np.testing.assert_allclose(
-        frame.points_to_image(network.reshape(2, 2)), boxes.reshape(2, 2), atol=1e-5
-    )
-
-
 def test_points_of_a_result_lie_on_the_image():
     """The image is halved and moved by 8 and 4 pixels in the network's input."""
     frame = FrameTransform((100, 200), (64, 128), (0.5, 0.5), (8.0, 4.0))
