@@ -217,7 +217,8 @@ def diagnose(
                 first = scene.from_first(loaded)
                 placement = own_placement(scene.pipeline, first, scene.detector)
             name = scene.name(number)
-            results.append(diagnoser.look(name, loaded, placement, truth))
+            look = diagnoser.look(name, loaded, placement, truth)
+            results.append(diagnoser.diagnose(look))
     return results if scene.several else results[0]
 
 

@@ -133,8 +133,8 @@ class Errors:
         if placement is None:
             placement = self._placements[id(image.dataset)] = self._place(image.dataset)
         loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        truth = self.truths[name]
-        return self._diagnoser.look(name, loaded, placement, truth, maps=maps)
+        look = self._diagnoser.look(name, loaded, placement, self.truths[name])
+        return self._diagnoser.diagnose(look, maps=maps)
 
     def _place(self, dataset: Any) -> Placement:
         """Find out on its first images whether maps of a data set lie right."""

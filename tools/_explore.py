@@ -21,12 +21,12 @@ from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded, prepare_data
 from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
 from mmyolo_vis_hooks.data.sources import ImageSource
 from mmyolo_vis_hooks.detector import build_pipeline, read_dataset
+from mmyolo_vis_hooks.diagnosis.candidates import FLOOR
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnosis
 from mmyolo_vis_hooks.diagnosis.live import LiveDetector, Look
 from mmyolo_vis_hooks.diagnosis.maps import ErrorMap
 from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS, GroundTruth
 from mmyolo_vis_hooks.diagnosis.mechanisms import MECHANISMS
-from mmyolo_vis_hooks.diagnosis.opening import FLOOR
 from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS as COLORS
 from mmyolo_vis_hooks.diagnosis.place import (
     DETECTED,

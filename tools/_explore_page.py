@@ -23,7 +23,7 @@ from _explore import (
 )
 from mmyolo_vis_hooks.attribution.methods import METHODS
 from mmyolo_vis_hooks.attribution.targets import TARGETS
-from mmyolo_vis_hooks.diagnosis.opening import FLOOR
+from mmyolo_vis_hooks.diagnosis.candidates import FLOOR
 from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS as COLORS
 from mmyolo_vis_hooks.network.layer_table import survey_layers
 from mmyolo_vis_hooks.options import DiagnosisOptions

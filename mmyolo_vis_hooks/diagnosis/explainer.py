@@ -15,8 +15,8 @@ from ..options import DiagnosisOptions
 from ..render.panel import joined
 from .contrast import ClassComparer, ClassContrast, Pair
 from .maps import ErrorMap, ErrorMapper
-from .matching import CONFUSED, FalseAlarm
-from .mechanisms import SUPPRESSED, MissedObject, sentence
+from .matching import CONFUSED
+from .mechanisms import SUPPRESSED, sentence
 from .result import Diagnosis, FalsePositive, Missed
 
 
@@ -62,18 +62,17 @@ class Explainer:
         try:
             found, reached = self._mapper.maps(*seen, *wanted)
         except VisError as error:  # what was missed is known all the same
-            return _noted(diagnosis, f"no maps: {error}")
+            return noted(diagnosis, f"no maps: {error}")
         of_detections = {detections[k]: own for k, own in found.items()}
         of_candidates = {candidates[k]: own for k, own in reached.items()}
+        contrasts: Mapping[Any, ClassContrast] = {}
         if pairs:
             boxes = diagnosis.detections
             try:
                 contrasts = self._comparer.contrasts(*seen, boxes, pairs)
             except VisError as error:
-                diagnosis = _noted(diagnosis, f"classes are not compared: {error}")
-            else:
-                diagnosis = _with_contrasts(diagnosis, contrasts)
-        return self._with_maps(diagnosis, of_detections, of_candidates)
+                diagnosis = noted(diagnosis, f"classes are not compared: {error}")
+        return self._with_maps(diagnosis, of_detections, of_candidates, contrasts)
 
     def _wanted(self, diagnosis: Diagnosis) -> tuple[list[int], list[int], list[Pair]]:
         """Candidates and detections that get a map, and classes to compare."""
@@ -91,9 +90,9 @@ class Explainer:
             if record.mechanism == SUPPRESSED and record.candidate in candidates
         ]
         detections = {i for i in (*wrong, *right, *winners) if i is not None}
-        records: list[MissedObject | FalseAlarm] = [*reached]
-        records += [own.record for own in diagnosis.false_positives]
-        pairs = dict.fromkeys(_pair_of(diagnosis, record) for record in records)
+        errors: list[Missed | FalsePositive] = [*diagnosis.missed]
+        errors += diagnosis.false_positives
+        pairs = dict.fromkeys(_pair_of(diagnosis, own) for own in errors)
         compared = [pair for pair in pairs if pair is not None][:most]
         return candidates, sorted(detections), compared
 
@@ -102,8 +101,9 @@ class Explainer:
         diagnosis: Diagnosis,
         of_detections: Mapping[Any, ErrorMap],
         of_candidates: Mapping[Any, ErrorMap],
+        contrasts: Mapping[Any, ClassContrast],
     ) -> Diagnosis:
-        """A diagnosis with maps, by its own detections and by candidate."""
+        """A diagnosis with maps, by its own detections, by candidate and by pair."""
 
         def missed(own: Missed) -> Missed:
             error_map, why = of_candidates.get(own.record.candidate), own.why
@@ -112,13 +112,17 @@ class Explainer:
                 known = own.record, found, truth, diagnosis.class_names
                 why = sentence(*known, self._score_thr, error_map.layer)
             other_map = of_detections.get(own.record.other)
-            return replace(own, map=error_map, why=why, other_map=other_map)
+            apart = contrasts.get(_pair_of(diagnosis, own))
+            return replace(
+                own, map=error_map, why=why, other_map=other_map, contrast=apart
+            )
 
         def false_positive(own: FalsePositive) -> FalsePositive:
             error_map, why = of_detections.get(own.record.detection), own.why
             if error_map is not None and error_map.is_shortcut:
                 why += f"; a shortcut: {error_map.inside:.0%} of the map is inside"
-            return replace(own, map=error_map, why=why)
+            apart = contrasts.get(_pair_of(diagnosis, own))
+            return replace(own, map=error_map, why=why, contrast=apart)
 
         return replace(
             diagnosis,
@@ -131,29 +135,16 @@ class Explainer:
         )
 
 
-def _pair_of(diagnosis: Diagnosis, record: MissedObject | FalseAlarm) -> Pair | None:
+def _pair_of(diagnosis: Diagnosis, own: Missed | FalsePositive) -> Pair | None:
     """Of a confused error the detection, and the class that is right."""
-    if isinstance(record, MissedObject):
-        detection = record.other if record.mechanism == CONFUSED else None
-    else:
-        detection = record.detection if record.kind == CONFUSED else None
-    if detection is None or record.truth is None:
+    if own.kind != CONFUSED:
         return None
-    return detection, int(diagnosis.truth.labels[record.truth])
+    detection = own.record.other if isinstance(own, Missed) else own.record.detection
+    assert detection is not None
+    assert own.record.truth is not None
+    return detection, int(diagnosis.truth.labels[own.record.truth])
 
 
-def _noted(diagnosis: Diagnosis, note: str) -> Diagnosis:
+def noted(diagnosis: Diagnosis, note: str) -> Diagnosis:
+    """The same with one more note."""
     return replace(diagnosis, note=joined([diagnosis.note, note]))
-
-
-def _with_contrasts(
-    diagnosis: Diagnosis, contrasts: Mapping[Any, ClassContrast]
-) -> Diagnosis:
-    def compared(own: Any) -> Any:
-        return replace(own, contrast=contrasts.get(_pair_of(diagnosis, own.record)))
-
-    return replace(
-        diagnosis,
-        missed=tuple(map(compared, diagnosis.missed)),
-        false_positives=tuple(map(compared, diagnosis.false_positives)),
-    )

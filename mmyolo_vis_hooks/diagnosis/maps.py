@@ -22,7 +22,7 @@ from ..geometry import FrameTransform, cells_per_pixel
 from ..metrics.pointing_game import energy_inside
 from ..options import BoxAMOptions
 from ..records import BoxExplanation, Detections
-from .opening import opened
+from .candidates import opened
 
 
 @dataclass(frozen=True, eq=False)

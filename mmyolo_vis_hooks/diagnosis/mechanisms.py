@@ -61,7 +61,7 @@ def why_missed(
         matches (Matches): Of the detections and objects.
         detections (Detections): Final ones above the threshold.
         candidates (Detections): Boxes of all classes before threshold and NMS, of the
-            detector as :func:`~.opening.opened` has it.
+            detector as :func:`~.candidates.opened` has it.
         truth (GroundTruth): The objects.
         score_thr (float): The threshold.
         iou_thr (float): As of :func:`~.matching.match`.

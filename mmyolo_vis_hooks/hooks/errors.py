@@ -19,16 +19,15 @@ from ..data.samples import detections_of
 from ..data.selector import ImageSelector, SelectedImage
 from ..declare import takes_options
 from ..diagnosis.cost import ErrorCost, ap_lost
-from ..diagnosis.diagnose import Diagnosis
+from ..diagnosis.diagnose import Diagnoser, Diagnosis
 from ..diagnosis.energy import EnergyWatch, Shares, mean_by_class, shares_inside
 from ..diagnosis.matching import GroundTruth, Matches, match
 from ..diagnosis.mechanisms import MissedObject, why_missed
-from ..diagnosis.sample import DiagnosisMaker
 from ..errors import VisConfigError
 from ..network.state import preserve_rng_state
 from ..options import DiagnosisOptions, ErrorRunOptions
 from ..records import Detections
-from ..samples import SampleMaker
+from ..samples import SampleMaker, recorded
 from .base import BaseVisHook, of_all_ranks
 from .vis_loop import Panel, VisLoop, predicting_model
 
@@ -120,7 +119,7 @@ class ErrorVisHook(BaseVisHook):
         self, model: nn.Module, options: Any, class_names: Sequence[str], logger: Logger
     ) -> SampleMaker:
         """Give what turns a forward of the loop into a diagnosis."""
-        return DiagnosisMaker(model, options, class_names, logger)
+        return Diagnoser(model, options, class_names, logger)
 
     def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None
@@ -237,9 +236,10 @@ class ErrorVisHook(BaseVisHook):
         output: Any,
         counted: _Counted,
     ) -> Sequence[MissedObject]:
-        given = image.image_id, state.recorded, position, output
+        _, inputs, metainfo = recorded(state.recorded, image.image_id, position)
+        final = detections_of(output)
         with state.autocast(), preserve_rng_state():
-            candidates = _maker(state).candidates(*given)
+            candidates = _maker(state).candidates(final, inputs, metainfo)
         return why_missed(
             counted.matches,
             counted.found,
@@ -265,17 +265,15 @@ class ErrorVisHook(BaseVisHook):
         here = own.keys() & set(chosen) - elsewhere
         for image in self._everything[state.mode].images:
             if image.image_id in here:
-                found = own[image.image_id].found
-                self._draw(state, image, partial(self._look, state, image, found))
+                counted = own[image.image_id]
+                self._draw(state, image, partial(self._look, state, image, counted))
 
-    def _look(
-        self, state: VisLoop, image: SelectedImage, found: Detections
-    ) -> Diagnosis:
+    def _look(self, state: VisLoop, image: SelectedImage, known: _Counted) -> Diagnosis:
         placement = state.placements[id(image.dataset)]
         loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        picture_id = state.picture_id(image)
+        seen = state.picture_id(image), loaded, placement, known.truth, known.found
         with state.autocast():
-            return _maker(state).look(picture_id, loaded, placement, found)
+            return _maker(state).diagnose(_maker(state).look(*seen))
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
         if mode in self._loops:
@@ -330,8 +328,8 @@ def _num_batches(loop: BaseLoop) -> int:
         return 0
 
 
-def _maker(state: VisLoop) -> DiagnosisMaker:
-    return cast(DiagnosisMaker, state.maker)
+def _maker(state: VisLoop) -> Diagnoser:
+    return cast(Diagnoser, state.maker)
 
 
 def _all_of(dataset: Any) -> ImageSelector:

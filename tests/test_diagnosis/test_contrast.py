@@ -11,7 +11,7 @@ from mmyolo_vis_hooks import diagnose
 from mmyolo_vis_hooks.attribution.anchors import locate_anchors
 from mmyolo_vis_hooks.attribution.saliency import box_sigma, render_saliency
 from mmyolo_vis_hooks.attribution.targets import class_logits
-from mmyolo_vis_hooks.diagnosis.opening import opened
+from mmyolo_vis_hooks.diagnosis.candidates import opened
 from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.network.graph import GraphForward

@@ -23,9 +23,8 @@ from torch import nn
 
 from mmyolo_vis_hooks import diagnose, load
 from mmyolo_vis_hooks.data.samples import detections_of
-from mmyolo_vis_hooks.diagnosis.closing import Closing
+from mmyolo_vis_hooks.diagnosis.candidates import Closing, opened
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
-from mmyolo_vis_hooks.diagnosis.opening import opened
 from mmyolo_vis_hooks.errors import VisConfigError, VisError
 from mmyolo_vis_hooks.network.settings import other_settings
 from mmyolo_vis_hooks.options import DiagnosisOptions
@@ -69,8 +68,10 @@ def look(detector: nn.Module, *objects: tuple, score_thr: float = 0.3) -> Diagno
     options = DiagnosisOptions(score_thr=score_thr, topk=0)
     diagnoser = Diagnoser(detector, options, NAMES, logging.getLogger("test"))
     loaded: Any = SimpleNamespace(image_rgb=np.zeros((100, 100, 3), np.uint8))
-    placement: Any = SimpleNamespace(pipeline=SimpleNamespace(pack=lambda _: {}))
-    return diagnoser.look("image", loaded, placement, truth(*objects))
+    pipeline = SimpleNamespace(pack=lambda _: {})
+    placement: Any = SimpleNamespace(pipeline=pipeline, proven=True)
+    seen = diagnoser.look("image", loaded, placement, truth(*objects))
+    return diagnoser.diagnose(seen)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""What a detector would keep of its candidates under another threshold and NMS."""
+"""Candidates of a detector, before threshold, limits and NMS, and what it keeps."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,33 @@ from torch import nn
 
 from ..network.settings import other_settings
 from ..records import Detections
+
+FLOOR = 0.05
+"""Candidates with a lower score count as none."""
+MOST_CANDIDATES = 3000
+
+
+def opened(
+    detector: nn.Module, *, floor: float = FLOOR
+) -> AbstractContextManager[bool]:
+    """A block in which ``predict`` of a detector gives all its candidates.
+
+    The threshold becomes ``floor``, NMS removes nothing, limits are raised, and a box
+    may have several classes. It gives whether there was anything to open; if not, the
+    candidates are the final detections.
+
+    Args:
+        detector (nn.Module): The detector, without wrappers.
+        floor (float): Candidates have a higher score. Defaults to :data:`FLOOR`.
+    """
+
+    def widen(settings: ConfigDict) -> None:
+        settings.score_thr = floor
+        settings.nms = ConfigDict(type="nms", iou_threshold=1.0)
+        wide = dict(max_per_img=MOST_CANDIDATES, nms_pre=10**5, multi_label=True)
+        settings.update({k: v for k, v in wide.items() if k in settings})
+
+    return other_settings(detector, widen)
 
 
 @dataclass(frozen=True)
@@ -63,7 +91,7 @@ class Closing:
 
         Args:
             candidates (Detections): As a detector gives them that is
-                :func:`~.opening.opened`.
+                :func:`opened`.
             iou_thr (float, optional): Of NMS. Defaults to None: the detector's own.
 
         Returns:
