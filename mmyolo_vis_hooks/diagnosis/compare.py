@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .cost import share_lost, size_of
-from .diagnose import why_false
-from .matching import FalseAlarm, GroundTruth, box_iou, match
-from .mechanisms import MissedObject, sentence
-from .report import FOUND, KINDS, ImageErrors, kind_of, name_of, rounded
+from .cost import size_of
+from .diagnose import Diagnosis
+from .matching import GroundTruth, box_iou
+from .report import FOUND, KINDS, ErrorRecord, ImageErrors, name_of, records_of, rounded
 
 NOTHING = "nothing"
 MENDED, BROKEN = "mended", "broken"
@@ -96,50 +95,25 @@ class Change:
 class _Seen:
     """An image under one checkpoint."""
 
-    def __init__(
-        self,
-        errors: ImageErrors,
-        truth: GroundTruth,
-        class_names: Sequence[str],
-        num_objects: Mapping[int, int],
-        thresholds: Mapping[str, float],
-    ) -> None:
-        self.found, self._truth, self._names = errors.found(), truth, class_names
-        self._num_objects = num_objects
-        self.matches = match(self.found, truth, iou_thr=thresholds["iou_thr"])
-        missed = [MissedObject(**kept) for kept in errors.missed]
-        self._missed = {own.truth: own for own in missed}
-        self._hits = {hit.truth: hit for hit in self.matches.hits}
-        self._score_thr = thresholds["score_thr"]
+    def __init__(self, diagnosis: Diagnosis, num_objects: Mapping[int, int]) -> None:
+        self.found = diagnosis.detections
+        self.objects: dict[int, Side] = {}
+        # By their detections, the best scores first.
+        self.false: dict[int, tuple[ErrorRecord, Side]] = {}
+        for record, index, detection in records_of(diagnosis, num_objects):
+            side = self._side(record, detection)
+            if index is not None:
+                self.objects[index] = side
+            elif detection is not None:
+                self.false[detection] = record, side
 
-    def object(self, index: int) -> Side:
-        hit = self._hits.get(index)
-        if hit is not None:
-            score = float(self.found.scores[hit.detection])
-            box = rounded(self.found.boxes_xyxy[hit.detection])
-            why = f"found with {score:.2f}, IoU {hit.iou:.2f}"
-            return Side(FOUND, round(score, 4), box, hit.detection, why)
-        own = self._missed[index]
-        return Side(
-            kind_of(own.mechanism, ""),
-            round(own.score, 4),
-            None if own.box_xyxy is None else rounded(own.box_xyxy),
-            None,
-            sentence(own, self.found, self._truth, self._names, self._score_thr),
-            share_lost(self._truth.labels[index], self._num_objects),
-        )
-
-    def false(self, alarm: FalseAlarm) -> Side:
-        index, found = alarm.detection, self.found
-        score = float(found.scores[index])
-        return Side(
-            kind_of("", alarm.kind),
-            round(score, 4),
-            rounded(found.boxes_xyxy[index]),
-            index,
-            why_false(alarm, self.matches, found, self._truth, self._names),
-            share_lost(found.labels[index], self._num_objects, score),
-        )
+    def _side(self, record: ErrorRecord, detection: int | None) -> Side:
+        box, why = dict(record.others).get("candidate"), record.why
+        if detection is not None:
+            box = record.box_xyxy
+        if record.kind == FOUND:
+            why = f"found with {self.found.scores[detection]:.2f}, {why}"
+        return Side(record.full_kind, record.score, box, detection, why, record.lost)
 
 
 def compare_image(
@@ -166,48 +140,36 @@ def compare_image(
     """
     thresholds = {"score_thr": score_thr, "iou_thr": iou_thr}
     a, b = (
-        _Seen(errors, truth, class_names, num_objects, thresholds)
+        _Seen(errors.diagnosis(truth, class_names, **thresholds), num_objects)
         for errors in (errors_a, errors_b)
     )
+    changes = []
+    for i in np.flatnonzero(~truth.ignored).tolist():
+        name, box = name_of(int(truth.labels[i]), class_names), truth.boxes_xyxy[i]
+        what = errors_a.image, name, size_of(box), rounded(box), i
+        changes.append(Change(*what, a.objects[i], b.objects[i]))
 
-    def change(
-        label: int, box_xyxy: np.ndarray, index: int | None, side_a: Side, side_b: Side
-    ) -> Change:
-        name, size = name_of(int(label), class_names), size_of(box_xyxy)
-        box = rounded(box_xyxy)
-        return Change(errors_a.image, name, size, box, index, side_a, side_b)
+    def change(record: ErrorRecord, side_a: Side, side_b: Side) -> Change:
+        what = record.image, record.class_name, record.size, record.box_xyxy
+        return Change(*what, None, side_a, side_b)
 
-    changes = [
-        change(truth.labels[i], truth.boxes_xyxy[i], i, a.object(i), b.object(i))
-        for i in np.flatnonzero(~truth.ignored).tolist()
-    ]
     partners = _pairs(a, b, iou_thr)
-    for alarm in a.matches.false_alarms:
-        label, box = (
-            a.found.labels[alarm.detection],
-            a.found.boxes_xyxy[alarm.detection],
-        )
-        partner = partners.get(alarm.detection)
-        other = Side(NOTHING) if partner is None else b.false(partner)
-        changes.append(change(label, box, None, a.false(alarm), other))
-    paired = [partner.detection for partner in partners.values()]
-    for alarm in b.matches.false_alarms:
-        if alarm.detection not in paired:
-            label = b.found.labels[alarm.detection]
-            box = b.found.boxes_xyxy[alarm.detection]
-            changes.append(change(label, box, None, Side(NOTHING), b.false(alarm)))
+    nothing = Side(NOTHING)
+    for index, (record, side) in a.false.items():
+        other = b.false[partners[index]][1] if index in partners else nothing
+        changes.append(change(record, side, other))
+    for index, (record, side) in b.false.items():
+        if index not in partners.values():
+            changes.append(change(record, nothing, side))
     return changes
 
 
-def _pairs(a: _Seen, b: _Seen, iou_thr: float) -> dict[int, FalseAlarm]:
-    """The false positive of B that is the same as one of A, by A's detection."""
-    free = list(b.matches.false_alarms)
-    pairs: dict[int, FalseAlarm] = {}
-    for alarm in a.matches.false_alarms:  # the best score first
-        index = alarm.detection
-        others = [own.detection for own in free]
-        iou = box_iou(a.found.boxes_xyxy[[index]], b.found.boxes_xyxy[others])[0]
-        iou = np.where(b.found.labels[others] == a.found.labels[index], iou, 0.0)
+def _pairs(a: _Seen, b: _Seen, iou_thr: float) -> dict[int, int]:
+    """The false positive of B that is the same as one of A, by their detections."""
+    free, pairs = list(b.false), dict[int, int]()
+    for index in a.false:
+        iou = box_iou(a.found.boxes_xyxy[[index]], b.found.boxes_xyxy[free])[0]
+        iou = np.where(b.found.labels[free] == a.found.labels[index], iou, 0.0)
         if iou.max(initial=0.0) >= iou_thr:
             pairs[index] = free.pop(int(iou.argmax()))
     return pairs

@@ -24,7 +24,7 @@ from ..samples import SampleMaker, recorded
 from .candidates import Closing, opened
 from .explainer import Explainer, noted
 from .matching import DUPLICATE, FalseAlarm, GroundTruth, Matches, match
-from .mechanisms import sentence, why_missed
+from .mechanisms import MissedObject, sentence, why_missed
 from .result import Diagnosis, FalsePositive, Found, Missed
 
 
@@ -225,64 +225,78 @@ def judge(
         options (DiagnosisOptions): What counts.
         class_names (Sequence[str]): Names of the classes.
     """
-    names = tuple(class_names)
     detections = final.take(final.scores > options.score_thr)
     matches = match(detections, truth, iou_thr=options.iou_thr)
-    missed = [
-        Missed(
-            class_name(truth.labels[record.truth], names),
-            truth.boxes_xyxy[record.truth],
-            record.mechanism,
-            sentence(record, detections, truth, names, options.score_thr),
-            None,
-            record,
-        )
-        for record in why_missed(
-            matches,
-            detections,
-            candidates,
-            truth,
-            score_thr=options.score_thr,
-            iou_thr=options.iou_thr,
-        )
-    ]
-    hits = [
-        Found(
-            class_name(detections.labels[hit.detection], names),
-            float(detections.scores[hit.detection]),
-            detections.boxes_xyxy[hit.detection],
-            None,
-            hit,
-        )
-        for hit in matches.hits
-    ]
-    false_positives = [
-        FalsePositive(
-            class_name(detections.labels[alarm.detection], names),
-            float(detections.scores[alarm.detection]),
-            detections.boxes_xyxy[alarm.detection],
-            alarm.kind,
-            why_false(alarm, matches, detections, truth, names),
-            None,
-            alarm,
-        )
-        for alarm in matches.false_alarms
-    ]
-    return Diagnosis(
-        image_id,
-        image_rgb,
-        detections,
-        truth,
-        candidates,
+    missed = why_missed(
         matches,
-        tuple(missed),
-        tuple(false_positives),
-        names,
-        found=tuple(hits),
+        detections,
+        candidates,
+        truth,
+        score_thr=options.score_thr,
+        iou_thr=options.iou_thr,
+    )
+    return told(
+        Diagnosis(
+            image_id,
+            image_rgb,
+            detections,
+            truth,
+            candidates,
+            matches,
+            class_names=tuple(class_names),
+        ),
+        missed,
+        options.score_thr,
     )
 
 
-def why_false(
+def told(
+    diagnosis: Diagnosis, missed: Sequence[MissedObject], score_thr: float
+) -> Diagnosis:
+    """A diagnosis with its errors and hits in words.
+
+    Args:
+        diagnosis (Diagnosis): With everything else.
+        missed (Sequence[MissedObject]): Why objects were missed.
+        score_thr (float): The threshold.
+    """
+    detections, truth = diagnosis.detections, diagnosis.truth
+    names, matches = diagnosis.class_names, diagnosis.matches
+
+    def of_detection(index: int) -> tuple[str, float, np.ndarray]:
+        name = class_name(detections.labels[index], names)
+        return name, float(detections.scores[index]), detections.boxes_xyxy[index]
+
+    return replace(
+        diagnosis,
+        missed=tuple(
+            Missed(
+                class_name(truth.labels[record.truth], names),
+                truth.boxes_xyxy[record.truth],
+                record.mechanism,
+                sentence(record, detections, truth, names, score_thr),
+                None,
+                record,
+            )
+            for record in missed
+        ),
+        false_positives=tuple(
+            FalsePositive(
+                *of_detection(alarm.detection),
+                alarm.kind,
+                _why_false(alarm, matches, detections, truth, names),
+                None,
+                alarm,
+            )
+            for alarm in matches.false_alarms
+        ),
+        found=tuple(
+            Found(*of_detection(hit.detection), None, hit) for hit in matches.hits
+        ),
+    )
+
+
+def _why_false(
     alarm: FalseAlarm,
     matches: Matches,
     detections: Detections,

@@ -8,15 +8,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..records import Detections
 from .cost import MISSED, MISSED_KINDS, SIZES, ErrorCost, share_lost, size_of
-from .diagnose import Diagnosis, why_false
+from .diagnose import Diagnosis, told
 from .matching import FALSE_KINDS, GroundTruth, match
-from .mechanisms import MECHANISMS, MissedObject, sentence
+from .mechanisms import MECHANISMS, MissedObject
+from .result import FalsePositive, Found, Missed
 
 FOUND = "found"
 KINDS = (*MISSED_KINDS, *(f"false: {kind}" for kind in FALSE_KINDS))
@@ -60,6 +61,17 @@ class ErrorRecord:
         return FOUND if self.kind == FOUND else kind_of(self.mechanism, self.kind)
 
 
+class Told(NamedTuple):
+    """An error or a hit, and which object and detection of its image it is about.
+
+    A missed object has no detection, a false positive no object.
+    """
+
+    record: ErrorRecord
+    truth: int | None
+    detection: int | None
+
+
 @dataclass(frozen=True)
 class ImageErrors:
     """What is kept of a diagnosis: enough to count it again without the detector."""
@@ -92,10 +104,73 @@ class ImageErrors:
         found, missed = tuple(known["detections"]), tuple(known["missed"])
         return cls(known["image"], tuple(known["image_hw"]), found, missed)
 
-    def found(self) -> Detections:
-        """The detections that count."""
+    def diagnosis(
+        self,
+        truth: GroundTruth,
+        class_names: Sequence[str],
+        *,
+        score_thr: float,
+        iou_thr: float,
+    ) -> Diagnosis:
+        """The diagnosis again, without its pixels and candidates."""
         rows = np.array(self.detections, np.float32).reshape(-1, 6)
-        return Detections(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
+        found = Detections(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
+        black = np.zeros((*self.image_hw, 3), np.uint8)
+        matches = match(found, truth, iou_thr=iou_thr)
+        known = self.image, black, found, truth, Detections(), matches
+        missed = [MissedObject(**kept) for kept in self.missed]
+        return told(
+            Diagnosis(*known, class_names=tuple(class_names)), missed, score_thr
+        )
+
+
+def records_of(diagnosis: Diagnosis, num_objects: Mapping[int, int]) -> Iterator[Told]:
+    """Missed objects, then false positives, then hits, as they are written.
+
+    Args:
+        diagnosis (Diagnosis): Of the image.
+        num_objects (Mapping[int, int]): How many objects that count a class has.
+    """
+    found, truth = diagnosis.detections, diagnosis.truth
+    boxes, lost = truth.boxes_xyxy, diagnosis.matches.missed
+
+    def written(
+        own: Missed | FalsePositive | Found,
+        kinds: tuple[str, str],
+        label: int,
+        weight: float,
+        others: Iterable[tuple[str, np.ndarray]],
+    ) -> ErrorRecord:
+        return ErrorRecord(
+            diagnosis.image_id,
+            *kinds,
+            name_of(int(label), diagnosis.class_names),
+            round(own.score, 4),
+            rounded(own.box_xyxy),
+            size_of(own.box_xyxy),
+            share_lost(label, num_objects, weight),
+            own.why or f"IoU {own.record.iou:.2f}",
+            tuple((role, rounded(box)) for role, box in others),
+        )
+
+    for own in diagnosis.missed:
+        record, index, others = own.record, own.record.truth, []
+        if record.box_xyxy is not None:
+            others.append(("candidate", record.box_xyxy))
+        if record.other is not None:
+            others.append(("detection", found.boxes_xyxy[record.other]))
+        what = (MISSED, own.mechanism), truth.labels[index], 1.0, others
+        yield Told(written(own, *what), index, None)
+    for false in diagnosis.false_positives:
+        index, on = false.record.detection, false.record.truth
+        state = "missed" if on in lost else FOUND
+        others = [] if on is None else [(state, boxes[on])]
+        what = (false.kind, ""), found.labels[index], false.score, others
+        yield Told(written(false, *what), None, index)
+    for hit in diagnosis.found:
+        index, on = hit.record.detection, hit.record.truth
+        what = (FOUND, ""), found.labels[index], 0.0, [(FOUND, boxes[on])]
+        yield Told(written(hit, *what), on, index)
 
 
 class ErrorReport:
@@ -123,8 +198,7 @@ class ErrorReport:
     ) -> None:
         self._names = class_names
         self._num_objects = num_objects
-        self._score_thr = score_thr
-        self._iou_thr = iou_thr
+        self._thresholds = {"score_thr": score_thr, "iou_thr": iou_thr}
         self.cost = ErrorCost(mechanisms=True)
         self.records: list[ErrorRecord] = []
         self.hits: list[ErrorRecord] = []
@@ -133,59 +207,11 @@ class ErrorReport:
     def add(self, errors: ImageErrors, truth: GroundTruth) -> None:
         """Count one image."""
         self.sizes[errors.image] = errors.image_hw
-        found, boxes = errors.found(), truth.boxes_xyxy
-        matches = match(found, truth, iou_thr=self._iou_thr)
-        missed = [MissedObject(**kept) for kept in errors.missed]
-        self.cost.update(matches, found, truth, missed)
-        for own in missed:
-            others = [("candidate", own.box_xyxy)] if own.box_xyxy is not None else []
-            if own.other is not None:
-                others.append(("detection", found.boxes_xyxy[own.other]))
-            why = sentence(own, found, truth, self._names, self._score_thr)
-            label, box = int(truth.labels[own.truth]), boxes[own.truth]
-            what = errors.image, MISSED, own.mechanism, label, own.score, box
-            self.records.append(self._record(*what, 1.0, why, others))
-        for alarm in matches.false_alarms:
-            index, others = alarm.detection, []
-            if alarm.truth is not None:
-                state = "missed" if alarm.truth in matches.missed else "found"
-                others = [(state, boxes[alarm.truth])]
-            why = why_false(alarm, matches, found, truth, self._names)
-            label, box = int(found.labels[index]), found.boxes_xyxy[index]
-            score = float(found.scores[index])
-            what = errors.image, alarm.kind, "", label, score, box
-            self.records.append(self._record(*what, score, why, others))
-        for hit in matches.hits:
-            index, others = hit.detection, [(FOUND, boxes[hit.truth])]
-            label, box = int(found.labels[index]), found.boxes_xyxy[index]
-            what = errors.image, FOUND, "", label, float(found.scores[index]), box
-            why = f"IoU {hit.iou:.2f}"
-            self.hits.append(self._record(*what, 0.0, why, others))
-
-    def _record(
-        self,
-        image: str,
-        kind: str,
-        mechanism: str,
-        label: int,
-        score: float,
-        box_xyxy: np.ndarray,
-        weight: float,
-        why: str,
-        others: Sequence[tuple[str, np.ndarray]],
-    ) -> ErrorRecord:
-        return ErrorRecord(
-            image,
-            kind,
-            mechanism,
-            name_of(label, self._names),
-            round(score, 4),
-            rounded(box_xyxy),
-            size_of(box_xyxy),
-            share_lost(label, self._num_objects, weight),
-            why,
-            tuple((role, rounded(box)) for role, box in others),
-        )
+        own = errors.diagnosis(truth, self._names, **self._thresholds)
+        missed = [error.record for error in own.missed]
+        self.cost.update(own.matches, own.detections, truth, missed)
+        for record, _, _ in records_of(own, self._num_objects):
+            (self.hits if record.kind == FOUND else self.records).append(record)
 
     def worst_images(self, count: int) -> list[str]:
         """Names of the images that lose most; -1 for all that lose anything."""

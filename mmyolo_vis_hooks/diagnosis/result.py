@@ -82,6 +82,11 @@ class Missed:
         """The mechanism, as false positives have their kind."""
         return self.mechanism
 
+    @property
+    def score(self) -> float:
+        """Of its best candidate; 0 where there is none."""
+        return self.record.score
+
     def __repr__(self) -> str:
         return f"Missed({self.class_name}, {self.mechanism}: {self.why})"
 
@@ -141,8 +146,8 @@ class Diagnosis:
     truth: GroundTruth
     candidates: Detections
     matches: Matches
-    missed: tuple[Missed, ...]
-    false_positives: tuple[FalsePositive, ...]
+    missed: tuple[Missed, ...] = ()
+    false_positives: tuple[FalsePositive, ...] = ()
     class_names: tuple[str, ...] = ()
     note: str = ""
     found: tuple[Found, ...] = ()
@@ -253,9 +258,7 @@ class Diagnosis:
                 "kind": own.kind,
                 "class_name": own.class_name,
                 "box_xyxy": [round(v, 2) for v in own.box_xyxy.tolist()],
-                "score": round(
-                    own.record.score if isinstance(own, Missed) else own.score, 5
-                ),
+                "score": round(own.score, 5),
                 "why": own.why,
                 "layer": own.map.layer if own.map else "",
                 "inside": round(own.map.inside, 4) if own.map else None,
