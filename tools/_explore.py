@@ -28,6 +28,7 @@ from mmyolo_vis_hooks.diagnosis.maps import ErrorMap
 from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS, GroundTruth
 from mmyolo_vis_hooks.diagnosis.mechanisms import MECHANISMS
 from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS as COLORS
+from mmyolo_vis_hooks.diagnosis.picture import boxes_of, resized_labels
 from mmyolo_vis_hooks.diagnosis.place import (
     DETECTED,
     Considered,
@@ -37,11 +38,10 @@ from mmyolo_vis_hooks.diagnosis.place import (
 )
 from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.options import BoxAMOptions, DiagnosisOptions
-from mmyolo_vis_hooks.records import Detections
-from mmyolo_vis_hooks.render.boxes import class_name, draw_detections
+from mmyolo_vis_hooks.render.boxes import LabeledBox, class_name, draw_boxes
 from mmyolo_vis_hooks.render.heatmap import fade_heatmap
 from mmyolo_vis_hooks.render.montage import cell_size_hw, resize_image
-from mmyolo_vis_hooks.render.panel import count_boxes, joined, resized_boxes
+from mmyolo_vis_hooks.render.panel import count_boxes, joined
 
 logger = logging.getLogger("mmyolo_vis_hooks")
 
@@ -348,20 +348,8 @@ def _draw(
     picture = resize_image(look.image_rgb, size_hw)
     if saliency is not None:
         picture = fade_heatmap(cv2.resize(saliency, size_hw[::-1]), picture)
-    boxes = list(_boxes(look, diagnosis, spot, own))
-    corners = np.array([box.xyxy for box in boxes], np.float32).reshape(-1, 4)
-    picture = draw_detections(
-        picture,
-        Detections(
-            resized_boxes(corners, image_hw, size_hw),
-            np.linspace(0, 1, len(boxes)),  # the last are drawn last
-            np.arange(len(boxes)),
-        ),
-        class_names=[box.name for box in boxes],
-        palette=[box.color for box in boxes],
-        tails=[box.tail for box in boxes],
-        faint=[number for number, box in enumerate(boxes) if not box.strong],
-    )
+    boxes = _boxes(look, diagnosis, spot, own)
+    picture = draw_boxes(picture, resized_labels(boxes, image_hw, size_hw))
     if spot.point_xy is not None:
         x, y = (round(v * size_hw[0] / image_hw[0]) for v in spot.point_xy)
         for radius, ink in ((9, (0, 0, 0)), (7, COLORS["candidate"])):
@@ -369,36 +357,21 @@ def _draw(
     return picture
 
 
-@dataclass(frozen=True)
-class _Box:
-    xyxy: np.ndarray
-    name: str
-    tail: str
-    color: tuple[int, int, int]
-    strong: bool
-
-
 def _boxes(
     look: Look, diagnosis: Diagnosis, spot: Spot, own: Considered | None
-) -> Iterator[_Box]:
+) -> list[LabeledBox]:
     """All boxes, of which only what the place is about is strong, if there is one."""
-    found, names = diagnosis.detections, diagnosis.class_names
-    kinds = {f.record.detection: f.kind for f in diagnosis.false_positives}
     right = COLORS["found"] if look.truth is not None else DETECTION
-    point = spot.point_xy
-    for index, box in enumerate(found.boxes_xyxy):
-        yield _Box(
-            box,
-            class_name(int(found.labels[index]), names),
-            f" {found.scores[index]:.2f} {kinds.get(index, '')}".rstrip(),
-            COLORS["detection"] if index in kinds else right,
-            point is None or (own is not None and index == own.detection),
-        )
-    for missed in diagnosis.missed:
-        strong = point is None or _holds(missed.box_xyxy, point)
-        tail = f" {missed.mechanism}"
-        yield _Box(missed.box_xyxy, missed.class_name, tail, COLORS["missed"], strong)
+    boxes, point = boxes_of(diagnosis, right), spot.point_xy
+    strong = [own is not None and i == own.detection for i in range(len(boxes))]
+    for number, missed in enumerate(diagnosis.missed, len(diagnosis.detections)):
+        strong[number] = point is not None and _holds(missed.box_xyxy, point)
+    boxes = [
+        replace(box, faint=point is not None and not is_strong)
+        for box, is_strong in zip(boxes, strong)
+    ]
     if own is not None and own.fate != DETECTED:
-        box = diagnosis.candidates.boxes_xyxy[own.candidate]
+        xyxy = diagnosis.candidates.boxes_xyxy[own.candidate]
         name = _name_of(diagnosis, own.candidate)
-        yield _Box(box, name, "", COLORS["candidate"], True)
+        boxes.append(LabeledBox(xyxy, name, "", COLORS["candidate"]))
+    return boxes

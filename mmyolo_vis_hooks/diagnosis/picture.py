@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from ..records import Detections
 from ..render.box_layout import crop_window
-from ..render.boxes import Color, class_name, draw_detections, outline_boxes
+from ..render.boxes import (
+    Color,
+    LabeledBox,
+    class_name,
+    draw_boxes,
+    outline_boxes,
+)
 from ..render.colorbar import ColorScale
 from ..render.heatmap import DIVERGING, diverge_heatmap, fade_heatmap
 from ..render.montage import Cell, cell_size_hw, gutter_of, montage, resize_image
@@ -84,42 +89,10 @@ def draw_diagnosis(diagnosis: Diagnosis, max_panels: int = 12) -> np.ndarray:
 
 
 def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
-    found, truth = diagnosis.detections, diagnosis.truth
-    kinds = {alarm.detection: alarm.kind for alarm in diagnosis.matches.false_alarms}
-    boxes: list[np.ndarray] = []
-    names: list[str] = []
-    tails: list[str] = []
-    colors: list[Color] = []
-    faint: list[int] = []
-    for index, box in enumerate(found.boxes_xyxy):
-        if index not in kinds:
-            faint.append(len(boxes))
-        boxes.append(box)
-        names.append(class_name(int(found.labels[index]), diagnosis.class_names))
-        tails.append(" ".join(["", f"{found.scores[index]:.2f}", kinds.get(index, "")]))
-        colors.append(_FALSE if index in kinds else _HIT)
-    for missed in diagnosis.missed:
-        boxes.append(truth.boxes_xyxy[missed.record.truth])
-        names.append(missed.class_name)
-        tails.append(f" {missed.mechanism}")
-        colors.append(_MISSED)
-    image_hw = diagnosis.image_rgb.shape[:2]
     size_hw = _overview_hw(diagnosis)
-    count = len(boxes)
-    everything = Detections(
-        resized_boxes(np.array(boxes, np.float32).reshape(-1, 4), image_hw, size_hw),
-        np.linspace(0, 1, count, dtype=np.float32),  # the last are drawn last
-        np.arange(count),
-    )
-    picture = draw_detections(
-        resize_image(diagnosis.image_rgb, size_hw),
-        everything,
-        class_names=names,
-        palette=colors,
-        tails=[tail.rstrip() for tail in tails],
-        faint=faint,
-    )
-    hits, wrong = len(diagnosis.matches.hits), len(kinds)
+    boxes = resized_labels(boxes_of(diagnosis), diagnosis.image_rgb.shape[:2], size_hw)
+    picture = draw_boxes(resize_image(diagnosis.image_rgb, size_hw), boxes)
+    hits, wrong = len(diagnosis.matches.hits), len(diagnosis.false_positives)
     notes = [
         f"{hits} found (green)",
         f"{len(diagnosis.missed)} missed (amber)",
@@ -128,6 +101,31 @@ def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
         diagnosis.note,
     ]
     return Cell(picture, diagnosis.image_id, joined(notes))
+
+
+def boxes_of(diagnosis: Diagnosis, right: Color = _HIT) -> list[LabeledBox]:
+    """Detections by index, then missed objects; what is right is faint."""
+    found = diagnosis.detections
+    kinds = {own.record.detection: own.kind for own in diagnosis.false_positives}
+    boxes = []
+    for index, box in enumerate(found.boxes_xyxy):
+        name = class_name(int(found.labels[index]), diagnosis.class_names)
+        tail = f" {found.scores[index]:.2f} {kinds.get(index, '')}".rstrip()
+        color, is_right = (_FALSE, False) if index in kinds else (right, True)
+        boxes.append(LabeledBox(box, name, tail, color, is_right))
+    for missed in diagnosis.missed:
+        tail = f" {missed.mechanism}"
+        boxes.append(LabeledBox(missed.box_xyxy, missed.class_name, tail, _MISSED))
+    return boxes
+
+
+def resized_labels(
+    boxes: Sequence[LabeledBox], image_hw: Sequence[int], new_hw: Sequence[int]
+) -> list[LabeledBox]:
+    """Boxes of an image on a resized copy, the last ones first, to be drawn last."""
+    corners = np.array([box.box_xyxy for box in boxes], np.float32).reshape(-1, 4)
+    resized = resized_boxes(corners, image_hw, new_hw)
+    return [replace(box, box_xyxy=xyxy) for box, xyxy in zip(boxes, resized)][::-1]
 
 
 def _overview_hw(diagnosis: Diagnosis) -> tuple[int, int]:

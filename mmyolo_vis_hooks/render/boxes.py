@@ -60,13 +60,30 @@ def class_name(label: int, class_names: Sequence[str] | None) -> str:
 
 
 @dataclass(frozen=True)
+class LabeledBox:
+    """A box that is to be drawn.
+
+    Attributes:
+        box_xyxy: ``(4,)``, pixels of the image.
+        name: What its label begins with; shortened where there is no room.
+        tail: What its label ends with.
+        color: Of its lines and label.
+        faint: Whether it has thin lines and a pale, small label, below the others.
+    """
+
+    box_xyxy: np.ndarray
+    name: str
+    tail: str
+    color: Color
+    faint: bool = False
+
+
+@dataclass(frozen=True)
 class _Box:
     """A box as it is drawn: first and last column and row, line and label."""
 
     corners: tuple[int, int, int, int]
-    name: str
-    tail: str
-    color: Color
+    label: LabeledBox
     line_width: int
     font_size: int
     paper: Color
@@ -80,28 +97,47 @@ def draw_detections(
     class_names: Sequence[str] | None = None,
     palette: Sequence[Sequence[int]] | None = None,
     numbers: Mapping[int, int] | None = None,
-    tails: Sequence[str] | None = None,
     faint: Collection[int] = (),
 ) -> np.ndarray:
-    """Draw boxes with class names and scores.
-
-    The label of a box stands on its top edge, or in a corner, under it or beside it.
-    No label covers another one, and all of them together cover at most two fifths of
-    a box and a fifth of the image: a label that finds no such place is left out.
-    Higher scores choose first and are drawn last. Boxes are cut off at the image's
-    edge; one that lies outside the image or is not finite is left out.
+    """Draw boxes with class names and scores, as :func:`draw_boxes` does.
 
     Args:
         image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
-        detections (Detections): In pixels of the image.
+        detections (Detections): In pixels of the image; the highest score is first.
         shown (Iterable[int], optional): Indices of those that are drawn; None for all.
         class_names, palette: See :func:`class_name` and :func:`class_color`.
         numbers (Mapping[int, int], optional): Number that the label of a detection
             ends with, by its index.
-        tails (Sequence[str], optional): What the label of each detection says after the
-            name, instead of the score.
-        faint (Collection[int]): Indices of detections that are drawn with thin lines
-            and pale, small labels, below the others.
+        faint (Collection[int]): Indices of detections that are drawn faintly.
+
+    Returns:
+        np.ndarray: ``(H, W, 3)`` uint8, RGB, a new array.
+    """
+    indices = range(len(detections)) if shown is None else shown
+    numbers = numbers or {}
+    boxes = []
+    for i in sorted(indices, key=lambda i: -detections.scores[i]):
+        label = int(detections.labels[i])
+        tail = f" {float(detections.scores[i]):.2f}"
+        tail += f" #{numbers[i]}" if i in numbers else ""
+        name, color = class_name(label, class_names), class_color(label, palette)
+        box = LabeledBox(detections.boxes_xyxy[i], name, tail, color, i in faint)
+        boxes.append(box)
+    return draw_boxes(image_rgb, boxes)
+
+
+def draw_boxes(image_rgb: np.ndarray, boxes: Iterable[LabeledBox]) -> np.ndarray:
+    """Draw boxes with labels.
+
+    The label of a box stands on its top edge, or in a corner, under it or beside it.
+    No label covers another one, and all of them together cover at most two fifths of
+    a box and a fifth of the image: a label that finds no such place is left out.
+    The first boxes choose first and are drawn last. Boxes are cut off at the image's
+    edge; one that lies outside the image or is not finite is left out.
+
+    Args:
+        image_rgb (np.ndarray): ``(H, W, 3)`` uint8, RGB. It is not modified.
+        boxes (Iterable[LabeledBox]): The most important ones first.
 
     Returns:
         np.ndarray: ``(H, W, 3)`` uint8, RGB, a new array.
@@ -110,32 +146,25 @@ def draw_detections(
     image_hw = image.shape[:2]
     width = max(1, round(max(image_hw) / 280))
     size = int(np.clip(round(7 + max(image_hw) / 110), 10, 40))
-    indices = range(len(detections)) if shown is None else shown
-    numbers = numbers or {}
-    boxes = []
-    for i in sorted(indices, key=lambda i: (i in faint, -detections.scores[i])):
-        corners = _pixels(detections.boxes_xyxy[i], image_hw)
+    placed = []
+    for own in sorted(boxes, key=lambda own: own.faint):
+        corners = _pixels(own.box_xyxy, image_hw)
         if corners is None:
             continue
-        label, score = int(detections.labels[i]), float(detections.scores[i])
-        color, name = class_color(label, palette), class_name(label, class_names)
-        tail = f" {score:.2f}" if tails is None else tails[i]
-        tail += f" #{numbers[i]}" if i in numbers else ""
-        if i in faint:
-            red, green, blue = ((value + 255) // 2 for value in color)
+        look = width, size, own.color
+        if own.faint:
+            red, green, blue = ((value + 255) // 2 for value in own.color)
             look = max(1, width // 3), max(9, size * 3 // 4), (red, green, blue)
-        else:
-            look = width, size, color
-        boxes.append(_Box(corners, name, tail, color, *look))
-    labels = _place_labels(boxes, image_hw)
-    for box in reversed(boxes):
+        placed.append(_Box(corners, own, *look))
+    labels = _place_labels(placed, image_hw)
+    for box in reversed(placed):
         x1, y1, x2, y2 = box.corners
-        width = box.line_width
+        width, color = box.line_width, box.label.color
         # A thin line of the opposite brightness keeps a box visible on its own colour.
-        if box.paper == box.color and min(x2 - x1, y2 - y1) > 4 * (width + 1):
+        if box.paper == color and min(x2 - x1, y2 - y1) > 4 * (width + 1):
             inner = range(width, width + max(1, width // 3))
-            _draw_lines(image, box.corners, contrast_color(box.color), inner)
-        _draw_lines(image, box.corners, box.color, range(width))
+            _draw_lines(image, box.corners, contrast_color(color), inner)
+        _draw_lines(image, box.corners, color, range(width))
     for box, place, text in reversed(labels):
         x1, y1, x2, y2 = place
         image[y1:y2, x1:x2] = box.paper
@@ -207,9 +236,9 @@ def _place_labels(
     labels = []
     for index, box in enumerate(boxes):
         height, padding = line_height(box.font_size), 2 * _padding(box.font_size)
-        tail_w = text_width(box.tail, box.font_size)
-        name = shorten_text(box.name, image_w - padding - tail_w, box.font_size)
-        text = (name + box.tail).strip()
+        tail_w = text_width(box.label.tail, box.font_size)
+        name = shorten_text(box.label.name, image_w - padding - tail_w, box.font_size)
+        text = (name + box.label.tail).strip()
         width = text_width(text, box.font_size) + padding
         if width * height > room:
             continue
