@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import io
 import os
+import pickle
 import tempfile
+import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
-import cv2
-import numpy as np
 from mmengine.dist import (
     all_gather_object,
     broadcast_object_list,
@@ -20,8 +18,7 @@ from mmengine.dist import (
 )
 
 from ..errors import VisError, one_line
-from ..records import BoxedImage, Detections, VisImage
-from .files import encode
+from ..records import VisImage
 
 
 class RankSpool:
@@ -48,7 +45,7 @@ class RankSpool:
         Raises:
             VisError: If it cannot be written.
         """
-        self._keep(image.image_id, _packed(image))
+        self._keep(image.image_id, zlib.compress(pickle.dumps(image), 1))
 
     def gather(self) -> None:
         """Bring the pictures of all ranks to rank 0; every rank must call this.
@@ -84,14 +81,14 @@ class RankSpool:
         Raises:
             VisError: After all others, if pictures could not be read again.
         """
-        lost: list[VisError] = []
+        lost: list[Exception] = []
         for i in range(len(self)):
             try:
-                image = _unpacked(*self._read(i))
-            except VisError as error:
+                data = zlib.decompress(self._read(i)[1])
+            except (VisError, zlib.error) as error:
                 lost.append(error)
                 continue
-            yield image
+            yield pickle.loads(data)
         if lost:
             raise VisError(f"{len(lost)} kept picture(s) were lost: {lost[0]}")
 
@@ -138,59 +135,6 @@ class RankSpool:
                 f"the picture {image_id} could not be read again ({error})"
             ) from error
         return image_id, data
-
-
-def _packed(image: VisImage) -> bytes:
-    """A picture as the ``.npz`` of its parts; images as PNG."""
-    parts: dict[str, Any] = {"picture": _png(image.image_rgb)}
-    boxed = image.boxed
-    if boxed is not None:
-        parts |= dict(
-            image=_png(boxed.image_rgb),
-            class_names=np.array(boxed.class_names, str),
-            layers=np.array(boxed.layers, str),
-        )
-        groups = ("predictions", boxed.predictions), ("truth", boxed.truth)
-        for name, found in groups:
-            if found is not None:
-                parts |= {
-                    f"{name}.{part}": array for part, array in vars(found).items()
-                }
-    file = io.BytesIO()
-    np.savez(file, **parts)
-    return file.getvalue()
-
-
-def _unpacked(image_id: str, data: bytes) -> VisImage:
-    """The picture again."""
-    with np.load(io.BytesIO(data)) as parts:
-        groups = {
-            name: Detections(
-                *(parts[f"{name}.{f.name}"] for f in dataclasses.fields(Detections))
-            )
-            for name in ("predictions", "truth")
-            if f"{name}.scores" in parts
-        }
-        boxed = None
-        if groups:
-            boxed = BoxedImage(
-                _decoded(parts["image"]),
-                **groups,
-                class_names=tuple(parts["class_names"].tolist()),
-                layers=tuple(parts["layers"].tolist()),
-            )
-        return VisImage(image_id, _decoded(parts["picture"]), boxed)
-
-
-def _png(image_rgb: np.ndarray) -> np.ndarray:
-    return np.frombuffer(encode(".png", image_rgb), np.uint8)
-
-
-def _decoded(png: np.ndarray) -> np.ndarray:
-    bgr = cv2.imdecode(png, cv2.IMREAD_COLOR)
-    if bgr is None:
-        raise VisError("a kept picture came back damaged")
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
 @contextlib.contextmanager
