@@ -7,7 +7,6 @@ from functools import partial
 from logging import Logger
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 from mmengine.dist import all_gather_object, get_rank
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
@@ -39,13 +38,6 @@ class _Counted(NamedTuple):
     found: Detections
     truth: GroundTruth
     missed: Sequence[MissedObject] = ()
-
-
-def draw_errors(
-    options: DiagnosisOptions, class_names: Sequence[str], palette: Any
-) -> Any:
-    """What draws a diagnosis; its colours mean found, missed and false."""
-    return Diagnosis.draw
 
 
 @HOOKS.register_module()
@@ -85,7 +77,6 @@ class ErrorVisHook(BaseVisHook):
     default_name = "errors"
     options_kind = DiagnosisOptions
     run_kind = ErrorRunOptions
-    panel_kind = staticmethod(draw_errors)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -104,7 +95,6 @@ class ErrorVisHook(BaseVisHook):
         self._found: dict[str, dict[str, _Counted]] = {}
         # The same of the evidence of the images that are drawn.
         self._shares: dict[str, Shares] = {}
-        self._pass = ""
         self._watches: dict[str, EnergyWatch] = {}
 
     @property
@@ -121,18 +111,12 @@ class ErrorVisHook(BaseVisHook):
         """Give what turns a forward of the loop into a diagnosis."""
         return Diagnoser(model, options, class_names, logger)
 
-    def build_panel(
-        self, class_names: Sequence[str], palette: Sequence[Any] | None
-    ) -> Panel:
-        """Give what draws a diagnosis, and keeps how much of it is about objects."""
-        draw = super().build_panel(class_names, palette)
+    def build_panel(self, class_names: Sequence[str], palette: Any) -> Panel:
+        """Give what draws a diagnosis; its colours mean found, missed and false."""
+        return Diagnosis.draw
 
-        def drawn(diagnosis: Diagnosis) -> np.ndarray:
-            shares = shares_inside(diagnosis)
-            self._shares.setdefault(self._pass, {}).update(shares)
-            return draw(diagnosis)
-
-        return drawn
+    def _measure(self, state: VisLoop, sample: Diagnosis, image: SelectedImage) -> None:
+        self._shares.setdefault(state.pass_name, {}).update(shares_inside(sample))
 
     def _selector(self, dataset: Any) -> ImageSelector:
         return super()._selector(dataset) if not self._worst else _all_of(dataset)
@@ -200,7 +184,6 @@ class ErrorVisHook(BaseVisHook):
     ) -> None:
         state = self._loops.get(mode)
         if state is not None:
-            self._pass = state.pass_name
             for position, output in enumerate(outputs or ()):
                 with self._policy.guard(f"count the errors of a {mode} image"):
                     self._keep(state, position, output)
