@@ -18,23 +18,12 @@ class Activation:
     """One feature map of one image.
 
     Attributes:
-        layer: Path of the layer as the user wrote it.
-        call_index: Which call of the layer during the forward made this map.
-        output_index: Where the map lies in the layer's nested output.
+        title: Name for captions, as of ``OutputKey``.
         feature_map: ``(C, h, w)``, on the device and in the dtype of the layer.
     """
 
-    layer: str
-    call_index: int
-    output_index: tuple[int | str, ...]
+    title: str
     feature_map: torch.Tensor
-
-    @property
-    def title(self) -> str:
-        """Name for captions: ``neck[1]``, and ``conv (call 2)`` for a later call."""
-        output = "".join(f"[{index}]" for index in self.output_index)
-        call = "" if self.call_index == 0 else f" (call {self.call_index + 1})"
-        return f"{self.layer}{output}{call}"
 
 
 @dataclass(frozen=True)

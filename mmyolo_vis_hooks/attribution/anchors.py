@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..network.graph import HeadKey, gradients
+from ..network.graph import gradients
+from ..network.nested import OutputKey
 
 _RATIO_TOLERANCE = 1e-3
 
@@ -25,7 +26,7 @@ class RawEntries:
     derivative of the scalar by each of them, are ``(n,)``.
     """
 
-    key: HeadKey
+    key: OutputKey
     shape: tuple[int, ...]
     places: torch.Tensor
     values: torch.Tensor
@@ -54,7 +55,7 @@ class Anchor:
         return cells.pop() if len(cells) == 1 else None
 
     @property
-    def keys(self) -> tuple[HeadKey, ...]:
+    def keys(self) -> tuple[OutputKey, ...]:
         """The raw outputs that take part."""
         return tuple(entries.key for entries in self.entries)
 
@@ -62,7 +63,7 @@ class Anchor:
 def locate_anchors(
     scalars: torch.Tensor,
     labels: Sequence[int],
-    raw: Mapping[HeadKey, torch.Tensor],
+    raw: Mapping[OutputKey, torch.Tensor],
 ) -> list[Anchor]:
     """Find the elements of the raw outputs that decided scalars ``(K,)`` with a graph.
 
@@ -89,7 +90,7 @@ def locate_anchors(
 
 
 def _locate_together(
-    scalars: torch.Tensor, raw: Mapping[HeadKey, torch.Tensor]
+    scalars: torch.Tensor, raw: Mapping[OutputKey, torch.Tensor]
 ) -> dict[int, list[RawEntries]]:
     """Elements of the scalars that share no cell with another."""
     numbers = torch.arange(1, len(scalars) + 1, device=scalars.device).to(scalars)
@@ -125,15 +126,15 @@ def _cells(found: Sequence[RawEntries]) -> set[tuple[int, ...]]:
 
 
 def _raw_gradients(
-    scalar: torch.Tensor, raw: Mapping[HeadKey, torch.Tensor]
-) -> dict[HeadKey, torch.Tensor]:
+    scalar: torch.Tensor, raw: Mapping[OutputKey, torch.Tensor]
+) -> dict[OutputKey, torch.Tensor]:
     found = zip(raw, gradients(scalar, list(raw.values())))
     return {key: slope.detach() for key, slope in found if slope is not None}
 
 
 def _entries(
-    key: HeadKey,
-    raw: Mapping[HeadKey, torch.Tensor],
+    key: OutputKey,
+    raw: Mapping[OutputKey, torch.Tensor],
     gradient: torch.Tensor,
     places: torch.Tensor,
 ) -> RawEntries:
@@ -141,6 +142,6 @@ def _entries(
     return RawEntries(key, tuple(tensor.shape), places, tensor[index], gradient[index])
 
 
-def wanted_outputs(anchors: Sequence[Anchor]) -> list[HeadKey]:
+def wanted_outputs(anchors: Sequence[Anchor]) -> list[OutputKey]:
     """The raw outputs in which the anchors lie, each once."""
     return sorted({key for anchor in anchors for key in anchor.keys})

@@ -22,6 +22,7 @@ from ..errors import VisConfigError, VisError
 from ..network.graph import GraphForward, PredictionGraph, TapPoint, prediction_of
 from ..network.layer_path import layer_of_map, named_maps, resolve_layers
 from ..network.levels import Pyramid, last_maps, survey
+from ..network.maps import View
 from ..network.replay import ReplayEngine
 from ..network.state import frozen
 from ..network.trace import CallTrace
@@ -38,11 +39,10 @@ from .scoring import Scorer
 from .spots import (
     Case,
     Spot,
-    View,
     spots_at,
     spots_of_levels,
     spots_of_pixels,
-    views_of,
+    tapped_views,
     why_blank,
 )
 from .targets import TARGETS, ChosenBoxes, Target
@@ -199,9 +199,8 @@ class BoxAttributor:
     def _views(self, graph: PredictionGraph) -> list[View]:
         """The maps of the layers that the user named."""
         layers = {point.layer for point in self._named}
-        views = views_of(graph, [tap for tap in graph.taps if tap.layer in layers])
-        kept = named_maps(self._names, [(v.tap.layer, v.title) for v in views])
-        return [view for view in views if view.title in kept]
+        taps = [tap for tap in graph.taps if tap.layer in layers]
+        return named_maps(self._names, tapped_views(graph, taps))
 
     # The boxes.
 

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 
 from ..errors import VisError
 from ..network.graph import TapPoint
+from ..network.maps import View
 from ..network.partial import ReplayTarget
 from ..network.replay import ReplayEngine
 from ..network.trace import CallKey
 from .methods import register_method, require_finite
 from .scoring import Scorer
-from .spots import Case, View
+from .spots import Case
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ def layer_target(
     engine: ReplayEngine, taps: Sequence[TapPoint], view: View
 ) -> ReplayTarget:
     """The tensor of a layer, which is replaced."""
-    point = next(point for point in taps if point.layer == view.tap.layer)
+    point = next(point for point in taps if point.layer == view.key.layer)
     modules = engine.modules.items()
     path = next(path for path, module in modules if module is point.module)
-    place = view.tap.output_index if point.side == "output" else (0,)
-    return ReplayTarget(CallKey(path, view.tap.call_index), place, point.side)
+    place = view.key.output_index if point.side == "output" else (0,)
+    return ReplayTarget(CallKey(path, view.key.call_index), place, point.side)
 
 
 def input_target(case: Case, engine: ReplayEngine, method: str) -> ReplayTarget:

@@ -20,7 +20,8 @@ import torch
 
 from ..declare import register_once
 from ..errors import VisConfigError, VisError
-from ..network.graph import HeadKey, PredictionGraph
+from ..network.graph import PredictionGraph
+from ..network.nested import OutputKey
 from .anchors import Anchor, RawEntries, locate_anchors
 
 BOX_SIDES = ("x1", "y1", "x2", "y2")
@@ -102,7 +103,7 @@ class ChosenBoxes:
         return torch.stack(means)
 
 
-RawPlace = tuple[HeadKey, tuple[int, ...]]
+RawPlace = tuple[OutputKey, tuple[int, ...]]
 """An element of a raw output."""
 
 
@@ -217,12 +218,12 @@ def class_logits(anchor: Anchor, label: int | None = None) -> list[RawPlace]:
         if len(places) != 1:
             raise VisError(
                 "the class logit of a detection cannot be told from the other raw "
-                f"outputs of {entries.key.path}; use target='score'"
+                f"outputs of {entries.key.layer}; use target='score'"
             )
         place, axis = list(places[0]), 1 if len(entries.shape) == 4 else -1
         place[axis] += step
         if not 0 <= place[axis] < entries.shape[axis]:
-            raise VisError(f"{entries.key.path} gives no score for class {label}")
+            raise VisError(f"{entries.key.layer} gives no score for class {label}")
         logits.append((entries.key, tuple(place)))
     return logits
 
@@ -245,10 +246,10 @@ def objectness_logits(anchor: Anchor) -> list[RawPlace]:
 
 def _class_entries(anchor: Anchor) -> Sequence[RawEntries]:
     """Of each call of a head the first raw output that takes part."""
-    first: dict[tuple[str, int], RawEntries] = {}
+    first: dict[tuple, RawEntries] = {}
     for entries in anchor.entries:
         index = entries.key.output_index
-        call = entries.key.path, entries.key.call_index
+        call = entries.key[:2]
         if index[:1] not in ((), (0,)):
             continue  # the class score of this call is saturated
         if call not in first or index < first[call].key.output_index:

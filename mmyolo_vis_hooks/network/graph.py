@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import VisError
 from ..geometry import FrameTransform
 from .maps import image_tensors
-from .nested import OutputIndex, flatten_tensors, map_tensors
+from .nested import OutputIndex, OutputKey, flatten_tensors, map_tensors
 from .recorder import did_not_run
 
 
@@ -40,29 +40,6 @@ class TapPoint:
     cut: bool = False
 
 
-class TapKey(NamedTuple):
-    """One tensor that passed a tap."""
-
-    layer: str
-    call_index: int
-    output_index: OutputIndex
-
-    @property
-    def title(self) -> str:
-        """Name for captions: ``neck[1]``, and ``conv (call 2)`` for a later call."""
-        output = "".join(f"[{index}]" for index in self.output_index)
-        call = "" if self.call_index == 0 else f" (call {self.call_index + 1})"
-        return f"{self.layer}{output}{call}"
-
-
-class HeadKey(NamedTuple):
-    """One raw output of a detection head."""
-
-    path: str
-    call_index: int
-    output_index: OutputIndex
-
-
 @dataclass
 class PredictionGraph:
     """What one forward of ``predict`` left behind.
@@ -77,8 +54,8 @@ class PredictionGraph:
 
     inputs: torch.Tensor
     metainfo: Mapping[str, Any] = field(default_factory=dict)
-    taps: dict[TapKey, torch.Tensor] = field(default_factory=dict)
-    head_outputs: dict[HeadKey, torch.Tensor] = field(default_factory=dict)
+    taps: dict[OutputKey, torch.Tensor] = field(default_factory=dict)
+    head_outputs: dict[OutputKey, torch.Tensor] = field(default_factory=dict)
     predictions: InstanceData = field(default_factory=InstanceData)
     squashed: list[torch.Tensor] = field(default_factory=list)
 
@@ -150,21 +127,32 @@ class GraphForward:
         # Tensors of inference mode take part in no graph; their copies do.
         inputs = inputs.clone() if inputs.is_inference() else inputs.detach()
         graph = PredictionGraph(inputs, metainfo)
-        calls: Counter[str] = Counter()
+        taps_ran: Counter[str] = Counter()
+        heads_ran: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:
+
+            def keep_raw(path: str, output: Any) -> None:
+                if not heads_ran:  # not earlier, since every operation costs
+                    stack.enter_context(_KeepGraph(keep_graph, graph.squashed))
+                for index, tensor in flatten_tensors(output):
+                    if tensor.is_floating_point():
+                        key = OutputKey(path, heads_ran[path], index)
+                        graph.head_outputs[key] = tensor
+                heads_ran[path] += 1
+
+            def keeping(path: str) -> Callable[..., None]:
+                return lambda module, args, output: keep_raw(path, output)
+
             stack.enter_context(torch.enable_grad())
-            mode = _KeepGraph(keep_graph, graph.squashed)
             for tap in self.taps:
-                stack.callback(_attach_tap(tap, graph, calls).remove)
+                stack.callback(_attach_tap(tap, graph, taps_ran).remove)
             for path, head in self.heads.items():
-                hook = _head_hook(path, graph, mode, calls)
-                stack.callback(head.register_forward_hook(hook).remove)
-            stack.callback(mode.leave)
+                stack.callback(head.register_forward_hook(keeping(path)).remove)
             (output,) = prediction_of(self._detector, graph.inputs, metainfo)()
         graph.predictions = output.pred_instances
-        silent = [tap for tap in self.taps if not calls["tap " + tap.layer]]
+        silent = {t.layer: t.module for t in self.taps if not taps_ran[t.layer]}
         if silent:
-            raise did_not_run(self._detector, {t.layer: t.module for t in silent})
+            raise did_not_run(self._detector, silent)
         return graph
 
 
@@ -257,19 +245,20 @@ def _has_graph(graph: PredictionGraph) -> bool:
 
 def _attach_tap(tap: TapPoint, graph: PredictionGraph, calls: Counter[str]) -> Any:
     def store(value: Any) -> Any:
-        call_index = calls["tap " + tap.layer]
-        calls["tap " + tap.layer] += 1
-        wanted = dict(image_tensors(value, len(graph.inputs), tap.layer))
+        call_index = calls[tap.layer]
+        calls[tap.layer] += 1
+        wanted = image_tensors(value, len(graph.inputs), tap.layer, call_index)
 
         def change(index: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
-            if index not in wanted:
+            key = OutputKey(tap.layer, call_index, index)
+            if key not in wanted:
                 return tensor
             if tap.cut or not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
             else:
                 # A node of its own: the module may have gone on with the tensor.
                 tensor = tensor.view_as(tensor)
-            graph.taps[TapKey(tap.layer, call_index, index)] = tensor
+            graph.taps[key] = tensor
             # A copy, so that in-place operations that follow leave the node alone.
             return tensor.clone()
 
@@ -282,20 +271,6 @@ def _attach_tap(tap: TapPoint, graph: PredictionGraph, calls: Counter[str]) -> A
     return tap.module.register_forward_hook(lambda module, args, output: store(output))
 
 
-def _head_hook(
-    path: str, graph: PredictionGraph, mode: _KeepGraph, calls: Counter[str]
-) -> Callable:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        call_index = calls["head " + path]
-        calls["head " + path] += 1
-        for index, tensor in flatten_tensors(output):
-            if tensor.is_floating_point():
-                graph.head_outputs[HeadKey(path, call_index, index)] = tensor
-        mode.enter()
-
-    return hook
-
-
 class _KeepGraph(TorchFunctionMode):
     """Undoes what would cut the graph between raw outputs and detections.
 
@@ -306,19 +281,6 @@ class _KeepGraph(TorchFunctionMode):
         super().__init__()
         self._keep_detached = keep_detached
         self._squashed = squashed
-        self._active = False
-
-    def enter(self) -> None:
-        """Begin; not earlier than after the head, since every operation costs."""
-        if not self._active:
-            self.__enter__()
-            self._active = True
-
-    def leave(self) -> None:
-        """End, if it had begun."""
-        if self._active:
-            self._active = False
-            self.__exit__(None, None, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None

@@ -9,8 +9,10 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from ..errors import FeatureShapeError, LayerNotFoundError, VisConfigError
+from .maps import View
 
-_TOKEN = re.compile(r"(?P<name>\w+)|\[(?P<index>-?\d+)\]|(?P<dot>\.)")
+_PATH = re.compile(r"\w+(\.\w+|\[-?\d+\])*")
+_PART = re.compile(r"\[(-?\d+)\]|(\w+)")
 # What a caption may say behind the layer that a path cannot: keys and calls.
 _CAPTION = re.compile(r"(\[\w+\])*( \(call \d+\))?$")
 _MAX_SUGGESTIONS = 8
@@ -27,32 +29,13 @@ def parse_layer_path(path: str) -> tuple[str | int, ...]:
     Raises:
         VisConfigError: If ``path`` is not of that form.
     """
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str) or not _PATH.fullmatch(path):
         raise VisConfigError(
-            f"target_layers must hold module paths such as 'neck.out_layers[2]', "
-            f"but got {path!r}"
+            f"target_layers: cannot read {path!r} as the path of a module; "
+            + _remedy(str(path))
         )
-    parts: list[str | int] = []
-    position = 0
-    needs_name = True
-    while position < len(path):
-        match = _TOKEN.match(path, position)
-        kind = match.lastgroup if match else None
-        if match is None or needs_name != (kind == "name"):
-            raise VisConfigError(
-                f"target_layers: cannot read {path!r} at position {position} "
-                f"({path[position]!r}); {_remedy(path)}"
-            )
-        if kind == "name":
-            name = match["name"]
-            parts.append(int(name) if name.isdecimal() else name)
-        elif kind == "index":
-            parts.append(int(match["index"]))
-        needs_name = kind == "dot"
-        position = match.end()
-    if needs_name:
-        raise VisConfigError(f"target_layers: {path!r} ends with a dot; remove it")
-    return tuple(parts)
+    parts = (index or name for index, name in _PART.findall(path))
+    return tuple(int(p) if p.lstrip("-").isdecimal() else p for p in parts)
 
 
 def _remedy(path: str) -> str:
@@ -113,24 +96,24 @@ def layer_of_map(model: nn.Module, path: str) -> str:
     return path if depth in (0, len(parts)) else _spelled(parts[:depth])
 
 
-def named_maps(names: Collection[str], maps: Sequence[tuple[str, str]]) -> set[str]:
-    """The captions of the maps that users name: all of a layer, or one.
+def named_maps(names: Collection[str], views: Sequence[View]) -> list[View]:
+    """The maps that users name: all of a layer, or one.
 
     Args:
         names (Collection[str]): As users wrote them.
-        maps (Sequence): Layer and caption of each map that there is.
+        views (Sequence[View]): All maps that there are.
 
     Raises:
         FeatureShapeError: If a name is that of no map.
     """
-    layers, titles = {layer for layer, _ in maps}, {title for _, title in maps}
+    layers, titles = {v.key.layer for v in views}, [v.title for v in views]
     single = {bracketed(name) for name in names if name not in layers}
-    if not single <= titles:
+    if not single <= set(titles):
         raise FeatureShapeError(
-            f"target_layers: there is no map {', '.join(sorted(single - titles))}; "
-            f"write one of {', '.join(title for _, title in maps)}"
+            f"target_layers: there is no map {', '.join(sorted(single - set(titles)))};"
+            f" write one of {', '.join(titles)}"
         )
-    return single | {title for layer, title in maps if layer in names}
+    return [v for v in views if v.title in single or v.key.layer in names]
 
 
 def _followed(model: nn.Module, path: str) -> tuple[nn.Module, int]:

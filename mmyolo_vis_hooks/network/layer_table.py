@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import FeatureShapeError, LayerNotFoundError, VisConfigError
 from .graph import prediction_of
 from .layer_path import bracketed, resolve_layer, resolve_layers
-from .maps import image_tensors, spatial_maps
+from .maps import image_tensors, views_of
 from .nested import flatten_tensors
 from .state import frozen
 
@@ -107,11 +107,8 @@ class _Survey:
     def on_output(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._calls[module] += 1
         try:
-            maps = [
-                feature_map
-                for _, tensor in image_tensors(output, 1, "")
-                for feature_map in spatial_maps(tensor[0], self._network_hw, "")
-            ]
+            views = views_of(image_tensors(output, 1, ""), self._network_hw)
+            maps = [view.activations[0] for view in views]
         except FeatureShapeError:
             maps = []
         if not maps or any(feature_map.numel() == 0 for feature_map in maps):

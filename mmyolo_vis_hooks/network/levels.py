@@ -7,7 +7,7 @@ cell, is measured once by gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,17 +17,14 @@ from torch import nn
 from ..errors import VisConfigError
 from .graph import (
     GraphForward,
-    HeadKey,
     PredictionGraph,
-    TapKey,
     TapPoint,
     gradients,
     head_modules,
 )
 from .layer_path import bracketed
-from .nested import flatten_tensors
+from .nested import OutputKey, flatten_tensors
 from .trace import CallKey, CallTrace
-from .windows import Window, WindowedHead, agree
 
 # What a detector ends its features with, the last one first.
 _LAST_MAPS = ("encoder", "neck", "backbone")
@@ -39,26 +36,40 @@ class Level:
 
     ``outputs`` are raw ones that depend on this level alone; none where levels share
     them, as in heads of regions and of queries. A cell of these depends on the cells of
-    the map up to the ``radius``; None if on the whole map, or that is not known.
+    the map up to the ``radius``; None if on the whole map, or that is not known. Where
+    the input of a block stands for the map, ``block`` makes the map of it.
     """
 
-    tap: TapKey
-    outputs: frozenset[HeadKey]
+    tap: OutputKey
+    outputs: frozenset[OutputKey]
     radius: int | None = None
+    block: nn.Module | None = None
 
 
 @dataclass(frozen=True)
 class Pyramid:
     """The levels of a detector in the order of the network, and where to tap for all.
 
-    ``head`` can be run on windows of the levels; None if not.
+    ``head`` is path and module of the only head, if its raw outputs are those of the
+    levels: it can be run on windows of these. None if not.
     """
 
     points: tuple[TapPoint, ...]
     levels: tuple[Level, ...]
-    head: WindowedHead | None = None
+    head: Any = None
 
-    def level_of(self, outputs: Iterable[HeadKey]) -> Level | None:
+    def run_head(
+        self, windows: Mapping[OutputKey, torch.Tensor]
+    ) -> dict[OutputKey, torch.Tensor]:
+        """Raw outputs ``(K, c, a, b)`` of windows ``(K, C, a, b)`` of every level."""
+        path, head = self.head
+        # Copies, so that in-place operations leave the windows alone.
+        copies = ((windows[level.tap].clone(), level.block) for level in self.levels)
+        maps = [part if block is None else block(part) for part, block in copies]
+        outputs = flatten_tensors(head(tuple(maps)))
+        return {OutputKey(path, 0, index): output for index, output in outputs}
+
+    def level_of(self, outputs: Iterable[OutputKey]) -> Level | None:
         """The level on which all the raw outputs depend, None if that is not one."""
         wanted = set(outputs)
         found = (level for level in self.levels if wanted and wanted <= level.outputs)
@@ -94,68 +105,34 @@ def survey(
     instead, as the beginning of a graph: what leads from there to other levels is
     not theirs. ``trace`` gives all calls of a forward.
     """
-    point = last_maps(detector)
-    graph = GraphForward(detector, [point]).run(inputs, metainfo)
-    levels = [_measured(Level(tap, _own(graph, tap)), graph) for tap in graph.taps]
-    own: dict[TapKey, nn.Module | None] = dict.fromkeys(graph.taps)
-    if not any(level.radius == 0 for level in levels):
-        return Pyramid((point,), tuple(levels), _windowed(detector, graph, levels, own))
-    calls = trace()
-    moved = [
-        _producer(detector, calls, level.tap) if level.radius == 0 else None
-        for level in levels
-    ]
-    points = [producer[0] for producer in moved if producer is not None]
-    if not points:
-        return Pyramid((point,), tuple(levels), _windowed(detector, graph, levels, own))
-    if not all(moved):
-        # A graph that began at one level's block would be cut off from its map.
-        points = [*(replace(moved_point, cut=False) for moved_point in points), point]
+    points = [last_maps(detector)]
     graph = GraphForward(detector, points).run(inputs, metainfo)
-    blocks: dict[TapKey, nn.Module | None] = {}
-    for number, producer in enumerate(moved):
-        if producer is not None:
-            tap = TapKey(producer[0].layer, producer[1], ())
-            levels[number] = _measured(replace(levels[number], tap=tap), graph)
-        blocks[levels[number].tap] = producer[0].module if producer else None
-    head = _windowed(detector, graph, levels, blocks)
-    return Pyramid(tuple(points), tuple(levels), head)
+    levels = [_measured(Level(tap, _own(graph, tap)), graph) for tap in graph.taps]
+    if any(level.radius == 0 for level in levels):
+        calls = trace()
+        found = {
+            number: producer
+            for number, level in enumerate(levels)
+            if level.radius == 0 and (producer := _producer(detector, calls, level.tap))
+        }
+        if found:
+            moved = [point for point, _ in found.values()]
+            if len(found) < len(levels):
+                # A graph that began at one level's block would be cut off from its map.
+                moved = [*(replace(point, cut=False) for point in moved), *points]
+            points = moved
+            graph = GraphForward(detector, points).run(inputs, metainfo)
+        for number, (point, call_index) in found.items():
+            tap = OutputKey(point.layer, call_index, ())
+            level = replace(levels[number], tap=tap, block=point.module)
+            levels[number] = _measured(level, graph)
+    heads = list(head_modules(detector).items())
+    owned = sum(len(level.outputs) for level in levels)
+    is_theirs = len(heads) == 1 and owned == len(graph.head_outputs)
+    return Pyramid(tuple(points), tuple(levels), heads[0] if is_theirs else None)
 
 
-def _windowed(
-    detector: nn.Module,
-    graph: PredictionGraph,
-    levels: Sequence[Level],
-    blocks: Mapping[TapKey, nn.Module | None],
-) -> WindowedHead | None:
-    """The head, if it gives for central windows what it gave in the network."""
-    heads = head_modules(detector)
-    if len(heads) != 1 or not all(level.outputs for level in levels):
-        return None
-    ((path, module),) = heads.items()
-    head = WindowedHead(path, module, blocks)
-    inputs, centres = {}, []
-    for number, level in enumerate(levels):
-        height, width = map_hw = graph.taps[level.tap].shape[-2:]
-        window = Window.around((height // 2, width // 2), level.radius, map_hw)
-        part = window.cut(graph.taps[level.tap].detach())
-        inputs[level.tap] = part.repeat(number + 1, 1, 1, 1)  # as many as anything else
-        row, column = height // 2 - window.top, width // 2 - window.left
-        for key in level.outputs:
-            expected = window.cut(graph.head_outputs[key].detach())[..., row, column]
-            centres.append((key, row, column, expected))
-    try:
-        with torch.no_grad():
-            found = head.run(inputs)
-            # What stands for levels without boxes.
-            head.run({tap: part[:1, :, :1, :1] for tap, part in inputs.items()})
-        fits = all(agree(found[k][-1:, :, y, x], value) for k, y, x, value in centres)
-    except Exception:  # whatever a head raises that takes something else
-        return None
-    return head if fits else None
-
-
-def _own(graph: PredictionGraph, tap: TapKey) -> frozenset[HeadKey]:
+def _own(graph: PredictionGraph, tap: OutputKey) -> frozenset[OutputKey]:
     """Raw outputs ``(1, C, h, w)`` on the map's own grid that see no other map."""
     own = []
     for key, output in graph.head_outputs.items():
@@ -184,15 +161,15 @@ def _measured(level: Level, graph: PredictionGraph) -> Level:
 
 
 def _central_gradients(
-    graph: PredictionGraph, key: HeadKey
-) -> dict[TapKey, torch.Tensor | None]:
+    graph: PredictionGraph, key: OutputKey
+) -> dict[OutputKey, torch.Tensor | None]:
     output = graph.head_outputs[key]
     centre = output[..., output.shape[-2] // 2, output.shape[-1] // 2].sum()
     return dict(zip(graph.taps, gradients(centre, list(graph.taps.values()))))
 
 
 def _producer(
-    detector: nn.Module, calls: CallTrace, tap: TapKey
+    detector: nn.Module, calls: CallTrace, tap: OutputKey
 ) -> tuple[TapPoint, int] | None:
     """The input of the outermost block with weights that made a map, and its call."""
     made_by = CallKey(tap.layer, tap.call_index)

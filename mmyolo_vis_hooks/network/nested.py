@@ -5,12 +5,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 OutputIndex = tuple[Any, ...]
 """Where a tensor lies in a nested output: () for a tensor that stands alone."""
+
+
+class OutputKey(NamedTuple):
+    """One tensor that a call of a layer gave."""
+
+    layer: str
+    call_index: int
+    output_index: OutputIndex
+
+    @property
+    def title(self) -> str:
+        """Name for captions: ``neck[1]``, and ``conv (call 2)`` for a later call."""
+        output = "".join(f"[{index}]" for index in self.output_index)
+        call = "" if self.call_index == 0 else f" (call {self.call_index + 1})"
+        return f"{self.layer}{output}{call}"
 
 
 def flatten_tensors(

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .graph import HeadKey
-from .nested import OutputIndex, flatten_tensors, map_tensors
+from .nested import OutputIndex, OutputKey, flatten_tensors, map_tensors
 from .trace import CallKey, CallTrace, ReplayError, patched_forwards
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -58,14 +57,14 @@ class Job:
     forward: Callable[[], Any]
     trace: CallTrace
     target: ReplayTarget
-    wanted: tuple[HeadKey, ...]
+    wanted: tuple[OutputKey, ...]
 
     def whole(
         self, value: torch.Tensor, held: Collection[CallKey] = ()
     ) -> list[torch.Tensor]:
         """The wanted outputs of a whole forward with another value of the target."""
         counts: Counter[str] = Counter()
-        outputs: dict[HeadKey, torch.Tensor] = {}
+        outputs: dict[OutputKey, torch.Tensor] = {}
         target = self.target
 
         def replaced(place: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
@@ -86,18 +85,18 @@ class Job:
 
         with patched_forwards(self.modules, call), contextlib.suppress(Stop):
             self.forward()
-        missing = sorted({key.path for key in self.wanted if key not in outputs})
+        missing = sorted({key.layer for key in self.wanted if key not in outputs})
         if missing:
             raise ReplayError(f"{', '.join(missing)} did not give what is wanted")
         return [outputs[key] for key in self.wanted]
 
     def collect(
-        self, key: CallKey, output: Any, outputs: dict[HeadKey, torch.Tensor]
+        self, key: CallKey, output: Any, outputs: dict[OutputKey, torch.Tensor]
     ) -> None:
         """Keep what a call gave if it is wanted; end the forward if that is all."""
         if any(wanted[:2] == key for wanted in self.wanted):
             for index, tensor in flatten_tensors(output):
-                outputs[HeadKey(*key, index)] = tensor
+                outputs[OutputKey(*key, index)] = tensor
             if all(wanted in outputs for wanted in self.wanted):
                 raise Stop
 
@@ -122,7 +121,7 @@ class PartialRun:
         self._computed = computed
         self._target = job.trace.position(job.target.call)
         self._next = 0
-        self._outputs: dict[HeadKey, torch.Tensor] = {}
+        self._outputs: dict[OutputKey, torch.Tensor] = {}
         # Of recorded tensors what the network got: by id, which no other has meanwhile.
         self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.size = 0

@@ -14,7 +14,8 @@ from torch import nn
 from ..errors import FeatureShapeError
 from ..records import Activation
 from .layer_path import layer_of_map, named_maps
-from .maps import image_tensors, spatial_maps
+from .maps import image_tensors, views_of
+from .nested import OutputKey
 from .state import is_compiled
 
 
@@ -27,8 +28,7 @@ class ForwardRecord:
         names: What the user asked for, each with its layer: ``{'neck[0]': 'neck'}``.
         inputs: ``(len(keep), 3, H, W)``, the normalised and padded input.
         metainfos: Metainfo of the kept images, with ``batch_input_shape``.
-        outputs: What each call of each layer gave, cut down to the kept images:
-            ``{(layer, call_index): [(output_index, tensor), ...]}``.
+        outputs: What each call of each layer gave, cut down to the kept images.
         error: The first failure while recording; the forward itself went on.
     """
 
@@ -36,9 +36,7 @@ class ForwardRecord:
     names: Mapping[str, str]
     inputs: torch.Tensor | None = None
     metainfos: list[dict[str, Any]] = field(default_factory=list)
-    outputs: dict[tuple[str, int], list[tuple[tuple[int | str, ...], torch.Tensor]]] = (
-        field(default_factory=dict)
-    )
+    outputs: dict[OutputKey, torch.Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
     def activations(self, position: int) -> tuple[Activation, ...]:
@@ -55,15 +53,11 @@ class ForwardRecord:
                 "recorded"
             )
         network_hw = (self.inputs.shape[-2], self.inputs.shape[-1])
-        found = []
-        for (layer, call_index), tensors in self.outputs.items():
-            for output_index, tensor in tensors:
-                maps = spatial_maps(tensor[position], network_hw, layer)
-                for level, feature_map in enumerate(maps):
-                    index = output_index if len(maps) == 1 else (*output_index, level)
-                    found.append(Activation(layer, call_index, index, feature_map))
-        titles = named_maps(self.names, [(a.layer, a.title) for a in found])
-        return tuple(a for a in found if a.title in titles)
+        views = views_of(self.outputs, network_hw)
+        return tuple(
+            Activation(view.title, view.activations[position])
+            for view in named_maps(self.names, views)
+        )
 
 
 class LayerRecorder:
@@ -132,10 +126,9 @@ class LayerRecorder:
             def on_output(module: nn.Module, args: tuple, output: Any) -> None:
                 with contained():
                     if batch_size:
-                        record.outputs[path, calls[path]] = [
-                            (index, _select(tensor, record.keep))
-                            for index, tensor in image_tensors(output, batch_size, path)
-                        ]
+                        given = image_tensors(output, batch_size, path, calls[path])
+                        for key, tensor in given.items():
+                            record.outputs[key] = _select(tensor, record.keep)
                         calls[path] += 1
 
             return on_output
@@ -158,11 +151,8 @@ class LayerRecorder:
             record.error = did_not_run(self._model, silent)
         # The user's order, not the order in which the layers ran.
         order = list(self._layers)
-        record.outputs = dict(
-            sorted(
-                record.outputs.items(), key=lambda e: (order.index(e[0][0]), e[0][1])
-            )
-        )
+        found = sorted(record.outputs.items(), key=lambda e: order.index(e[0].layer))
+        record.outputs = dict(found)
 
 
 def did_not_run(model: nn.Module, layers: Mapping[str, nn.Module]) -> FeatureShapeError:

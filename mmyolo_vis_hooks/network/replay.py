@@ -162,7 +162,7 @@ class Replay:
         with torch.no_grad():
             recorded = [self.job.trace.raw(key) for key in self.job.wanted]
             if all(map(torch.equal, recorded, self.job.whole(other))):
-                heads = ", ".join(sorted({key.path for key in self.job.wanted}))
+                heads = ", ".join(sorted({key.layer for key in self.job.wanted}))
                 raise ReplayError(f"{call.path} has no influence on {heads}")
             try:
                 return self._tried(value, other)

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import VisError
-from .graph import HeadKey
-from .nested import OutputIndex, flatten_tensors, map_tensors
+from .nested import OutputIndex, OutputKey, flatten_tensors, map_tensors
 
 
 class ReplayError(VisError, RuntimeError):
@@ -49,9 +48,9 @@ class CallTrace:
     )
     versions: dict[int, int] = field(default_factory=dict)
 
-    def raw(self, key: HeadKey) -> torch.Tensor:
-        """A raw output of a head."""
-        output = self.outputs[CallKey(key.path, key.call_index)]
+    def raw(self, key: OutputKey) -> torch.Tensor:
+        """A tensor that a call gave."""
+        output = self.outputs[CallKey(key.layer, key.call_index)]
         return dict(flatten_tensors(output))[key.output_index]
 
     def position(self, key: CallKey) -> int:

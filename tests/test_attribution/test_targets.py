@@ -15,9 +15,9 @@ from mmyolo_vis_hooks.attribution.targets import (
     validate_target,
 )
 from mmyolo_vis_hooks.errors import VisConfigError
-from mmyolo_vis_hooks.network.graph import HeadKey
+from mmyolo_vis_hooks.network.nested import OutputKey
 
-CLS, BOX, OBJ = (HeadKey("head", 0, (i, 0)) for i in range(3))
+CLS, BOX, OBJ = (OutputKey("head", 0, (i, 0)) for i in range(3))
 
 
 def sigmoid(x: float) -> float:
@@ -123,7 +123,7 @@ def test_objectness_is_refused_where_there_is_none(raw):
 def softmax_anchor(num_stages: int) -> tuple[dict, Anchor, float]:
     """Region 5 of 8, class 1 of 3 and background; a cascade takes the mean."""
     torch.manual_seed(1)
-    keys = [HeadKey(f"roi_head.bbox_head.{i}", 0, (0,)) for i in range(num_stages)]
+    keys = [OutputKey(f"roi_head.bbox_head.{i}", 0, (0,)) for i in range(num_stages)]
     raw = {key: torch.randn(8, 4, requires_grad=True) for key in keys}
     score = torch.stack(list(raw.values())).mean(dim=0).softmax(dim=-1)[5, 1]
     (anchor,) = locate_anchors(score[None], [1], raw)

@@ -13,8 +13,8 @@ from unittest import mock
 
 from torch import Tensor, nn
 
-from mmyolo_vis_hooks.network.graph import HeadKey, head_modules
-from mmyolo_vis_hooks.network.nested import flatten_tensors, map_tensors
+from mmyolo_vis_hooks.network.graph import head_modules
+from mmyolo_vis_hooks.network.nested import OutputKey, flatten_tensors, map_tensors
 from mmyolo_vis_hooks.network.partial import Job, ReplayTarget
 from mmyolo_vis_hooks.network.replay import Replay, ReplayEngine
 from tests.families import build_family
@@ -49,9 +49,9 @@ def scene_of(name: str, detector: nn.Module | None = None) -> Scene:
 
 def whole_forward(
     place: Scene, target: ReplayTarget, value: Tensor | None = None
-) -> tuple[dict[HeadKey, Tensor], Tensor]:
+) -> tuple[dict[OutputKey, Tensor], Tensor]:
     """Raw outputs, and what the target was, of a forward of everything."""
-    outputs: dict[HeadKey, Tensor] = {}
+    outputs: dict[OutputKey, Tensor] = {}
     counts: Counter[str] = Counter()
     seen: list[Tensor] = []
 
@@ -69,7 +69,7 @@ def whole_forward(
             call_index = counts[path]
             counts[path] += 1
             for index, tensor in flatten_tensors(output):
-                outputs[HeadKey(path, call_index, index)] = tensor
+                outputs[OutputKey(path, call_index, index)] = tensor
             if counts.total() - counts["target"] == len(place.heads):
                 raise Enough
 
@@ -106,7 +106,7 @@ def engine_of(place: Scene) -> tuple[ReplayEngine, list[str]]:
 
 
 def replay_of(
-    engine: ReplayEngine, place: Scene, target: ReplayTarget, wanted: list[HeadKey]
+    engine: ReplayEngine, place: Scene, target: ReplayTarget, wanted: list[OutputKey]
 ) -> Replay:
     trace = engine.trace(place.forward)
     job = Job(engine.modules, place.forward, trace, target, tuple(wanted))

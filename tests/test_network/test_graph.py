@@ -111,7 +111,7 @@ def test_gradients_of_scores_and_sides(name):
     prefix = "roi_head.bbox_head" if "rcnn" in name else "bbox_head"
     assert all(path.startswith(prefix) for path in heads)
     assert len(heads) == (3 if name == "cascade_rcnn" else 1)
-    assert {key.path for key in graph.head_outputs} == set(heads)
+    assert {key.layer for key in graph.head_outputs} == set(heads)
     assert all(o.requires_grad for o in graph.head_outputs.values())
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from mmyolo_vis_hooks.errors import (
@@ -15,6 +16,8 @@ from mmyolo_vis_hooks.network.layer_path import (
     resolve_layer,
     resolve_layers,
 )
+from mmyolo_vis_hooks.network.maps import views_of
+from mmyolo_vis_hooks.network.nested import OutputKey
 
 
 class Net(nn.Module):
@@ -129,9 +132,15 @@ def test_the_caption_of_a_map_names_its_layer(path, layer):
 
 
 def test_maps_by_their_captions():
-    maps = [("neck", "neck[0]"), ("neck", "neck[1]"), ("stem", "stem")]
-    assert named_maps(["neck"], maps[:2]) == {"neck[0]", "neck[1]"}
-    assert named_maps(["neck.1", "stem"], maps) == {"neck[1]", "stem"}
+    tensor = torch.zeros(1, 1, 2, 2)
+    places: list = [("neck", 0, (0,)), ("neck", 0, (1,)), ("stem", 0, ())]
+    maps = views_of({OutputKey(*place): tensor for place in places}, (8, 8))
+
+    def titles(names, views):
+        return [view.title for view in named_maps(names, views)]
+
+    assert titles(["neck"], maps[:2]) == ["neck[0]", "neck[1]"]
+    assert titles(["neck.1", "stem"], maps) == ["neck[1]", "stem"]
     with pytest.raises(FeatureShapeError, match=r"no map neck\[7\]; .*neck\[0\], neck"):
         named_maps(["neck[7]"], maps[:2])
 

@@ -7,10 +7,8 @@ import pytest
 from torch import nn
 
 from mmyolo_vis_hooks.errors import VisConfigError
-from mmyolo_vis_hooks.network.graph import (
-    HeadKey,
-)
 from mmyolo_vis_hooks.network.levels import Pyramid, last_maps, survey
+from mmyolo_vis_hooks.network.nested import OutputKey
 from mmyolo_vis_hooks.network.replay import ReplayEngine
 from mmyolo_vis_hooks.network.state import frozen
 from tests.families import FAMILIES, Family, build_family
@@ -76,8 +74,8 @@ def test_the_levels_of_each_family(name):
 
 def test_which_level_made_an_output():
     pyramid = survey_of(build_family("retinanet"))
-    fine, coarse = (HeadKey("bbox_head", 0, (0, i)) for i in (0, 2))
-    boxes = HeadKey("bbox_head", 0, (1, 0))
+    fine, coarse = (OutputKey("bbox_head", 0, (0, i)) for i in (0, 2))
+    boxes = OutputKey("bbox_head", 0, (1, 0))
     for keys, level in (([fine], 0), ([fine, boxes], 0), ([coarse], 2)):
         found = pyramid.level_of(keys)
         assert found is pyramid.levels[level]

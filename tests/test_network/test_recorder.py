@@ -6,7 +6,8 @@ from torch import nn
 
 from mmyolo_vis_hooks.errors import FeatureShapeError
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
-from mmyolo_vis_hooks.network.maps import spatial_maps
+from mmyolo_vis_hooks.network.maps import views_of
+from mmyolo_vis_hooks.network.nested import OutputKey
 from mmyolo_vis_hooks.network.recorder import LayerRecorder
 
 
@@ -113,7 +114,8 @@ def test_one_map_by_its_caption():
 
 def test_order_is_the_users():
     record, _ = run(["nested", "twice"])
-    assert [a.layer for a in record.activations(0)] == ["nested"] * 3 + ["twice"] * 2
+    layers = [a.title.replace("[", " ").split()[0] for a in record.activations(0)]
+    assert layers == ["nested"] * 3 + ["twice"] * 2
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,12 @@ def test_no_hook_is_left_after_a_failure(error):
 def test_tokens_of_a_pyramid_and_a_class_token():
     # 64x96 pixels: 8x12 cells at stride 8, 4x6 at 16, 2x3 at 32.
     tokens = torch.arange(96 + 24 + 6, dtype=torch.float32)[:, None].repeat(1, 5)
-    levels = spatial_maps(tokens, (64, 96), "encoder")
+
+    def maps(given, layer):
+        views = views_of({OutputKey(layer, 0, ()): given[None]}, (64, 96))
+        return [view.activations[0] for view in views]
+
+    levels = maps(tokens, "encoder")
     assert [tuple(level.shape) for level in levels] == [
         (5, 8, 12),
         (5, 4, 6),
@@ -168,11 +175,11 @@ def test_tokens_of_a_pyramid_and_a_class_token():
     ]
     assert levels[1][0, 0, 0] == 96
     assert levels[2][0, 1, 2] == 96 + 24 + 5
-    (single,) = spatial_maps(tokens[:25], (64, 96), "vit")  # 24 cells and a token
+    (single,) = maps(tokens[:25], "vit")  # 24 cells and a token
     assert single.shape == (5, 4, 6)
     assert single[0, 0, 0] == 1
     with pytest.raises(FeatureShapeError, match=r"decoder.*100 tokens"):
-        spatial_maps(torch.zeros(100, 4), (64, 96), "decoder")
+        maps(torch.zeros(100, 4), "decoder")
 
 
 def test_a_layer_that_was_fused_away():

@@ -14,7 +14,7 @@ import torch
 from mmcv.ops import ModulatedDeformConv2dPack
 from torch import Tensor, nn
 
-from mmyolo_vis_hooks.network.graph import HeadKey
+from mmyolo_vis_hooks.network.nested import OutputKey
 from mmyolo_vis_hooks.network.partial import ReplayTarget
 from mmyolo_vis_hooks.network.state import frozen
 from mmyolo_vis_hooks.network.trace import CallKey, ReplayError
@@ -105,7 +105,7 @@ def truth_of(name: str, target: ReplayTarget) -> tuple:
     return made, recorded, value, others, expected
 
 
-def wanted_of(name: str, recorded: dict, changed: dict) -> list[HeadKey]:
+def wanted_of(name: str, recorded: dict, changed: dict) -> list[OutputKey]:
     """The raw outputs on which the target has an influence."""
     wanted = [
         key
@@ -162,7 +162,7 @@ def test_a_batch_of_as_many_images_as_there_are_queries():
     target = ReplayTarget(CallKey("encoder", 0), ())
     place = scene_of("detr")
     _, _, _, others, expected = truth_of("detr", target)
-    key = HeadKey("bbox_head", 0, (0,))
+    key = OutputKey("bbox_head", 0, (0,))
     engine, _ = engine_of(place)
     with frozen(place.detector), torch.no_grad():
         replay = replay_of(engine, place, target, [key])
@@ -203,7 +203,7 @@ def test_nothing_runs_before_the_layer_or_beside_what_is_wanted(
 ):
     place = scene_of(name)
     target = ReplayTarget(CallKey(path, 0), index)
-    scores = [HeadKey("bbox_head", 0, (0, 1))]
+    scores = [OutputKey("bbox_head", 0, (0, 1))]
     engine, _ = engine_of(place)
     detector: Any = place.detector
     with frozen(detector), torch.no_grad():
@@ -238,7 +238,7 @@ def test_a_second_image_and_a_hook_that_changes_an_output():
     )
     target = ReplayTarget(CallKey("backbone.layer3.1.bn2", 0), ())
     engine, messages = engine_of(first)
-    wanted = [HeadKey("bbox_head", 0, (0, 0))]
+    wanted = [OutputKey("bbox_head", 0, (0, 0))]
     with frozen(detector), torch.no_grad():
         replay_of(engine, first, target, wanted)
         expected, value = whole_forward(second, target)
@@ -255,7 +255,7 @@ def test_no_patch_is_left():
     place = scene_of("retinanet", detector)
     before = state_of(detector)
     target = ReplayTarget(CallKey("backbone.layer4", 0), ())
-    wanted = [HeadKey("bbox_head", 0, (0, 0))]
+    wanted = [OutputKey("bbox_head", 0, (0, 0))]
     engine, _ = engine_of(place)
     with frozen(detector), torch.no_grad():
         replay = replay_of(engine, place, target, wanted)
@@ -282,7 +282,7 @@ def test_operators_of_mmcv_in_batches():
     detector.backbone.layer2[1].conv2 = conv.eval().requires_grad_(False)
     place = scene_of("retinanet", detector)
     target = ReplayTarget(CallKey("backbone.layer2.1.conv1", 0), ())
-    wanted = [HeadKey("bbox_head", 0, (0, 0))]
+    wanted = [OutputKey("bbox_head", 0, (0, 0))]
     engine, _ = engine_of(place)
     with frozen(detector), torch.no_grad():
         _, value = whole_forward(place, target)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmyolo_vis_hooks.network.graph import HeadKey
+from mmyolo_vis_hooks.network.nested import OutputKey
 from mmyolo_vis_hooks.network.partial import ReplayTarget
 from mmyolo_vis_hooks.network.replay import Replay
 from mmyolo_vis_hooks.network.state import frozen
@@ -69,7 +69,7 @@ def toy(middle: Callable, head: Callable | None = None) -> Scene:
 
 
 BODY = ReplayTarget(CallKey("body", 0), ())
-RAW = [HeadKey("bbox_head", 0, (0,))]
+RAW = [OutputKey("bbox_head", 0, (0,))]
 
 
 def toy_replay(place: Scene, target: ReplayTarget = BODY) -> tuple[Replay, list[str]]:

@@ -10,6 +10,7 @@ from mmengine.visualization import Visualizer
 
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError
 from mmyolo_vis_hooks.geometry import FrameTransform
+from mmyolo_vis_hooks.network.nested import OutputKey
 from mmyolo_vis_hooks.options import FeatMapOptions
 from mmyolo_vis_hooks.records import Activation, Detections, VisSample
 from mmyolo_vis_hooks.render import featmap_panel as panel_module
@@ -106,7 +107,7 @@ def sample(
     image_hw=(240, 330), layers=("backbone", "neck"), channels=8, seed=0
 ) -> VisSample:
     activations = tuple(
-        Activation(layer, 0, (), random_map(channels, 6, 7, seed=seed + i))
+        Activation(layer, random_map(channels, 6, 7, seed=seed + i))
         for i, layer in enumerate(layers)
     )
     return VisSample(
@@ -126,7 +127,7 @@ def one_map(feature_map: torch.Tensor, image_rgb, frame=None) -> VisSample:
     frame = frame or FrameTransform.stretch(
         image_rgb.shape[:2], tuple(feature_map.shape[1:])
     )
-    activations = (Activation("neck", 0, (), feature_map),)
+    activations = (Activation("neck", feature_map),)
     return VisSample("a", image_rgb, frame, Detections(), activations)
 
 
@@ -167,7 +168,7 @@ class TestPanel:
     def test_a_title_for_each_output_and_call(self, cells):
         feature_map = random_map(8, 6, 7)
         outputs = tuple(
-            Activation("neck", call, (level,), feature_map)
+            Activation(OutputKey("neck", call, (level,)).title, feature_map)
             for call, level in ((0, 0), (0, 1), (1, 0))
         )
         featmap_panel()(replace(sample(), activations=outputs))
@@ -286,7 +287,7 @@ class TestPanel:
         panel = featmap_panel(channel_reduction=None, topk=-1)
         with pytest.raises(VisConfigError, match=r"layer .backbone.: .*has 8"):
             panel(sample())
-        flat = Activation("head.fc", 0, (), torch.zeros(8))
+        flat = Activation("head.fc", torch.zeros(8))
         with pytest.raises(FeatureShapeError, match=r"head\.fc.*\(8,\)"):
             featmap_panel()(replace(sample(), activations=(flat,)))
         wide = featmap_panel(channel_reduction=None, topk=4, arrangement=(1, 1024))
