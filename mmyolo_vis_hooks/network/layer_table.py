@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,76 +65,61 @@ def survey_layers(
             f"inputs has the shape {tuple(inputs.shape)}; pass one image, (1, 3, H, W)"
         )
     network_hw = (inputs.shape[-2], inputs.shape[-1])
-    survey = _Survey(detector, network_hw)
-    handles = []
-    with frozen(detector), torch.no_grad():
+    shapes: dict[nn.Module, list[tuple[int, int, int]]] = {}
+    problems: dict[nn.Module, str] = {}
+
+    def on_output(module: nn.Module, args: tuple, output: Any) -> None:
         try:
-            for module in detector.modules():
-                handles.append(module.register_forward_hook(survey.on_output))
-            prediction_of(detector, inputs, metainfo)()
-        finally:
-            for handle in handles:
-                handle.remove()
-    rows = []
-    for name, module in detector.named_modules():
-        if name:
-            path = bracketed(name)
-            shapes, why_not = survey.target(module, path)
-            rows.append(
-                LayerRow(
-                    path=path,
-                    type_name=type(module).__name__,
-                    depth=name.count(".") + 1,
-                    num_parameters=sum(p.numel() for p in module.parameters()),
-                    network_hw=network_hw,
-                    shapes=tuple(shapes),
-                    why_not=why_not,
-                )
-            )
-    return rows
-
-
-class _Survey:
-    """What the layers of one detector gave during one forward."""
-
-    def __init__(self, detector: nn.Module, network_hw: tuple[int, int]) -> None:
-        self._detector = detector
-        self._network_hw = network_hw
-        self._calls: Counter[nn.Module] = Counter()
-        self._shapes: dict[nn.Module, list[tuple[int, int, int]]] = {}
-        self._problems: dict[nn.Module, str] = {}
-
-    def on_output(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._calls[module] += 1
-        try:
-            views = views_of(image_tensors(output, 1, ""), self._network_hw)
+            views = views_of(image_tensors(output, 1, ""), network_hw)
             maps = [view.activations[0] for view in views]
         except FeatureShapeError:
             maps = []
         if not maps or any(feature_map.numel() == 0 for feature_map in maps):
             sizes = [str(tuple(tensor.shape)) for _, tensor in flatten_tensors(output)]
             given = " and ".join(sizes) or "no tensor"
-            self._problems.setdefault(module, f"gives no map: {given}")
-        shapes = self._shapes.setdefault(module, [])
-        shapes += [(len(m), m.shape[-2], m.shape[-1]) for m in maps]
+            problems.setdefault(module, f"gives no map: {given}")
+        own = shapes.setdefault(module, [])
+        own += [(len(m), m.shape[-2], m.shape[-1]) for m in maps]
 
-    def target(
-        self, module: nn.Module, path: str
-    ) -> tuple[list[tuple[int, int, int]], str]:
-        """The maps of a layer, or why there are none."""
-        try:
-            if resolve_layer(self._detector, path) is not module:
-                return [], "has a name that no path can spell"
-            layers = resolve_layers(self._detector, [path])
-        except LayerNotFoundError:
-            return [], "has no items"
-        except VisConfigError:
-            return [], "has a name that no path can spell"
+    with frozen(detector), torch.no_grad(), contextlib.ExitStack() as stack:
+        for module in detector.modules():
+            stack.callback(module.register_forward_hook(on_output).remove)
+        prediction_of(detector, inputs, metainfo)()
+    rows = []
+    for name, module in detector.named_modules():
+        if not name:
+            continue
+        path = bracketed(name)
+        layers, why_not = _targeted(detector, path, module)
         for item_path, item in layers.items():
-            problem = self._problems.get(item, "")
-            if not self._calls[item]:
-                problem = "does not run"
-            if problem:
-                suffix = item_path[len(path) :].lstrip(".")
-                return [], f"item {suffix} {problem}" if suffix else problem
-        return [shape for item in layers.values() for shape in self._shapes[item]], ""
+            reason = problems.get(item, "" if item in shapes else "does not run")
+            suffix = item_path[len(path) :].lstrip(".")
+            if reason and not why_not:
+                why_not = f"item {suffix} {reason}" if suffix else reason
+        found = [] if why_not else [s for m in layers.values() for s in shapes[m]]
+        rows.append(
+            LayerRow(
+                path=path,
+                type_name=type(module).__name__,
+                depth=name.count(".") + 1,
+                num_parameters=sum(p.numel() for p in module.parameters()),
+                network_hw=network_hw,
+                shapes=tuple(found),
+                why_not=why_not,
+            )
+        )
+    return rows
+
+
+def _targeted(
+    detector: nn.Module, path: str, module: nn.Module
+) -> tuple[dict[str, nn.Module], str]:
+    """The layers that a path stands for, or why it stands for none."""
+    try:
+        if resolve_layer(detector, path) is module:
+            return resolve_layers(detector, [path]), ""
+    except LayerNotFoundError:
+        return {}, "has no items"
+    except VisConfigError:
+        pass
+    return {}, "has a name that no path can spell"

@@ -26,6 +26,7 @@ from .layer_path import bracketed
 from .nested import OutputKey, flatten_tensors
 from .trace import CallKey, CallTrace
 
+_Slopes = dict[OutputKey, torch.Tensor]
 # What a detector ends its features with, the last one first.
 _LAST_MAPS = ("encoder", "neck", "backbone")
 
@@ -107,7 +108,15 @@ def survey(
     """
     points = [last_maps(detector)]
     graph = GraphForward(detector, points).run(inputs, metainfo)
-    levels = [_measured(Level(tap, _own(graph, tap)), graph) for tap in graph.taps]
+    seen, levels = _seen(graph), []
+    for tap, tensor in graph.taps.items():
+        own = [
+            key
+            for key, slopes in seen.items()
+            if slopes.keys() == {tap}
+            and graph.head_outputs[key].shape[-2:] == tensor.shape[-2:]
+        ]
+        levels.append(_measured(Level(tap, frozenset(own)), seen))
     if any(level.radius == 0 for level in levels):
         calls = trace()
         found = {
@@ -122,50 +131,41 @@ def survey(
                 moved = [*(replace(point, cut=False) for point in moved), *points]
             points = moved
             graph = GraphForward(detector, points).run(inputs, metainfo)
+            seen = _seen(graph)
         for number, (point, call_index) in found.items():
             tap = OutputKey(point.layer, call_index, ())
-            level = replace(levels[number], tap=tap, block=point.module)
-            levels[number] = _measured(level, graph)
+            level = Level(tap, levels[number].outputs, block=point.module)
+            levels[number] = _measured(level, seen)
     heads = list(head_modules(detector).items())
     owned = sum(len(level.outputs) for level in levels)
     is_theirs = len(heads) == 1 and owned == len(graph.head_outputs)
     return Pyramid(tuple(points), tuple(levels), heads[0] if is_theirs else None)
 
 
-def _own(graph: PredictionGraph, tap: OutputKey) -> frozenset[OutputKey]:
-    """Raw outputs ``(1, C, h, w)`` on the map's own grid that see no other map."""
-    own = []
+def _seen(graph: PredictionGraph) -> dict[OutputKey, _Slopes]:
+    """Gradients of the central cell of each raw output ``(1, C, h, w)``, by tap."""
+    seen = {}
     for key, output in graph.head_outputs.items():
-        if output.ndim != 4 or output.shape[-2:] != graph.taps[tap].shape[-2:]:
-            continue
-        sees = {t for t, g in _central_gradients(graph, key).items() if g is not None}
-        if sees == {tap}:
-            own.append(key)
-    return frozenset(own)
+        if output.ndim == 4:
+            centre = output[..., output.shape[-2] // 2, output.shape[-1] // 2].sum()
+            slopes = zip(graph.taps, gradients(centre, list(graph.taps.values())))
+            seen[key] = {tap: slope for tap, slope in slopes if slope is not None}
+    return seen
 
 
-def _measured(level: Level, graph: PredictionGraph) -> Level:
+def _measured(level: Level, seen: Mapping[OutputKey, _Slopes]) -> Level:
     """The level with the radius of what a central cell of its outputs sees."""
-    if level.tap not in graph.taps or not level.outputs:
-        return replace(level, radius=None)
-    height, width = graph.taps[level.tap].shape[-2:]
+    slopes = [seen[key][level.tap] for key in level.outputs if level.tap in seen[key]]
+    if not slopes:
+        return level
+    height, width = slopes[0].shape[-2:]
     radius = 0
-    for key in level.outputs:
-        gradient = _central_gradients(graph, key)[level.tap]
-        if gradient is not None:
-            cells = (gradient[0] != 0).any(dim=0).nonzero()
-            middle = cells.new_tensor([height // 2, width // 2])
-            radius = max([radius, *(cells - middle).abs().flatten().tolist()])
+    for slope in slopes:
+        cells = (slope[0] != 0).any(dim=0).nonzero()
+        middle = cells.new_tensor([height // 2, width // 2])
+        radius = max([radius, *(cells - middle).abs().flatten().tolist()])
     sees_all = 2 * radius + 1 >= max(height, width) and radius > 0
     return replace(level, radius=None if sees_all else radius)
-
-
-def _central_gradients(
-    graph: PredictionGraph, key: OutputKey
-) -> dict[OutputKey, torch.Tensor | None]:
-    output = graph.head_outputs[key]
-    centre = output[..., output.shape[-2] // 2, output.shape[-1] // 2].sum()
-    return dict(zip(graph.taps, gradients(centre, list(graph.taps.values()))))
 
 
 def _producer(

@@ -74,6 +74,9 @@ class Job:
             key = CallKey(path, counts[path])
             counts[path] += 1
             if key in held:
+                begin = self.trace.position(key)
+                inner = self.trace.keys[begin + 1 : self.trace.ends[begin]]
+                counts.update(own.path for own in inner)
                 return map_tensors(self.trace.outputs[key], lambda _, t: t.clone())
             if key == target.call and target.side == "input":
                 args = map_tensors(args, replaced)

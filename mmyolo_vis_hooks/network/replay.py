@@ -43,21 +43,14 @@ _READING = frozenset(
 
 @dataclass(frozen=True)
 class _Decision:
-    """How a target is replayed: the outcome of the trial.
+    """How a target is replayed: the outcome of the trial."""
 
-    Attributes:
-        way: ``'batch'``, ``'single'`` for one value at a time, or ``'whole'`` for
-            whole forwards.
-        held: Calls that give their recorded outputs although they depend on the
-            target. None of them is part of another.
-        size: Number of elements that the calls put out for one value.
-        layout: How a batch lies in memory. A CPU is half again as fast with the
-            channels last, which operators of MMCV take for another order of values.
-    """
-
-    way: str
+    way: str  # 'batch', 'single' for one value at a time, or 'whole' forwards
+    # Calls that give their recorded outputs although they depend on the target.
     held: frozenset[CallKey] = frozenset()
-    size: int = 0
+    size: int = 0  # elements that the calls put out for one value
+    # A CPU is half again as fast with the channels last, which operators of MMCV take
+    # for another order of values.
     layout: torch.memory_format = torch.contiguous_format
 
 
@@ -175,14 +168,11 @@ class Replay:
         held, reads_values = self._leading_elsewhere(values[0])
         expected = []
         for value in values:
+            # Another value makes a network choose other regions or queries.
+            expected.append(self.job.whole(value, held))
             run = PartialRun(self.job, value, held)
-            found, whole = run.run(), self.job.whole(value)
-            if held and not all(map(_agree, found, whole)):
-                # Another value makes a network choose other regions or queries.
-                whole = self.job.whole(value, held)
-            if not all(map(_agree, found, whole)):
+            if not all(map(_agree, run.run(), expected[-1])):
                 raise ReplayError("it gave other values than in a whole forward")
-            expected.append(whole)
         layouts = [] if reads_values else [torch.contiguous_format]
         if layouts and value.is_cpu and value.ndim == 4:
             layouts.insert(0, torch.channels_last)
