@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import PurePath
 from typing import Any
@@ -208,17 +208,14 @@ def diagnose(
     for truth in truths:
         truth.check(len(scene.class_names))
     diagnoser = Diagnoser(scene.detector, given, scene.class_names, logger)
-    results = []
-    placement: Placement | None = None
+
+    def place(loaded: Iterator[Loaded]) -> Placement:
+        return own_placement(scene.pipeline, loaded, scene.detector)
+
     with _LOOKING, frozen(scene.detector):
-        for number, truth in enumerate(truths):
-            loaded = scene.load(number)
-            if placement is None:
-                first = scene.from_first(loaded)
-                placement = own_placement(scene.pipeline, first, scene.detector)
-            name = scene.name(number)
-            look = diagnoser.look(name, loaded, placement, truth)
-            results.append(diagnoser.diagnose(look))
+        placed = zip(scene.placed(place), truths)
+        looks = (diagnoser.look(*image, truth) for image, truth in placed)
+        results = list(map(diagnoser.diagnose, looks))
     return results if scene.several else results[0]
 
 
@@ -258,21 +255,26 @@ class _Scene:
         self.several = isinstance(images, (list, tuple, Iterator))
         self._images = list(images) if self.several else [images]
         self.paths = [_path_of(image) for image in self._images]
-        self._taken: set[str] = set()
 
-    def load(self, number: int) -> Loaded:
+    def placed(
+        self, place: Callable[[Iterator[Loaded]], Placement]
+    ) -> Iterator[tuple[str, Loaded, Placement]]:
+        """Name, content and placement of each image; ``place`` is given all of them."""
+        taken: set[str] = set()
+        placement: Placement | None = None
+        for number, path in enumerate(self.paths):
+            loaded = self._load(number)
+            if placement is None:
+                others = map(self._load, range(1, len(self.paths)))
+                placement = place(chain([loaded], others))
+            stem = PurePath(path).stem if path else f"image_{number}"
+            name = unique_name(make_image_id(stem, None, number), taken)
+            yield name, loaded, placement
+
+    def _load(self, number: int) -> Loaded:
         return self.pipeline.load(
             self._images[number], img_id=number, img_path=self.paths[number]
         )
-
-    def from_first(self, loaded: Loaded) -> Iterator[Loaded]:
-        """All images, of which the first is loaded already."""
-        return chain([loaded], map(self.load, range(1, len(self.paths))))
-
-    def name(self, number: int) -> str:
-        path = self.paths[number]
-        stem = PurePath(path).stem if path else f"image_{number}"
-        return unique_name(make_image_id(stem, None, number), self._taken)
 
 
 def _look(
@@ -282,26 +284,20 @@ def _look(
 ) -> Any:
     maker = make_sample_maker(scene.detector, options, scene.class_names, logger)
     panel: Any = kind.panel_kind(options, scene.class_names, scene.palette)
-    results: list[Any] = []
-    placement: Placement | None = None
+
+    def place(loaded: Iterator[Loaded]) -> Placement:
+        placement = choose_alignment(
+            options.alignment, scene.pipeline, loaded, scene.detector, scene.info
+        )
+        if placement.reason:
+            logger.warning(
+                "drawn on the network's own input, as alignment='network' does: "
+                f"{placement.reason}"
+            )
+        return placement
+
     with _LOOKING, frozen(scene.detector):
-        for number in range(len(scene.paths)):
-            loaded = scene.load(number)
-            if placement is None:
-                placement = choose_alignment(
-                    options.alignment,
-                    scene.pipeline,
-                    scene.from_first(loaded),
-                    scene.detector,
-                    scene.info,
-                )
-                if placement.reason:
-                    logger.warning(
-                        "drawn on the network's own input, as alignment='network' "
-                        f"does: {placement.reason}"
-                    )
-            sample = maker.run(scene.name(number), loaded, placement)
-            results.append(kind(sample, panel))
+        results = [kind(maker.run(*image), panel) for image in scene.placed(place)]
     return Gallery(results) if scene.several else results[0]
 
 

@@ -115,32 +115,28 @@ class SampleMaker:
             VisError: If the recording failed.
         """
         slot, inputs, metainfo = recorded(record, image_id, position)
+        asked = _asked(placement, metainfo)
         if is_compiled(self._detector):
-            record, slot = self._as_written(inputs, metainfo), 0
+            record, slot = self._again(inputs, metainfo)[0], 0
+        if asked is not metainfo:
+            output = self._again(inputs, asked)[1]
         activations = record.activations(slot)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
-        if placement.alignment == "network" and not leads_there(placement, metainfo):
-            # Ask the detector again, for boxes in the frame of its input.
-            sample = DetDataSample(metainfo=_network_metainfo(metainfo))
-            with frozen(self._detector), torch.no_grad():
-                (output,) = self._detector(inputs, [sample], mode="predict")
         detections = on_picture(detections_of(output), placement, metainfo)
         return VisSample(image_id, image_rgb, frame, detections, activations, note=note)
 
-    def _as_written(
-        self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
-    ) -> ForwardRecord:
-        """The same forward once more, without compiled code."""
-        samples = [DetDataSample(metainfo=dict(metainfo))]
+    def _again(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> tuple:
+        """Record and output of another forward, without compiled code."""
+        sample = DetDataSample(metainfo=dict(metainfo))
         with (
             frozen(self._detector),
             torch.no_grad(),
             self._recorder.record(keep=[0]) as record,
         ):
-            self._detector(inputs, samples, mode="predict")
+            (output,) = self._detector(inputs, [sample], mode="predict")
         if record.error is not None:
             raise record.error
-        return record
+        return record, output
 
     def _picture(
         self,
@@ -226,9 +222,7 @@ class BoxSampleMaker(SampleMaker):
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
     ) -> BoxSample:
-        asked = metainfo
-        if placement.alignment == "network" and not leads_there(placement, metainfo):
-            asked = _network_metainfo(metainfo)
+        asked = _asked(placement, metainfo)
         # Autocast of the loop would round gradients away.
         with torch.autocast(inputs.device.type, enabled=False):
             predictions, explanations = self._mapper.explain(inputs, asked)
@@ -290,11 +284,11 @@ def on_picture(
     return Detections(boxes, detections.scores, detections.labels)
 
 
-def _network_metainfo(metainfo: Mapping[str, Any]) -> dict[str, Any]:
-    """Metainfo with which a detector leaves its boxes in the frame of its input.
-
-    ``img_shape`` stays, which says how much of the input is image.
-    """
+def _asked(placement: Placement, metainfo: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metainfo with which a detector leaves boxes where they can be drawn."""
+    if placement.alignment != "network" or leads_there(placement, metainfo):
+        return metainfo
+    # ``img_shape`` stays, which says how much of the input is image.
     changed = {
         **metainfo,
         "ori_shape": metainfo["batch_input_shape"],

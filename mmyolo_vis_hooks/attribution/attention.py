@@ -11,10 +11,11 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import VisConfigError, VisError
@@ -23,6 +24,7 @@ from ..network.maps import token_slices
 from ..records import LayerMap
 from .anchors import Anchor
 from .methods import CamMethod, register_method, shaped
+from .spots import Case
 
 _NAME = "decoder attention"
 
@@ -39,25 +41,17 @@ def attention(weights: torch.Tensor) -> torch.Tensor:
     return weights.mean(dim=0)
 
 
-class Attention(Protocol):
-    """What the queries of one layer of a decoder looked at, mean over its heads."""
-
-    def maps(
-        self, queries: Sequence[int], network_hw: tuple[int, int]
-    ) -> list[torch.Tensor]:
-        """Weights ``(K, h, w)`` of the cells of each level; over all they add up to
-        1, less what lies outside of the map."""
-
-
 @dataclass(frozen=True)
 class DenseAttention:
-    """Weights ``(Q, N)`` of queries for all cells of a map, row by row."""
+    """Weights ``(Q, N)`` of queries for all cells of a map, mean over the heads."""
 
     weights: torch.Tensor
 
     def maps(
         self, queries: Sequence[int], network_hw: tuple[int, int]
     ) -> list[torch.Tensor]:
+        """Weights ``(K, h, w)`` of the cells of each level; over all they add up to
+        1, less what lies outside of the map."""
         own = self.weights[list(queries)]
         slices = token_slices(own.t(), network_hw, _NAME)
         return [own[:, s : s + h * w].reshape(-1, h, w) for s, h, w in slices]
@@ -81,6 +75,7 @@ class SampledAttention:
     def maps(
         self, queries: Sequence[int], network_hw: tuple[int, int]
     ) -> list[torch.Tensor]:
+        """As of :class:`DenseAttention`."""
         places, weights = self._of(queries)
         levels = zip(places.unbind(2), weights.unbind(2), self.levels_hw)
         return [_spread(p.flatten(1, 2), w.flatten(1), hw) for p, w, hw in levels]
@@ -105,22 +100,16 @@ class SampledAttention:
 def _spread(
     places_xy: torch.Tensor, weights: torch.Tensor, hw: tuple[int, int]
 ) -> torch.Tensor:
-    """Weights ``(K, n)`` over the cells ``(K, h, w)`` between which places lie, in
-    the shares in which bilinear sampling takes its values from them."""
-    height, width = hw
-    cells = places_xy * places_xy.new_tensor([width, height]) - 0.5
-    corner = cells.floor()
-    share = cells - corner
-    whole = weights.new_zeros(len(weights), height * width)
-    for right in (0, 1):
-        for below in (0, 1):
-            x, y = (corner[..., 0] + right).long(), (corner[..., 1] + below).long()
-            own = weights * (share[..., 0] if right else 1 - share[..., 0])
-            own = own * (share[..., 1] if below else 1 - share[..., 1])
-            inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            index = torch.where(inside, y * width + x, 0)
-            whole.scatter_add_(1, index, torch.where(inside, own, 0))
-    return whole.reshape(-1, height, width)
+    """Weights ``(K, n)`` on the cells ``(K, h, w)`` that bilinear sampling reads."""
+    cells = weights.new_zeros(len(weights), 1, *hw, requires_grad=True)
+    with torch.enable_grad():
+        taken = F.grid_sample(cells, 2 * places_xy[:, None] - 1, align_corners=False)
+        (found,) = torch.autograd.grad((taken[:, 0, 0] * weights).sum(), cells)
+    return found[:, 0]
+
+
+Attention = DenseAttention | SampledAttention
+"""What the queries of one layer of a decoder looked at."""
 
 
 class DecoderAttention:
@@ -136,9 +125,8 @@ class DecoderAttention:
     def __init__(self, detector: nn.Module) -> None:
         layers = getattr(getattr(detector, "decoder", None), "layers", None) or ()
         modules = [getattr(layer, "cross_attn", None) for layer in layers]
-        attaching = [_recorder_of(module) for module in modules]
-        self._attach = [attach for attach in attaching if attach is not None]
-        if not modules or len(self._attach) < len(modules):
+        self._attach = [(_recorder_of(module), module) for module in modules]
+        if not modules or any(attach is None for attach, _ in self._attach):
             raise VisConfigError(
                 f"method='attention' cannot work with {type(detector).__name__}: it "
                 "follows the query of a box through the layers of a 'decoder' with "
@@ -151,8 +139,8 @@ class DecoderAttention:
         """A block that gives the attention of each layer in its last forward."""
         found: deque[Attention] = deque(maxlen=len(self._attach))
         with contextlib.ExitStack() as stack:
-            for attach in self._attach:
-                for handle in attach(found.append):
+            for attach, module in self._attach:
+                for handle in attach(module, found.append):
                     stack.callback(handle.remove)
             yield found
 
@@ -160,24 +148,24 @@ class DecoderAttention:
 Store = Callable[[Attention], None]
 
 
-def _recorder_of(module: Any) -> Callable[[Store], list[Any]] | None:
+def _recorder_of(module: Any) -> Any:
     """What hooks a module of cross-attention; None if that is of no known kind."""
     if all(hasattr(module, n) for n in ("sampling_offsets", "attention_weights")):
-        return lambda store: _hook_sampling(module, store)
+        return _hook_sampling
     if isinstance(getattr(module, "attn", None), nn.MultiheadAttention):
-        return lambda store: _hook_weights(module.attn, store)
+        return _hook_weights
     if isinstance(getattr(module, "attn_drop", None), nn.Module):
-        return lambda store: _hook_dropout(module, store)
+        return _hook_dropout
     return None
 
 
-def _hook_weights(attn: nn.MultiheadAttention, store: Store) -> list[Any]:
+def _hook_weights(module: Any, store: Store) -> list[Any]:
     def keep(_: Any, args: Any, output: Any) -> None:
         if output[1] is None:
             raise VisError("the decoder gives no attention weights; use another method")
         store(DenseAttention(output[1][0].detach().float()))
 
-    return [attn.register_forward_hook(keep)]
+    return [module.attn.register_forward_hook(keep)]
 
 
 def _hook_dropout(module: Any, store: Store) -> list[Any]:
@@ -242,39 +230,39 @@ def queries_of(anchors: Sequence[Anchor]) -> dict[int, int]:
 
 
 def looked_at(
-    method: CamMethod,
-    layers: Sequence[Attention],
-    queries: Sequence[int],
-    network_hw: tuple[int, int],
-) -> tuple[list[list[LayerMap]], list[np.ndarray | None]]:
-    """Maps and sampling points of queries.
+    method: CamMethod, layers: Sequence[Attention], case: Case
+) -> list[tuple[list[LayerMap], np.ndarray | None]]:
+    """Maps and sampling points of boxes; without any where a score is saturated.
 
     Args:
         method (CamMethod): Makes one map of those of all layers.
         layers (Sequence[Attention]): Of each layer of the decoder.
-        queries (Sequence[int]): Which queries.
-        network_hw (tuple[int, int]): Size of the network's input.
+        case (Case): The boxes.
 
     Returns:
-        tuple: Of each query the maps of the levels, per area of a cell of the first
+        list: Of each box the maps of the levels, per area of a cell of the first
         level, so that they may be added up; and its points ``(n, 3)`` over all layers,
         x and y in pixels of the input and the weight, or None where it looks at cells.
     """
+    known, network_hw = queries_of(case.anchors or ()), case.graph.network_hw
+    queries = list(known.values())
     of_layers = [layer.maps(queries, network_hw) for layer in layers]
     maps: list[list[LayerMap]] = [[] for _ in queries]
     first = of_layers[0][0].shape[-2:].numel()
     for level, tensors in enumerate(zip(*of_layers)):
         weights = torch.stack(tensors)
-        found = method.function(weights)
-        found = shaped(found, weights.shape[1:], f"method={method.name!r}")
-        found = found * (found.shape[-2:].numel() / first)
+        made = method.function(weights)
+        made = shaped(made, weights.shape[1:], f"method={method.name!r}")
+        made = made * (made.shape[-2:].numel() / first)
         title = f"{_NAME}[{level}]" if len(of_layers[0]) > 1 else _NAME
-        for own, values in zip(maps, found.float().cpu().numpy()):
+        for own, values in zip(maps, made.float().cpu().numpy()):
             own.append(LayerMap(title, values))
+    points: list[np.ndarray | None] = [None] * len(queries)
     sampled = [layer for layer in layers if isinstance(layer, SampledAttention)]
-    if not sampled:
-        return maps, [None] * len(queries)
-    points = [layer.points(queries, network_hw) for layer in sampled]
-    together = torch.cat(points, dim=1).float()
-    together[..., 2] /= len(layers)
-    return maps, list(together.cpu().numpy())
+    if sampled:
+        of_all = [layer.points(queries, network_hw) for layer in sampled]
+        together = torch.cat(of_all, dim=1).float()
+        together[..., 2] /= len(layers)
+        points = list(together.cpu().numpy())
+    found = dict(zip(known, zip(maps, points)))
+    return [found.get(k, ([], None)) for k in range(len(case.boxes.indices))]

@@ -7,9 +7,9 @@ the method, and the maps.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from logging import Logger
 from typing import Any
@@ -28,7 +28,7 @@ from ..network.state import frozen
 from ..network.trace import CallTrace
 from ..records import BoxExplanation, LayerMap
 from .anchors import locate_anchors
-from .attention import DecoderAttention, looked_at, queries_of
+from .attention import DecoderAttention, looked_at
 from .augment import Choose, smoothed
 from .blackbox import MaskedImage, final_scores
 from .gradient import joined_targets
@@ -93,9 +93,9 @@ class BoxAttributor:
         self._forward: GraphForward | None = None
         self._pyramid: Pyramid | None = None
         self._said_note = False
-        self._attention: DecoderAttention | None = None
+        self._recorded: Callable[[], Any] = contextlib.nullcontext
         if self._method.kind == "attention":
-            self._attention = DecoderAttention(detector)
+            self._recorded = DecoderAttention(detector).recorded
         if self._method.kind != "black_box" and not self._named:
             last_maps(detector)
 
@@ -118,11 +118,8 @@ class BoxAttributor:
         inputs = inputs.detach()
         if self._method.kind == "black_box":
             predictions, explanations = self._explain_black_box(inputs, metainfo)
-            return predictions, tuple(explanations)
-        if self._attention is not None:
-            found = self._explain_attention(self._attention, inputs, metainfo)
-            return found[0], tuple(found[1])
-        predictions, explanations = self._explain(inputs, metainfo, self.choose)
+        else:
+            predictions, explanations = self._explain(inputs, metainfo, self.choose)
         if self.options.aug_smooth and explanations:
 
             def again(view: torch.Tensor, choose: Choose) -> list[BoxExplanation]:
@@ -134,20 +131,27 @@ class BoxAttributor:
     def _explain(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any], choose: Choose
     ) -> _Found:
-        with frozen(self._detector):
+        with frozen(self._detector), self._recorded() as looked:
             graph = self._run(inputs, metainfo)
-            taps = self._forward.taps if self._forward is not None else ()
             chosen = choose(graph.predictions)
             rounds = []
             for case in self._cases(graph, metainfo, chosen) if chosen else ():
-                maps: list[list[LayerMap]] = [[] for _ in chosen]
-                for spot in self._spots(case):
-                    found = self._maker.maps(case, spot, taps)
-                    for k, saliency in zip(spot.members, found):
-                        own = LayerMap(spot.view.title, saliency.cpu().numpy())
-                        maps[k].append(own)
-                rounds.append([self._explained(case, k, m) for k, m in enumerate(maps)])
+                if looked:
+                    found = looked_at(self._method, looked, case)
+                else:
+                    found = [(maps, None) for maps in self._maps_at_layers(case)]
+                rounds.append(
+                    [self._explained(case, k, *own) for k, own in enumerate(found)]
+                )
         return graph.detections(), [joined_targets(r) for r in zip(*rounds)]
+
+    def _maps_at_layers(self, case: Case) -> list[list[LayerMap]]:
+        maps: list[list[LayerMap]] = [[] for _ in case.boxes.indices]
+        for spot in self._spots(case):
+            found = self._maker.maps(case, spot)
+            for k, saliency in zip(spot.members, found):
+                maps[k].append(LayerMap(spot.view.title, saliency.cpu().numpy()))
+        return maps
 
     def prepare(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> None:
         """Find out on an image whether everything that is asked for can be had.
@@ -255,29 +259,6 @@ class BoxAttributor:
         first_order = self._method.kind == "gradient" and not self._method.second_order
         return spots_of_levels(case, self._pyramid, with_gradients=first_order)
 
-    # What follows a query.
-
-    def _explain_attention(
-        self, attention: DecoderAttention, inputs: torch.Tensor, metainfo: Mapping
-    ) -> _Found:
-        """One forward; the only gradient is that of the scores by the raw outputs."""
-        with frozen(self._detector), attention.recorded() as layers:
-            graph = self._run(inputs, metainfo)
-            chosen = self.choose(graph.predictions)
-            if not chosen:
-                return graph.detections(), []
-            (case,) = self._cases(graph, metainfo, chosen)
-        queries = queries_of(case.anchors or ())
-        wanted = list(queries.values())
-        found = zip(*looked_at(self._method, layers, wanted, graph.network_hw))
-        of_boxes = dict(zip(queries, found))
-        explanations = []
-        for k in range(len(chosen)):
-            maps, points = of_boxes.get(k, ([], None))
-            own = self._explained(case, k, maps)
-            explanations.append(replace(own, points=points))
-        return graph.detections(), explanations
-
     # What looks at no layer.
 
     def _explain_black_box(
@@ -339,7 +320,9 @@ class BoxAttributor:
 
     # The record.
 
-    def _explained(self, case: Case, k: int, maps: list[LayerMap]) -> BoxExplanation:
+    def _explained(
+        self, case: Case, k: int, maps: list[LayerMap], points: Any
+    ) -> BoxExplanation:
         shown = tuple(m for m in maps if m.saliency.any())
         warning = "" if shown else why_blank(case, k, maps, self._names)
         index, label = case.boxes.indices[k], case.boxes.labels[k]
@@ -349,7 +332,7 @@ class BoxAttributor:
             name = self._class_names[label] if known else f"class {label}"
             self._logger.warning(f"detection {index} ({name}): {warning}")
         cell = case.anchors[k].cell if case.anchors is not None else None
-        return self._record(index, shown, warning, cell=cell)
+        return self._record(index, shown, warning, cell=cell, points=points)
 
     def _record(self, index: int, maps: tuple, warning: str, **own: Any) -> Any:
         own |= dict(method=self._method.name, smooth=self._method.default_smooth)

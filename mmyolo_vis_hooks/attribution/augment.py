@@ -38,8 +38,9 @@ def smoothed(
     network_hw = tuple(inputs.shape[-2:])
     frame = FrameTransform.from_metainfo({"batch_input_shape": network_hw, **metainfo})
     columns = image_columns(frame)
-    boxes = torch.from_numpy(network_boxes(predictions, frame))
-    labels = predictions.labels.tolist()
+    wanted = [explanation.index for explanation in explanations]
+    boxes = torch.from_numpy(network_boxes(predictions, frame))[wanted]
+    labels = predictions.labels[wanted].cpu()
     found: list[dict[str, list[np.ndarray]]] = [
         {m.layer: [m.saliency / m.saliency.max()] for m in explanation.maps}
         for explanation in explanations
@@ -53,11 +54,11 @@ def smoothed(
             seen = torch.from_numpy(network_boxes(others, frame))
             if mirrored:
                 seen = mirror_boxes(seen, columns)
-            for k, explanation in enumerate(explanations):
-                own = boxes[explanation.index], labels[explanation.index]
-                match = _same_box(*own, seen, others.labels.cpu())
-                if match is not None:
-                    pairs[k] = match
+            overlaps = bbox_overlaps(boxes, seen)
+            overlaps[labels[:, None] != others.labels.cpu()] = 0
+            for k, own in enumerate(overlaps if len(seen) else ()):
+                if own.max() >= _SAME_BOX_IOU:
+                    pairs[k] = int(own.argmax())
             return list(pairs.values())
 
         view = mirror_image(inputs, columns) if mirrored else inputs
@@ -69,7 +70,7 @@ def smoothed(
                         saliency = mirror_map(saliency, columns, frame.network_hw)
                     found[k][layer].append(saliency)
     return [
-        replace(explanation, maps=tuple(map(_mean_map, own, own.values())))
+        replace(explanation, maps=tuple(LayerMap(n, _mean(m)) for n, m in own.items()))
         for explanation, own in zip(explanations, found)
     ]
 
@@ -115,16 +116,5 @@ def mirror_map(
     return near * (1 - upper_weight) + far * upper_weight
 
 
-def _mean_map(layer: str, maps: list[np.ndarray]) -> LayerMap:
-    return LayerMap(layer, np.stack(maps).mean(axis=0, dtype=np.float32))
-
-
-def _same_box(
-    box: torch.Tensor, label: int, others: torch.Tensor, other_labels: torch.Tensor
-) -> int | None:
-    if not len(others):
-        return None
-    overlaps = bbox_overlaps(box[None], others)[0]
-    overlaps[other_labels != label] = 0
-    best = int(overlaps.argmax())
-    return best if overlaps[best] >= _SAME_BOX_IOU else None
+def _mean(maps: list[np.ndarray]) -> np.ndarray:
+    return np.stack(maps).mean(axis=0, dtype=np.float32)

@@ -20,7 +20,6 @@ from rich.progress import track
 from torch import nn
 
 from ..data.samples import detections_of
-from ..records import Detections
 from .methods import register_method, require_finite
 
 CELLS = 16
@@ -129,34 +128,26 @@ def final_scores(
     chosen: list[int],
     metainfo: Mapping[str, Any],
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What scores boxes by the final detections on other images."""
-    sample = DetDataSample()
-    sample.pred_instances = predictions[chosen]
-    wanted = detections_of(sample)
-
-    def score(batch: torch.Tensor) -> torch.Tensor:
-        samples = [DetDataSample(metainfo=dict(metainfo)) for _ in batch]
-        outputs = detector(batch, samples, mode="predict")
-        found = [detection_similarities(wanted, detections_of(o)) for o in outputs]
-        return torch.from_numpy(np.stack(found)).to(batch.device)
-
-    return score
-
-
-def detection_similarities(wanted: Detections, found: Detections) -> np.ndarray:
-    """How much of each of K detections is left on a masked image, ``(K,)`` in [0, 1].
+    """What scores boxes by the final detections on other images, each in [0, 1].
 
     D-RISE (eq. 6): the best, over all detections, of IoU * similarity of the class
     vectors * objectness. Departure: final detections carry one class and one score, so
     the similarity of the classes is 1 or 0, and the score, in which heads with
     objectness include it, stands for the objectness.
     """
-    if not len(found) or not len(wanted):
-        return np.zeros(len(wanted), dtype=np.float32)
-    boxes, others = (
-        torch.from_numpy(np.asarray(d.boxes_xyxy, dtype=np.float32))
-        for d in (wanted, found)
-    )
-    same_label = wanted.labels[:, None] == found.labels[None]
-    similarities = bbox_overlaps(boxes, others).numpy() * same_label * found.scores
-    return similarities.max(axis=1).astype(np.float32)
+    wanted = detections_of(DetDataSample(pred_instances=predictions[chosen]))
+    boxes = torch.from_numpy(wanted.boxes_xyxy)
+
+    def left(output: Any) -> np.ndarray:
+        found = detections_of(output)
+        overlaps = bbox_overlaps(boxes, torch.from_numpy(found.boxes_xyxy)).numpy()
+        same_label = wanted.labels[:, None] == found.labels
+        return (overlaps * same_label * found.scores).max(axis=1, initial=0)
+
+    def score(batch: torch.Tensor) -> torch.Tensor:
+        samples = [DetDataSample(metainfo=dict(metainfo)) for _ in batch]
+        outputs = detector(batch, samples, mode="predict")
+        found = np.stack([left(output) for output in outputs])
+        return torch.from_numpy(found).to(batch.device)
+
+    return score

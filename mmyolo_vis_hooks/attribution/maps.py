@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..network.graph import TapPoint
 from ..network.replay import ReplayEngine
 from .evidence import PixelPath, baseline_of
 from .methods import (
@@ -49,13 +48,12 @@ class MapMaker:
         self._scorer = scorer
         self._preprocessor = getattr(detector, "data_preprocessor", None)
 
-    def maps(self, case: Case, spot: Spot, taps: Sequence[TapPoint]) -> torch.Tensor:
+    def maps(self, case: Case, spot: Spot) -> torch.Tensor:
         """Maps ``(K, h, w)`` of the boxes of a spot, on its device.
 
         Args:
             case (Case): The image and its boxes.
             spot (Spot): Where they are explained.
-            taps (Sequence[TapPoint]): Where the forward was tapped.
 
         Raises:
             VisError: If the method cannot work here.
@@ -66,7 +64,7 @@ class MapMaker:
         limit = partial(limited, limits=self._options.max_shape)
         activations = limit(spot.view.activations)
         if method.kind in ("ablation", "masking"):
-            weights = method.function(self._perturbed(case, spot, taps))
+            weights = method.function(self._perturbed(case, spot))
             shape = len(spot.members), activations.shape[1]
             weights = shaped(weights, shape, f"method={method.name!r}")
             return weigh_channels(activations[0], weights, eigen_smooth=eigen_smooth)
@@ -110,14 +108,12 @@ class MapMaker:
         require_finite(maps, "the gradients at the pixels")
         return maps.float() if options.signed else maps.float().relu()
 
-    def _perturbed(
-        self, case: Case, spot: Spot, taps: Sequence[TapPoint]
-    ) -> PerturbedLayer:
+    def _perturbed(self, case: Case, spot: Spot) -> PerturbedLayer:
         view, inputs = spot.view, case.graph.inputs
         if self._method.kind == "masking":
             target = input_target(case, self._engine, self._method.name)
         else:
-            target = layer_target(self._engine, taps, view)
+            target = layer_target(self._engine, case.graph.points, view)
         scorer = self._scorer(case, members=spot.members, target=target)
         ratio = self._options.ratio_channels_to_ablate
         return PerturbedLayer(view.activations[0], ratio, view, scorer, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -156,40 +157,23 @@ def box_saliency(
     frame: FrameTransform,
     box_xyxy: np.ndarray,
     *,
-    smooth: float | None = None,
-    fusion: str = "sum",
-    normalize_layers: bool = False,
     norm_in_bbox: bool = False,
+    **how: Any,
 ) -> np.ndarray:
-    """The map of one box over the image.
+    """The map of one box over the image: :func:`raw_saliency` divided by its maximum.
 
-    Each layer's map is interpolated and smoothed, the layers are fused, and the
-    result is divided by its maximum, or that of its sizes where it is signed.
+    A signed one is divided by the maximum of its sizes.
 
     Args:
-        explanation (BoxExplanation): Of the box.
-        frame (FrameTransform): The image at the resolution of the drawing.
-        box_xyxy (np.ndarray): ``(4,)``, pixels of that image.
-        smooth (float, optional): Sigma of the Gaussian, in units of the box. None
-            takes the method's own, as the explanation says. Defaults to None.
-        fusion (str): See :func:`fuse_saliency`. Defaults to ``'sum'``.
-        normalize_layers (bool): Divide each layer's map by its maximum before the
-            fusion. Defaults to False.
         norm_in_bbox (bool): See ``box_xyxy`` of :func:`normalize_saliency`.
             Defaults to False.
+        explanation, frame, box_xyxy, how: As of :func:`raw_saliency`.
 
     Returns:
         np.ndarray: ``(H, W)`` float32, 0 to 1, a signed one -1 to 1; all zero without
             any influence.
     """
-    raw = raw_saliency(
-        explanation,
-        frame,
-        box_xyxy,
-        smooth=smooth,
-        fusion=fusion,
-        normalize_layers=normalize_layers,
-    )
+    raw = raw_saliency(explanation, frame, box_xyxy, **how)
     normalized = normalize_saliency(raw, box_xyxy=box_xyxy if norm_in_bbox else None)
     return normalized.astype(np.float32, copy=False)
 
@@ -203,7 +187,19 @@ def raw_saliency(
     fusion: str = "sum",
     normalize_layers: bool = False,
 ) -> np.ndarray:
-    """:func:`box_saliency` before it is divided by its maximum, in its maps' unit.
+    """The map of one box over the image, in the unit of its layers' maps.
+
+    Each layer's map is interpolated and smoothed, and the layers are fused.
+
+    Args:
+        explanation (BoxExplanation): Of the box.
+        frame (FrameTransform): The image at the resolution of the drawing.
+        box_xyxy (np.ndarray): ``(4,)``, pixels of that image.
+        smooth (float, optional): Sigma of the Gaussian, in units of the box. None
+            takes the method's own, as the explanation says. Defaults to None.
+        fusion (str): See :func:`fuse_saliency`. Defaults to ``'sum'``.
+        normalize_layers (bool): Divide each layer's map by its maximum before the
+            fusion. Defaults to False.
 
     Returns:
         np.ndarray: ``(H, W)`` floating point.

@@ -44,12 +44,12 @@ class TapPoint:
 class PredictionGraph:
     """What one forward of ``predict`` left behind.
 
-    ``taps`` are nodes of the graph in the order in which they ran: ``(1, C, h, w)`` or
-    tokens ``(1, N, C)``. ``head_outputs`` are raw, in the order of the calls. Scores,
-    and mostly boxes, of ``predictions`` carry gradients; they are in the original
-    frame, which ``metainfo`` of the image's sample tells. ``squashed`` are maps ``(n,
-    c, h, w)`` that went through a sigmoid behind the head, such as the raw scores of
-    masks.
+    ``points`` were tapped, and ``taps`` are nodes of the graph in the order in which
+    they ran: ``(1, C, h, w)`` or tokens ``(1, N, C)``. ``head_outputs`` are raw, in the
+    order of the calls. Scores, and mostly boxes, of ``predictions`` carry gradients;
+    they are in the original frame, which ``metainfo`` of the image's sample tells.
+    ``squashed`` are maps ``(n, c, h, w)`` that went through a sigmoid behind the head,
+    such as the raw scores of masks.
     """
 
     inputs: torch.Tensor
@@ -58,6 +58,7 @@ class PredictionGraph:
     head_outputs: dict[OutputKey, torch.Tensor] = field(default_factory=dict)
     predictions: InstanceData = field(default_factory=InstanceData)
     squashed: list[torch.Tensor] = field(default_factory=list)
+    points: tuple[TapPoint, ...] = ()
 
     @property
     def network_hw(self) -> tuple[int, int]:
@@ -126,7 +127,7 @@ class GraphForward:
     ) -> PredictionGraph:
         # Tensors of inference mode take part in no graph; their copies do.
         inputs = inputs.clone() if inputs.is_inference() else inputs.detach()
-        graph = PredictionGraph(inputs, metainfo)
+        graph = PredictionGraph(inputs, metainfo, points=self.taps)
         taps_ran: Counter[str] = Counter()
         heads_ran: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:
