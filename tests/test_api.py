@@ -282,24 +282,6 @@ def test_detectors_that_cannot_work_are_refused(config, detector, photo) -> None
         explain(built, photo, config=config)
 
 
-@pytest.mark.real_data
-def test_the_dog_is_explained_on_the_dog(shared_dir: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
-    detector = load(
-        root / "configs/coco128/yolox_nano_coco128.py",
-        shared_dir / "weights/yolox_nano_coco.pth",
-        device="cpu",
-    )
-    result = explain(detector, shared_dir / "data/dog.jpg", topk=5)
-    (dog,) = result.of_class("dog")
-    assert dog.score == pytest.approx(0.85, abs=0.01)
-    row, column = np.unravel_index(dog.saliency.argmax(), dog.saliency.shape)
-    assert 130 < column < 315
-    assert 210 < row < 550
-    x1, y1, x2, y2 = dog.box_xyxy.astype(int)
-    assert dog.saliency[y1:y2, x1:x2].sum() > 0.75 * dog.saliency.sum()
-
-
 def test_threads_take_turns(detector, photo) -> None:
     alone = explain(detector, photo, topk=2, score_thr=0.0)
     with ThreadPoolExecutor(4) as pool:

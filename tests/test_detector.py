@@ -17,14 +17,11 @@ from mmyolo_vis_hooks.detector import (
     check_device,
     classes_and_palette,
     load_weights,
-    read_config,
     read_dataset,
 )
 from mmyolo_vis_hooks.errors import CheckpointError, VisConfigError
-from tests.toy import META_KEYS, ToyDetector
+from tests.toy import ToyDetector
 
-FASTER = (dict(type="Resize", scale=(128, 96), keep_ratio=True),)
-PACK = dict(type="PackDetInputs", meta_keys=META_KEYS)
 PREPROCESSOR = dict(
     type="mmdet.DetDataPreprocessor",
     mean=[0.0, 0.0, 0.0],
@@ -129,21 +126,6 @@ def test_the_first_that_names_classes_counts(metainfos, expected):
 
 
 YOLOV8 = "mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("gone.py", "there is no config file gone.py"),
-        ("mmyolo::gone.py", "cannot be read"),
-        ("broken.py", "broken.py cannot be read"),
-    ],
-)
-def test_configs_that_cannot_be_read(tmp_path, monkeypatch, name, message):
-    monkeypatch.chdir(tmp_path)
-    Path("broken.py").write_text("a = = 1\n")
-    with pytest.raises(VisConfigError, match=message):
-        read_config(name)
 
 
 @pytest.mark.parametrize(

@@ -197,22 +197,3 @@ def test_rooms_of_one_level_do_not_import_each_other_in_a_circle(
         (tmp_path / room / "a.py").write_text(f"from ..{other} import x")
     [found] = check_package(tmp_path)
     assert "data and render import each other" in found
-
-
-def test_what_is_allowed_passes(tmp_path: Path) -> None:
-    files = {
-        "__init__.py": "from .hooks import X\nfrom .version import __version__",
-        "hooks/a.py": "from mmengine.runner import Runner\n"
-        "from ..samples import x\nfrom ..publish.publisher import P\n"
-        "def before_run(self, runner): ...",
-        "samples.py": "from .data import x\nfrom mmengine.runner.amp import autocast",
-        "attribution/methods.py": "import pytorch_grad_cam",
-        "publish/publisher.py": "from mmengine.visualization import WandbVisBackend"
-        "\ndef f(v): return v._vis_backends",
-        "render/a.py": "from ..geometry import g\nfrom ..records import VisImage\n"
-        "if TYPE_CHECKING:\n    from ..options import O",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert check_package(tmp_path) == []

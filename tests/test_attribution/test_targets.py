@@ -12,9 +12,7 @@ from mmyolo_vis_hooks.attribution.scoring import score_link
 from mmyolo_vis_hooks.attribution.targets import (
     class_logits,
     objectness_logits,
-    validate_target,
 )
-from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.network.nested import OutputKey
 
 CLS, BOX, OBJ = (OutputKey("head", 0, (i, 0)) for i in range(3))
@@ -44,40 +42,6 @@ def scores_at(raw: dict, places: list[tuple[int, int, int]]) -> torch.Tensor:
 PLACES = [(2, 1, 3), (0, 3, 4), (1, 0, 0), (2, 2, 2)]
 
 
-def test_anchors_of_many_scores_are_found_together(raw):
-    anchors = locate_anchors(scores_at(raw, PLACES), [c for c, _, _ in PLACES], raw)
-    for anchor, (label, row, column) in zip(anchors, PLACES):
-        assert anchor.cell == (row, column)
-        assert anchor.keys == (CLS, OBJ)
-        cls, obj = anchor.entries
-        assert class_logits(anchor) == [(CLS, (0, label, row, column))]
-        assert objectness_logits(anchor) == [(OBJ, (0, 0, row, column))]
-        assert cls.places.tolist() == [[0, label, row, column]]
-        assert obj.places.tolist() == [[0, 0, row, column]]
-        a = raw[CLS][0, label, row, column].item()
-        b = raw[OBJ][0, 0, row, column].item()
-        assert float(cls.values) == pytest.approx(a)
-        assert float(cls.gradient) == pytest.approx(
-            sigmoid(a) * (1 - sigmoid(a)) * sigmoid(b), rel=1e-4
-        )
-        assert float(obj.gradient) == pytest.approx(
-            sigmoid(a) * sigmoid(b) * (1 - sigmoid(b)), rel=1e-4
-        )
-
-
-def test_boxes_of_two_classes_from_one_anchor_are_told_apart(raw):
-    places = [(0, 1, 1), (2, 1, 1), *PLACES]
-    anchors = locate_anchors(scores_at(raw, places), [c for c, _, _ in places], raw)
-    alone = [
-        locate_anchors(scores_at(raw, [place]), [place[0]], raw)[0] for place in places
-    ]
-    for anchor, expected in zip(anchors, alone):
-        assert anchor.keys == expected.keys == (CLS, OBJ)
-        for found, own in zip(anchor.entries, expected.entries):
-            assert found.places.tolist() == own.places.tolist()
-            assert torch.allclose(found.gradient, own.gradient, rtol=1e-4)
-
-
 def test_what_two_boxes_share_is_not_given_to_a_third(raw):
     """The side of two boxes of one anchor looks like one of the box between them."""
     sides = raw[BOX].sigmoid()
@@ -100,24 +64,6 @@ def test_a_saturated_score_has_an_anchor_without_entries(raw):
     assert all(anchor.entries for anchor in anchors[:-1])
     assert class_logits(anchors[-1]) == []
     assert objectness_logits(anchors[-1]) == []
-
-
-def test_a_box_side_is_found_at_all_its_elements(raw):
-    # A side made of two elements, as the ends of a distribution.
-    sides = torch.stack([raw[BOX][0, :2, y, x].sum() for _, y, x in PLACES])
-    anchors = locate_anchors(sides, [0] * 4, raw)
-    for anchor, (_, row, column) in zip(anchors, PLACES):
-        assert anchor.keys == (BOX,)
-        assert anchor.cell == (row, column)
-        assert anchor.entries[0].places[:, 1].tolist() == [0, 1]
-
-
-def test_objectness_is_refused_where_there_is_none(raw):
-    score = raw[CLS].sigmoid()[0, 1, 2, 2][None]
-    (anchor,) = locate_anchors(score, [1], raw)
-    assert class_logits(anchor) == [(CLS, (0, 1, 2, 2))]
-    with pytest.raises(VisConfigError, match="target='objectness' cannot work"):
-        objectness_logits(anchor)
 
 
 def softmax_anchor(num_stages: int) -> tuple[dict, Anchor, float]:
@@ -163,11 +109,3 @@ def test_an_unknown_way_to_make_scores_is_not_guessed(raw):
     score = (raw[CLS][0, 2, 1, 3].sigmoid() ** 3)[None]
     (anchor,) = locate_anchors(score, [2], raw)
     assert score_link(anchor, float(score)) is None
-
-
-def test_unknown_targets_are_refused():
-    validate_target("logit")
-    with pytest.raises(VisConfigError, match="did you mean 'objectness'"):
-        validate_target("objectnes")
-    with pytest.raises(VisConfigError, match="'score'"):
-        validate_target(None)

@@ -73,6 +73,12 @@ def ran_test(work_dir: Path, toy_data: Path, hook: dict, **options: Any) -> Runn
     return runner
 
 
+def end_workers(runner: Runner) -> None:
+    """Else the garbage collector waits five seconds for each."""
+    for loop in (runner.train_loop, runner.val_loop):
+        loop.dataloader._iterator._shutdown_workers()
+
+
 def logged(runner: Runner, hook: str, mode: str = "test") -> dict[str, float]:
     """The scalars of a hook, by its name."""
     start = f"{mode}/{hook}/"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 
 from mmyolo_vis_hooks.errors import VisError
@@ -22,12 +21,6 @@ def run_test(tmp_path, toy_data, **options):
     runner = Runner.from_cfg(cfg)
     runner.test()
     return runner, vis_hooks(runner)[0].samples
-
-
-def test_all_defaults_work(tmp_path, toy_data):
-    cfg = box_config(tmp_path, [dict(type="BoxAMVisHook")], data_root=toy_data)
-    Runner.from_cfg(cfg).test()
-    assert len(pictures(tmp_path)) == 4
 
 
 CHANNELS = dict(channel_reduction=None)
@@ -130,36 +123,3 @@ def test_the_loop_does_no_more_forwards_than_are_needed(tmp_path, toy_data, alig
     )
     # The trial, the loop's own, and one for each of the four images.
     assert runner.model.bbox_head.num_calls == 1 + 3 + 4
-
-
-def test_the_default_map_is_the_slow_reference(tmp_path, toy_data):
-    """relu(sum_c relu(g) * A) by plain autograd, at the level that made the box."""
-    runner, samples = run_test(
-        tmp_path, toy_data, image_indices=[2], alignment="letterbox", batch_size=1
-    )
-    model = runner.model.eval()
-    (sample,) = samples
-    data = runner.test_dataloader.dataset[2]
-    batch = model.data_preprocessor(pseudo_collate([data]), False)
-    maps = [
-        m.detach().requires_grad_() for m in model.neck(model.backbone(batch["inputs"]))
-    ]
-    scores, sides = model.bbox_head(maps)
-    found = model.bbox_head.predict(
-        [s[0] for s in scores], [s[0] for s in sides], batch["data_samples"][0]
-    )
-    assert len(sample.explanations) >= 3
-    levels = set()
-    for explanation in sample.explanations:
-        gradients = torch.autograd.grad(
-            found.scores[explanation.index], maps, retain_graph=True, allow_unused=True
-        )
-        (layer_map,) = explanation.maps
-        level = int(layer_map.layer[-2])
-        levels.add(level)
-        expected = (gradients[level].relu() * maps[level]).sum(dim=1)[0].relu()
-        expected = expected.detach().numpy()
-        np.testing.assert_allclose(
-            layer_map.saliency, expected, atol=1e-5 * expected.max()
-        )
-    assert levels == {0, 1}

@@ -22,7 +22,14 @@ from torch._dynamo.utils import counters
 
 from mmyolo_vis_hooks import BoxAMVisHook
 from mmyolo_vis_hooks.publish import publisher
-from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
+from tests.test_hooks.helpers import (
+    box_spy,
+    end_workers,
+    log_of,
+    pictures,
+    spy,
+    vis_hooks,
+)
 from tests.toy import LETTERBOX, toy_config
 from tests.toy_boxes import box_config
 
@@ -81,7 +88,7 @@ class WatchHook(Hook):
                  for p in model.parameters()],
                 [buffer.double().sum().item() for buffer in model.buffers()],
                 torch.get_rng_state().sum().item(),
-                np.random.get_state()[1].sum(),
+                np.random.get_state()[1:3],
                 hash(random.getstate()),
             )
         )  # fmt: skip
@@ -118,6 +125,8 @@ def train(work_dir, toy_data, *vis_hooks, custom=(), before=None, **options):
     if before is not None:
         before(runner)
     runner.train()
+    if options.get("num_workers"):
+        end_workers(runner)
     (watch,) = [h for h in runner.hooks if isinstance(h, WatchHook)]
     checkpoint = torch.load(work_dir / "epoch_2.pth", weights_only=False)
     metrics = [
@@ -324,6 +333,7 @@ def test_persistent_workers_keep_the_loops_own_pipeline(tmp_path, toy_data):
     assert cfg.val_dataloader.persistent_workers
     runner = Runner.from_cfg(cfg)
     runner.train()
+    end_workers(runner)
     (shapes,) = [h for h in runner.hooks if isinstance(h, ShapeHook)]
     assert shapes.seen == {(128, 128)}  # letterboxed, in both validations
     assert len(pictures(tmp_path)) == 12

@@ -32,19 +32,6 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("path", "parts"),
-    [
-        ("backbone", ("backbone",)),
-        ("neck.out_layers[2]", ("neck", "out_layers", 2)),
-        ("neck.out_layers.2", ("neck", "out_layers", 2)),
-        ("a[0][-1].b", ("a", 0, -1, "b")),
-    ],
-)
-def test_parse(path, parts):
-    assert parse_layer_path(path) == parts
-
-
-@pytest.mark.parametrize(
     "path",
     [
         "", ".a", "a.", "a..b", "a[", "a[x]", "a[1]b", "[1]", "a b",

@@ -37,18 +37,6 @@ INDICES = [
 ]
 
 
-def test_each_tensor_with_its_place():
-    found = list(flatten_tensors(nest()))
-    assert [index for index, _ in found] == INDICES
-    assert [float(tensor) for _, tensor in found] == [1, 2, 3, 4, 5, 6]
-
-
-def test_what_holds_no_tensor():
-    for value in (None, 3, "text", object(), Record):
-        assert list(flatten_tensors(value)) == []
-        assert map_tensors(value, lambda _, t: t) is value
-
-
 def test_rebuilt_with_other_tensors():
     given = nest()
     indices = []
@@ -58,7 +46,7 @@ def test_rebuilt_with_other_tensors():
         return tensor * 10
 
     found = map_tensors(given, change)
-    assert indices == INDICES
+    assert indices == [index for index, _ in flatten_tensors(given)] == INDICES
     assert [float(t) for _, t in flatten_tensors(found)] == [10, 20, 30, 40, 50, 60]
     assert [float(t) for _, t in flatten_tensors(given)] == [1, 2, 3, 4, 5, 6]
     assert isinstance(found["maps"], Maps)
@@ -68,3 +56,6 @@ def test_rebuilt_with_other_tensors():
     assert found[7][1] == "text"
     assert isinstance(found["record"], Record)
     assert (found["record"].note, found["record"].number) == ("kept", 3)
+    for value in (None, 3, "text", object(), Record):
+        assert list(flatten_tensors(value)) == []
+        assert map_tensors(value, lambda _, t: t) is value

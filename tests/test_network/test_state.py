@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import random
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import nn
 from mmyolo_vis_hooks.network.layer_path import resolve_layer
 from mmyolo_vis_hooks.network.state import (
     frozen,
-    preserve_rng_state,
 )
 
 
@@ -19,36 +17,18 @@ def draw() -> tuple:
     return random.random(), np.random.rand(), torch.rand(1).item()
 
 
-def test_random_generators_continue_as_if_nothing_happened():
-    random.seed(1)
-    np.random.seed(1)
-    torch.manual_seed(1)
-    expected = [draw(), draw()]
-    random.seed(1)
-    np.random.seed(1)
-    torch.manual_seed(1)
-    found = [draw()]
-    with contextlib.suppress(RuntimeError), preserve_rng_state():
-        draw()
-        raise RuntimeError
-    found.append(draw())
-    assert found == expected
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_frozen_model_is_as_it_was(error):
+def test_a_frozen_model_is_as_it_was():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
     model[1].eval()
     model[0].weight.requires_grad = False
     mean = model[1].running_mean.clone()
     random_state = torch.get_rng_state()
-    with contextlib.suppress(error), frozen(model):
+    with frozen(model):
         assert not any(module.training for module in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
         model.train()
         model(torch.randn(2, 3, 4, 4))
         assert not torch.equal(model[1].running_mean, mean)
-        raise error
     modes = [module.training for module in model.modules()]
     assert modes == [True, True, False, True]
     assert not model[0].weight.requires_grad

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from unittest import mock
 
-import _measure
 import boxam
 import featmap
 import numpy as np
@@ -22,29 +21,6 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def scene():
     return boxam.yolov5_s("cpu", 128)
-
-
-def test_jobs_take_turns():
-    order = []
-    jobs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    seconds = _measure.take_turns(jobs, 2)
-    assert order == ["a", "b"] * 3
-    assert [len(own) for own in seconds.values()] == [2, 2]
-    # The machine was ten times slower in the second round.
-    assert boxam.ratio((2.0, 20.0, 2.0), (1.0, 10.0, 1.0)) == 2
-
-
-@pytest.mark.parametrize(
-    ("ratio", "at_most", "verdict"),
-    [
-        (1.4, True, "<= 1.5: reached"),
-        (1.6, True, "<= 1.5: NOT reached"),
-        (1.6, False, ">= 1.5: reached"),
-        (1.4, False, ">= 1.5: NOT reached"),
-    ],
-)
-def test_verdict(ratio, at_most, verdict):
-    assert _measure.verdict(ratio, 1.5, at_most=at_most) == verdict
 
 
 def test_boxes_are_of_all_levels(scene):

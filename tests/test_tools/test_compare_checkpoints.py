@@ -100,16 +100,6 @@ def test_what_is_broken_and_what_is_mended(call, blinder, capsys, monkeypatch):
     assert (out_dir / "index.html").read_text() == before
 
 
-@pytest.mark.nightly
-def test_nothing_changes_from_a_checkpoint_to_itself(call):
-    out_dir = call(WEIGHTS, "--num-pictures", 0)
-    summary = json.loads((out_dir / "summary.json").read_text())
-    assert summary["a"] == summary["b"]
-    changes = json.loads((out_dir / "changes.json").read_text())
-    assert {own["change"] for own in changes} <= {"right in both", "wrong in both"}
-    assert all(own["a"] == own["b"] for own in changes)
-
-
 def test_what_cannot_be_compared_ends_in_one_line(call, tmp_path, capsys):
     def error(*words: Any) -> str:
         with pytest.raises(SystemExit) as end:
@@ -128,14 +118,3 @@ def test_what_cannot_be_compared_ends_in_one_line(call, tmp_path, capsys):
     cats = dict(dataset=dict(metainfo=dict(classes=["cat"])))
     config.write_text(f"_base_ = {str(NANO)!r}\nval_dataloader = {cats}\n")
     assert "other images or objects" in error(WEIGHTS, "--config-b", config)
-
-
-@pytest.mark.nightly
-def test_two_configs(call, tmp_path):
-    """With another NMS, the second finds objects twice."""
-    config = tmp_path / "other.py"
-    nms = "model = dict(test_cfg=dict(nms=dict(iou_threshold=0.9)))"
-    config.write_text(f"_base_ = {str(NANO)!r}\n{nms}\n")
-    out_dir = call(WEIGHTS, "--config-b", config, "--num-pictures", 0)
-    summary = json.loads((out_dir / "summary.json").read_text())
-    assert summary["kinds"]["false: duplicate"]["new"] > 0
