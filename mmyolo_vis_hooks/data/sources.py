@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ VIDEO_SUFFIXES = frozenset(
 # File systems take 255 bytes; a number and a suffix come behind a name.
 _MAX_NAME_BYTES = 180
 
-_FRAME_NUMBER = re.compile(r"_\d{6,}$")
-
 
 class ImageReadError(VisError):
     """A file or an address gives no image."""
@@ -41,7 +38,8 @@ class SourceImage:
     """One image, or the reason why there is none.
 
     Attributes:
-        name: Unique among all images of the source, safe in file names.
+        name: Of the file, and the number of a frame; safe in file names. Others may
+            have the same.
         title: Its path or address; of a frame with the number, from 0.
         content: Path of a file; of an address or a video ``(H, W, 3)`` uint8, RGB;
             None if it could not be read.
@@ -77,7 +75,6 @@ class ImageSource:
     """
 
     def __init__(self, sources: Sequence[str], exclude: str | None = None) -> None:
-        names = _UniqueNames()
         self._entries: list[_Entry] = []
         for source in sources:
             for stem, location in _find(source, exclude):
@@ -92,9 +89,8 @@ class ImageSource:
                         # met again, and reported, when its turn comes.
                         if not os.path.isdir(source):
                             raise
-                name = names.take(safe_name(stem), is_video)
-                title = _printable(location)
-                self._entries.append(_Entry(name, title, location, is_video, count))
+                named = safe_name(stem), _printable(location)
+                self._entries.append(_Entry(*named, location, is_video, count))
 
     def __len__(self) -> int:
         """How many images there are; of a video what its header says."""
@@ -202,30 +198,3 @@ def _frames(entry: _Entry) -> Iterator[SourceImage]:
         reason = error
     if not number:
         yield SourceImage(entry.name, entry.title, None, reason)
-
-
-class _UniqueNames:
-    """Names of images and videos that also differ from all names of frames."""
-
-    def __init__(self) -> None:
-        # All in lower case: some file systems take 'A' and 'a' for the same.
-        self._taken: set[str] = set()
-        self._videos: set[str] = set()
-        self._perhaps_frames: set[str] = set()
-        self._counts: Counter[str] = Counter()
-
-    def take(self, name: str, is_video: bool) -> str:
-        key = own = name.lower()
-        while (
-            key in self._taken
-            or _FRAME_NUMBER.sub("", key) in self._videos
-            or (is_video and key in self._perhaps_frames)
-        ):
-            # Not from 2 on each time: thousands may have the same name.
-            self._counts[own] += 1
-            key = f"{own}-{self._counts[own] + 1}"
-        self._taken.add(key)
-        self._perhaps_frames.add(_FRAME_NUMBER.sub("", key))
-        if is_video:
-            self._videos.add(key)
-        return name + key[len(own) :]

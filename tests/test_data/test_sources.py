@@ -19,6 +19,7 @@ from mmyolo_vis_hooks.data.sources import (
     ImageSource,
     SourceImage,
 )
+from mmyolo_vis_hooks.publish.files import OwnFiles
 
 NUM_FRAMES = 12
 
@@ -37,6 +38,12 @@ def write(path: Path, value: int = 100) -> Path:
 
 def names(source: ImageSource) -> list[str]:
     return [image.name for image in source]
+
+
+def file_names(source: ImageSource, folder: Path) -> list[str]:
+    """Those that the pictures of a source get."""
+    files = OwnFiles(folder, "assets")
+    return [files.free_name(name) for name in names(source)]
 
 
 def level(image: SourceImage) -> int:
@@ -95,13 +102,16 @@ def test_the_folder_of_the_results_is_left_out(tmp_path, monkeypatch):
             ImageSource(["a.png", missing])
 
 
-def test_names_are_unique_in_file_systems_that_ignore_case(tmp_path):
+def test_files_of_one_name_get_names_that_no_file_system_takes_for_the_same(tmp_path):
     for name in ("a.png", "A.png", "a.jpg", "x/a.png", "x_a.png", "a-2.png", "X/A.png"):
         write(tmp_path / name)
-    source = ImageSource([str(tmp_path), str(tmp_path / "a.png")])
-    found = names(source)
-    assert len(found) == len({name.lower() for name in found}) == 8
-    assert found == names(ImageSource([str(tmp_path), str(tmp_path / "a.png")]))
+    paths = [str(tmp_path), str(tmp_path / "a.png")]
+
+    def given() -> list[str]:
+        return file_names(ImageSource(paths), tmp_path / "out")
+
+    assert len({name.lower() for name in given()}) == 8
+    assert given() == given()
 
 
 HOSTILE = (
@@ -188,7 +198,7 @@ def no_proxy(monkeypatch):
 def test_addresses(address):
     paths = {
         "/folder/dog.png": "dog",
-        "/dog.png?size=large&of=cat.jpg": "dog-2",
+        "/dog.png?size=large&of=cat.jpg": "dog",
         "/a%20dog%2Bcat.png": "a_dog_cat",
         "/proxy.png?url=https://example.org/a.png": "proxy",
         "/no_suffix": "no_suffix",
@@ -254,7 +264,8 @@ def test_videos_and_images_together(tmp_path):
     start = content.index(b"movi") + 4
     broken.write_bytes(content[:start] + bytes(len(content) - start))
     found = list(ImageSource([str(tmp_path)]))
-    assert len({image.name.lower() for image in found}) == len(found) == 4 * 3 + 3 + 2
+    given = file_names(ImageSource([str(tmp_path)]), tmp_path / "out")
+    assert len({name.lower() for name in given}) == len(found) == 4 * 3 + 3 + 2
     errors = {image.name: str(image.error) for image in found if image.content is None}
     assert set(errors) == {"none", "z"}
     assert "none.mp4" in errors["none"]
