@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.logging import MMLogger
 from mmengine.visualization import Visualizer
 from rich.console import Console
@@ -36,6 +35,7 @@ from _common import (
     print_layers,
     run_tool,
 )
+from _dataset import add_device
 from mmyolo_vis_hooks.data.alignment import (
     Placement,
     choose_alignment,
@@ -103,11 +103,7 @@ def make_demo_parser(description: str, kind: type[Options]) -> argparse.Argument
         action="store_true",
         help="show each picture in a window and wait for a key",
     )
-    parser.add_argument(
-        "--device",
-        default="cuda:0" if torch.cuda.is_available() else "cpu",
-        help="where the network runs: cuda:0 is the first GPU",
-    )
+    add_device(parser)
     add_cfg_options(parser)
     add_arguments(parser, kind)
     return parser

@@ -11,16 +11,10 @@ import cv2
 import numpy as np
 
 from ..render.box_layout import crop_window
-from ..render.boxes import (
-    Color,
-    LabeledBox,
-    class_name,
-    draw_boxes,
-    outline_boxes,
-)
+from ..render.boxes import Color, LabeledBox, class_name, draw_boxes, outline_boxes
 from ..render.colorbar import ColorScale
 from ..render.heatmap import DIVERGING, diverge_heatmap, fade_heatmap
-from ..render.montage import Cell, cell_size_hw, gutter_of, montage, resize_image
+from ..render.montage import Cell, cell_size_hw, gutter_of, montage, resize_image, stack
 from ..render.panel import joined, resized_boxes
 from .mechanisms import SUPPRESSED
 
@@ -82,17 +76,14 @@ def draw_diagnosis(diagnosis: Diagnosis, max_panels: int = 12) -> np.ndarray:
     blocks = [alone, *(group for group in groups if len(group) > 1)]
     rows = [montage([first], gutter=gutter)]
     rows += [montage(cells, _COLUMNS, gutter=gutter) for cells in blocks if cells]
-    width = max(row.shape[1] for row in rows)
-    gaps = [((0, 0), (0, width - row.shape[1]), (0, 0)) for row in rows]
-    padded = [np.pad(r, g, constant_values=255) for r, g in zip(rows, gaps)]
-    return np.concatenate(padded)
+    return stack(rows)
 
 
 def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
     size_hw = _overview_hw(diagnosis)
     boxes = resized_labels(boxes_of(diagnosis), diagnosis.image_rgb.shape[:2], size_hw)
     picture = draw_boxes(resize_image(diagnosis.image_rgb, size_hw), boxes)
-    hits, wrong = len(diagnosis.matches.hits), len(diagnosis.false_positives)
+    hits, wrong = len(diagnosis.matches.hits), len(diagnosis.matches.false_alarms)
     notes = [
         f"{hits} found (green)",
         f"{len(diagnosis.missed)} missed (amber)",
@@ -106,7 +97,7 @@ def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
 def boxes_of(diagnosis: Diagnosis, right: Color = _HIT) -> list[LabeledBox]:
     """Detections by index, then missed objects; what is right is faint."""
     found = diagnosis.detections
-    kinds = {own.record.detection: own.kind for own in diagnosis.false_positives}
+    kinds = {alarm.detection: alarm.kind for alarm in diagnosis.matches.false_alarms}
     boxes = []
     for index, box in enumerate(found.boxes_xyxy):
         name = class_name(int(found.labels[index]), diagnosis.class_names)

@@ -18,7 +18,7 @@ from .box_layout import crop_window, panel_layout, panel_size_hw
 from .boxes import class_name, outline_boxes
 from .colorbar import ColorScale
 from .heatmap import DIVERGING, diverge_heatmap, fade_heatmap
-from .montage import Cell, cell_size_hw, gutter_of, montage, resize_image
+from .montage import Cell, cell_size_hw, gutter_of, montage, resize_image, stack
 from .panel import (
     MAX_OVERLAY_SIZE,
     NO_BREAK,
@@ -98,10 +98,7 @@ class BoxAMPanel(Panel):
         rows = [montage([first, second], 2, gutter=gutter)]
         if panels:
             rows.append(montage(panels, columns, gutter=gutter))
-        width = max(row.shape[1] for row in rows)
-        gaps = [((0, 0), (0, width - row.shape[1]), (0, 0)) for row in rows]
-        padded = [np.pad(r, g, constant_values=255) for r, g in zip(rows, gaps)]
-        return np.concatenate(padded)
+        return stack(rows)
 
     def overlay_maps(self, sample: BoxSample) -> tuple[OverlayMap, ...]:
         """The maps by themselves: of all explained boxes, then of each box or class."""

@@ -210,6 +210,17 @@ def montage(
     return panel
 
 
+def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Put pictures below each other, white beside those that are not as wide."""
+    width = max(picture.shape[1] for picture in pictures)
+    gaps = [((0, 0), (0, width - own.shape[1]), (0, 0)) for own in pictures]
+    padded = [
+        np.pad(own, gap, constant_values=_BACKGROUND)
+        for own, gap in zip(pictures, gaps)
+    ]
+    return np.concatenate(padded)
+
+
 def _paste(canvas: np.ndarray, picture: np.ndarray, xy: tuple[int, int]) -> None:
     x, y = xy
     canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
