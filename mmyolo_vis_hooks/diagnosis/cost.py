@@ -71,9 +71,8 @@ class ErrorCost:
 
     def reset(self) -> None:
         """Forget all images."""
-        self.hits = self.num_images = 0
-        self.false_alarms: Counter[str] = Counter()
-        self.missed: Counter[str] = Counter()
+        self.num_images = 0
+        self._missed: Counter[str] = Counter()
         self._entries: list[_Entry] = []
         # By class and size; those that no detection could hit also by the kind of miss.
         self._objects: Counter[tuple[int, str]] = Counter()
@@ -88,10 +87,7 @@ class ErrorCost:
     ) -> None:
         """Count one image."""
         self.num_images += 1
-        self.hits += len(matches.hits)
-        self.false_alarms.update(alarm.kind for alarm in matches.false_alarms)
-        if self._mechanisms:
-            self.missed.update(own.mechanism for own in missed)
+        self._missed.update(own.mechanism for own in missed)
         groups = [
             (int(label), size_of(box))
             for label, box in zip(truth.labels, truth.boxes_xyxy)
@@ -124,20 +120,19 @@ class ErrorCost:
             ``missed`` the counts by kind; ``ap`` the mean ``ap`` over the classes that
             have objects; ``dap`` how much it would rise, by kind.
         """
-        gains = self.gains()
-        num_missed = sum(self._objects.values()) - self.hits
+        own = self.total()
+        false = Counter(entry.kind for entry in self._entries if not entry.correct)
+        mechanisms = MECHANISMS if self._mechanisms else ()
         return {
             "counts": {
-                "hits": self.hits,
-                "missed": num_missed,
-                "false_alarms": sum(self.false_alarms.values()),
+                "hits": own.hits,
+                "missed": own.objects - own.hits,
+                "false_alarms": false.total(),
             },
-            "false": {kind: self.false_alarms[kind] for kind in FALSE_KINDS},
-            "missed": {kind: self.missed[kind] for kind in MECHANISMS}
-            if self._mechanisms
-            else {},
-            "ap": {"ap": _mean(self._aps(""))},
-            "dap": {kind: gains[kind] for kind in (*FALSE_KINDS, MISSED)},
+            "false": {kind: false[kind] for kind in FALSE_KINDS},
+            "missed": {kind: self._missed[kind] for kind in mechanisms},
+            "ap": {"ap": own.ap},
+            "dap": {kind: own.dap[kind] for kind in (*FALSE_KINDS, MISSED)},
         }
 
     def by_class(self, size: str = "") -> dict[int, Cost]:
@@ -160,22 +155,15 @@ class ErrorCost:
             for label, ap in aps.items()
         }
 
-    def by_size(self) -> dict[str, Cost]:
-        """The same for each of :data:`SIZES`, over the classes that have some of it."""
-        return {size: self._of_size(size) for size in SIZES}
-
-    def _of_size(self, size: str) -> Cost:
+    def total(self, size: str = "") -> Cost:
+        """The same over all classes that have objects, or have some of one size."""
+        ap = _mean(self._aps("", size))
         return Cost(
             self._objects_of(size).total(),
             self._hits_of(size).total(),
-            _mean(self._aps("", size)),
-            self.gains(size),
+            ap,
+            {k: max(_mean(self._aps(k, size)) - ap, 0.0) for k in _MENDED},
         )
-
-    def gains(self, size: str = "") -> dict[str, float]:
-        """How much AP would rise, by what is mended, as of :class:`Cost`."""
-        ap = _mean(self._aps("", size))
-        return {k: max(_mean(self._aps(k, size)) - ap, 0.0) for k in _MENDED}
 
     def _objects_of(self, size: str) -> Counter[int]:
         counts: Counter[int] = Counter()

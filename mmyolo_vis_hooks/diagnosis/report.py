@@ -233,7 +233,7 @@ class ErrorReport:
             "false": found["false"],
             "ap": found["ap"]["ap"],
             "dap": found["dap"],
-            "by_size": {k: own._asdict() for k, own in self.cost.by_size().items()},
+            "by_size": {size: self.cost.total(size)._asdict() for size in SIZES},
         }
 
     def errors_json(self) -> str:
@@ -247,8 +247,7 @@ class ErrorReport:
         """
         counts = Counter((r.full_kind, r.size) for r in self.records)
         counts += Counter((r.kind, r.size) for r in self.records if r.mechanism)
-        by_size = self.cost.by_size().values()
-        gains = [self.cost.gains(), *(own.dap for own in by_size)]
+        gains = [self.cost.total(size).dap for size in ("", *SIZES)]
         rows = [(MISSED, "all", MISSED, MISSED)]
         rows += [(MISSED, m, *2 * (kind_of(m, ""),)) for m in MECHANISMS]
         rows += [("false", kind, kind_of("", kind), kind) for kind in FALSE_KINDS]
