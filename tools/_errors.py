@@ -126,6 +126,10 @@ class Errors:
         ids = getattr(first and first.dataset, "cat_ids", None)
         return dict(zip(self.names, ids or range(1, len(self.names) + 1)))
 
+    def key(self, name: str) -> str:
+        """What the maps of an image are kept under."""
+        return f"{name}, {self.options.topk} maps"
+
     def diagnose(self, name: str, *, maps: bool) -> Diagnosis:
         """Look at one image."""
         image = self.images[name]

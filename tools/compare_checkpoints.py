@@ -121,18 +121,14 @@ def draw_maps(
     kept: Kept,
 ) -> None:
     """Draw the maps of images, as far as they are not there yet."""
-    waiting = [name for name in names if key_of(a, name) not in kept]
+    waiting = [name for name in names if a.key(name) not in kept]
     for name in progress(waiting, "maps"):
         (of_a, why_a), (of_b, why_b) = (maps_of(errors, name) for errors in (a, b))
         found = []
         for number, own in enumerate(changes[name]):
             pair = (of_a.get(place(own, own.a)), of_b.get(place(own, own.b)))
             found.append(write_maps(own, number, pair, (why_a, why_b), images))
-        kept.add(key_of(a, name), found)
-
-
-def key_of(errors: Errors, name: str) -> str:
-    return f"{name}, {errors.options.topk} maps"
+        kept.add(a.key(name), found)
 
 
 def place(change: Change, side: Side) -> tuple[str, int | None]:
@@ -269,7 +265,7 @@ def main() -> None:
     for name, own_changes in changes.items():
         note = f"not of the {len(most)} images that change most"
         none = [asdict(PageMap("", "No maps", note))]
-        maps = drawn.known.get(key_of(a, name), [none] * len(own_changes))
+        maps = drawn.known.get(a.key(name), [none] * len(own_changes))
         shown += map(page_change, own_changes, maps)
     objects = summary["objects"]
     write_errors_page(

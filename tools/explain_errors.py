@@ -101,7 +101,7 @@ def draw(
 ) -> None:
     """Draw pictures and maps of images, worst first, that are not there yet."""
     for rank, name in enumerate(progress(names, "pictures"), 1):
-        if key_of(errors, name) in kept and picture_of(rank, name, out_dir).exists():
+        if errors.key(name) in kept and picture_of(rank, name, out_dir).exists():
             continue
         diagnosis = errors.diagnose(name, maps=True)
         maps: list[list[dict]] = []
@@ -114,7 +114,7 @@ def draw(
                 maps[-1].append(asdict(page_map))
         write_image(str(picture_of(rank, name, out_dir)), diagnosis.draw())
         note = "" if any(maps) else diagnosis.note  # says why there are none
-        kept.add(key_of(errors, name), {"maps": maps, "note": note})
+        kept.add(errors.key(name), {"maps": maps, "note": note})
 
 
 def maps_of(
@@ -147,7 +147,7 @@ def joint_maps(errors: Errors, drawn: Kept, out_dir: Path) -> dict[str, np.ndarr
     """The strongest of the maps of each image that has some, ``(h, w)`` uint8."""
     joint = {}
     for name in errors.images:
-        known = drawn.known.get(key_of(errors, name), _NOT_DRAWN)
+        known = drawn.known.get(errors.key(name), _NOT_DRAWN)
         found = [page_map for own in known["maps"] for page_map in own]
         paths = [
             out_dir / ASSETS / f"{name}.{own['asset']}.jpg"
@@ -159,10 +159,6 @@ def joint_maps(errors: Errors, drawn: Kept, out_dir: Path) -> dict[str, np.ndarr
         if there:
             joint[name] = np.max(there, axis=0)
     return joint
-
-
-def key_of(errors: Errors, name: str) -> str:
-    return f"{name}, {errors.options.topk} maps"
 
 
 def picture_of(rank: int, name: str, out_dir: Path) -> Path:
@@ -184,7 +180,7 @@ def write_page(
     for record in report.records:
         number = positions[record.image]
         positions[record.image] += 1
-        known = drawn.known.get(key_of(errors, record.image), _NOT_DRAWN)
+        known = drawn.known.get(errors.key(record.image), _NOT_DRAWN)
         maps = known["maps"]
         # A detector that is not deterministic may have found other errors by then.
         found = maps[number] if number < len(maps) else []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
@@ -106,8 +106,7 @@ class HtmlPage:
             panel: What draws it; says which boxes are shown, and gives the maps.
             name (str): Unique on the page; letters, digits, ``_`` and ``-``.
             title (str): Heading; any text.
-            order (int): Place on the page; equal ones are sorted by name, numbers in
-                it by their value.
+            order (int): Place on the page.
             picture (str): Path of the finished picture, relative to the page's folder;
                 '' where there is none to link to.
 
@@ -168,7 +167,7 @@ class HtmlPage:
             PublishError: If it was not written whole; the one before is still there.
         """
         share = FADING_SHARE if self.fade else UNIFORM_SHARE
-        data = self._data(sorted(self._records, key=_sort_key))
+        data = self._data(sorted(self._records, key=itemgetter("order")))
         page = fill_page(_TEMPLATE, self.title, {"colours": (self._lut, share)}, data)
         path = self.files.write(_PAGE, page)
         self.files.close()
@@ -200,13 +199,3 @@ class HtmlPage:
                 for record in records
             ],
         }
-
-
-def _sort_key(record: dict[str, Any]) -> tuple[int, list[tuple[int, int, str]], str]:
-    name = record["name"]
-    parts = [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", name)
-        if part
-    ]
-    return record["order"], parts, name
