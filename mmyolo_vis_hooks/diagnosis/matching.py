@@ -21,6 +21,8 @@ from ..records import Detections
 CONFUSED, BADLY_PLACED, BOTH = "confused", "badly placed", "both"
 DUPLICATE, BACKGROUND = "duplicate", "background"
 FALSE_KINDS = (CONFUSED, BADLY_PLACED, BOTH, DUPLICATE, BACKGROUND)
+BACKGROUND_IOU = 0.1
+"""What has at most this IoU with any object lies on background."""
 
 
 @dataclass(frozen=True)
@@ -200,11 +202,7 @@ class Matches:
 
 
 def match(
-    detections: Detections,
-    truth: GroundTruth,
-    *,
-    iou_thr: float = 0.5,
-    background_iou: float = 0.1,
+    detections: Detections, truth: GroundTruth, *, iou_thr: float = 0.5
 ) -> Matches:
     """Match detections with objects, the best score first.
 
@@ -212,8 +210,6 @@ def match(
         detections (Detections): Those that count, in the frame of the objects.
         truth (GroundTruth): The objects.
         iou_thr (float): A hit has at least this IoU. Defaults to 0.5.
-        background_iou (float): A false alarm with at most this IoU with any object
-            lies on background. Defaults to 0.1.
     """
     iou = box_iou(detections.boxes_xyxy, truth.boxes_xyxy)
     same = detections.labels[:, None] == truth.labels[None]
@@ -233,7 +229,7 @@ def match(
             unmatched.append(int(k))
     found = {hit.truth for hit in hits}
     false_alarms = tuple(
-        _kind_of(k, iou[k, real], same[k, real], real, found, iou_thr, background_iou)
+        _kind_of(k, iou[k, real], same[k, real], real, found, iou_thr)
         for k in unmatched
     )
     missed = tuple(int(j) for j in real if int(j) not in found)
@@ -280,7 +276,6 @@ def _kind_of(
     real: np.ndarray,
     found: set[int],
     iou_thr: float,
-    background_iou: float,
 ) -> FalseAlarm:
     """The kind of a false alarm, in TIDE's order."""
     if not len(iou):
@@ -291,7 +286,7 @@ def _kind_of(
         return int(real[best]), float(iou[best]) if wanted[best] else 0.0
 
     own, own_iou = nearest(same)
-    if background_iou <= own_iou <= iou_thr:
+    if BACKGROUND_IOU <= own_iou <= iou_thr:
         return FalseAlarm(k, BADLY_PLACED, own, own_iou)
     other, other_iou = nearest(~same)
     if other_iou >= iou_thr:
@@ -299,6 +294,6 @@ def _kind_of(
     taken, taken_iou = nearest(same & np.isin(real, list(found)))
     if taken_iou >= iou_thr:
         return FalseAlarm(k, DUPLICATE, taken, taken_iou)
-    if (most := float(iou.max())) <= background_iou:
+    if (most := float(iou.max())) <= BACKGROUND_IOU:
         return FalseAlarm(k, BACKGROUND, None, most)
     return FalseAlarm(k, BOTH, None, most)

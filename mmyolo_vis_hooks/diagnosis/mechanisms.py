@@ -9,7 +9,14 @@ import numpy as np
 
 from ..records import Detections
 from ..render.boxes import class_name
-from .matching import BADLY_PLACED, CONFUSED, GroundTruth, Matches, box_iou
+from .matching import (
+    BACKGROUND_IOU,
+    BADLY_PLACED,
+    CONFUSED,
+    GroundTruth,
+    Matches,
+    box_iou,
+)
 
 BELOW_THRESHOLD, SUPPRESSED, NOT_SEEN = "below threshold", "suppressed", "not seen"
 MECHANISMS = (BELOW_THRESHOLD, SUPPRESSED, CONFUSED, BADLY_PLACED, NOT_SEEN)
@@ -53,7 +60,6 @@ def why_missed(
     *,
     score_thr: float,
     iou_thr: float = 0.5,
-    background_iou: float = 0.1,
 ) -> list[MissedObject]:
     """Find for each missed object what became of its candidates.
 
@@ -65,7 +71,6 @@ def why_missed(
         truth (GroundTruth): The objects.
         score_thr (float): The threshold.
         iou_thr (float): As of :func:`~.matching.match`.
-        background_iou (float): As of :func:`~.matching.match`.
     """
     if not matches.missed:
         return []
@@ -76,40 +81,36 @@ def why_missed(
     high = candidates.scores > score_thr
     # A candidate that became a detection was given to another object.
     fits &= ~_are_final(candidates, detections)[:, None]
+
+    def cause(index: int, best: int | None) -> tuple[str, int | None, float]:
+        """Mechanism, the detection in the way, and its IoU."""
+        if best is not None and high[best]:
+            return SUPPRESSED, *winner(candidates, best, detections)
+        iou, same = matches.iou[:, index], detections.labels == truth.labels[index]
+        wrong = ~same & (iou >= iou_thr), CONFUSED
+        off = same & (iou >= BACKGROUND_IOU), BADLY_PLACED
+        for wanted, mechanism in (wrong, off):
+            if wanted.any():
+                other = int(np.where(wanted, iou, -1.0).argmax())
+                return mechanism, other, float(iou[other])
+        return NOT_SEEN if best is None else BELOW_THRESHOLD, None, 0.0
+
     found = []
     for column, index in enumerate(missed.tolist()):
         own = np.flatnonzero(fits[:, column])
         best = int(own[candidates.scores[own].argmax()]) if len(own) else None
-        reached = MissedObject(index, NOT_SEEN)
+        mechanism, other, overlap = cause(index, best)
+        reached = MissedObject(index, mechanism, other=other, other_iou=overlap)
         if best is not None:
-            reached = MissedObject(
-                index,
-                BELOW_THRESHOLD,
+            reached = replace(
+                reached,
                 score=float(candidates.scores[best]),
                 iou=float(near[best, column]),
                 box_xyxy=candidates.boxes_xyxy[best],
                 candidate=best,
             )
-        iou, same = matches.iou[:, index], detections.labels == truth.labels[index]
-        if best is not None and high[best]:
-            other, overlap = winner(candidates, best, detections)
-            found.append(_because(reached, SUPPRESSED, other, overlap))
-            continue
-        wrong = ~same & (iou >= iou_thr), CONFUSED
-        off = same & (iou >= background_iou), BADLY_PLACED
-        for wanted, mechanism in (wrong, off):
-            if wanted.any():
-                other = int(np.where(wanted, iou, -1.0).argmax())
-                reached = _because(reached, mechanism, other, float(iou[other]))
-                break
         found.append(reached)
     return found
-
-
-def _because(
-    reached: MissedObject, mechanism: str, other: int | None, iou: float
-) -> MissedObject:
-    return replace(reached, mechanism=mechanism, other=other, other_iou=iou)
 
 
 def _are_final(candidates: Detections, detections: Detections) -> np.ndarray:
