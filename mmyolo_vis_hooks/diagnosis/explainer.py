@@ -55,16 +55,15 @@ class Explainer:
         """
         seen = inputs, metainfo, diagnosis.image_rgb.shape[:2]
         candidates, detections, pairs = self._wanted(diagnosis)
-        wanted = (
-            diagnosis.detections.take(detections),
-            diagnosis.candidates.take(candidates),
-        )
+        final = diagnosis.detections.take(detections)
+        reached = diagnosis.candidates.take(candidates)
         try:
-            found, reached = self._mapper.maps(*seen, *wanted)
+            by_final = self._mapper.maps(*seen, final)
+            by_candidate = self._mapper.maps(*seen, reached, candidates=True)
         except VisError as error:  # what was missed is known all the same
             return noted(diagnosis, f"no maps: {error}")
-        of_detections = {detections[k]: own for k, own in found.items()}
-        of_candidates = {candidates[k]: own for k, own in reached.items()}
+        of_detections = {detections[k]: own for k, own in by_final.items()}
+        of_candidates = {candidates[k]: own for k, own in by_candidate.items()}
         contrasts: Mapping[Any, ClassContrast] = {}
         if pairs:
             boxes = diagnosis.detections

@@ -14,7 +14,6 @@ from ..data.alignment import Placement
 from ..data.pipeline import Loaded
 from ..errors import VisError
 from ..options import BoxAMOptions, DiagnosisOptions
-from ..records import Detections
 from .candidates import Closing
 from .diagnose import Diagnoser, Look
 from .maps import ErrorMap, ErrorMapper
@@ -74,11 +73,11 @@ class LiveDetector:
         if look.no_maps:
             raise VisError(look.no_maps)
         with self._lock:
-            _, maps = self._mapper(options).maps(
+            maps = self._mapper(options).maps(
                 look.inputs,
                 look.metainfo,
                 look.image_rgb.shape[:2],
-                Detections(),
                 look.candidates.take([candidate]),
+                candidates=True,
             )
         return maps.get(0)

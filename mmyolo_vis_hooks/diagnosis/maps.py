@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from logging import Logger
 from typing import Any
 
@@ -100,39 +100,31 @@ class ErrorMapper:
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
         image_hw: tuple[int, int],
-        detections: Detections,
-        candidates: Detections,
-    ) -> tuple[dict[int, ErrorMap], dict[int, ErrorMap]]:
-        """Explain some final detections and some candidates of an image.
+        wanted: Detections,
+        *,
+        candidates: bool = False,
+    ) -> dict[int, ErrorMap]:
+        """Explain some final detections, or some candidates, of an image.
 
         Args:
             inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
             metainfo (Mapping): Of its data sample.
             image_hw (tuple[int, int]): Size of the image.
-            detections (Detections): Some of the final ones.
-            candidates (Detections): Some of those that :func:`opened` gives.
+            wanted (Detections): Those that are explained.
+            candidates (bool): Whether they are some of those that :func:`opened`
+                gives. Defaults to False: of the final ones.
 
         Returns:
-            tuple: Maps by position in the detections, and in the candidates; those
-            without any influence, and those that a forward in full precision does not
-            find, are left out.
+            dict: Maps by position; those without any influence, and those that a
+            forward in full precision does not find, are left out.
         """
-        explained = partial(self._explained, inputs, metainfo, image_hw)
-        found = explained(detections) if len(detections) else {}
-        if not len(candidates):
-            return found, {}
-        with opened(self._detector):
-            return found, explained(candidates)
-
-    def _explained(
-        self,
-        inputs: torch.Tensor,
-        metainfo: Mapping[str, Any],
-        image_hw: tuple[int, int],
-        wanted: Detections,
-    ) -> dict[int, ErrorMap]:
+        if not len(wanted):
+            return {}
         self._attributor.wanted = wanted
-        with torch.autocast(inputs.device.type, enabled=False):
+        with (
+            opened(self._detector) if candidates else nullcontext(),
+            torch.autocast(inputs.device.type, enabled=False),
+        ):
             predictions, explanations = self._attributor.explain(inputs, metainfo)
         frame = packed_frame(image_hw, metainfo["batch_input_shape"], metainfo)
         maps = {}

@@ -34,8 +34,8 @@ def explained(
     given = found, reached, GroundTruth.of(truth)
     without = judge("a", image, *given, options, names)
 
-    def maps(self: Any, *args: Any) -> tuple:
-        return tuple(dict.fromkeys(range(len(boxes)), own) for boxes in args[3:5])
+    def maps(self: Any, *args: Any, candidates: bool = False) -> dict:
+        return dict.fromkeys(range(len(args[3])), own)
 
     monkeypatch.setattr(ErrorMapper, "maps", maps)
     monkeypatch.setattr(ErrorMapper, "__init__", lambda self, *_, **__: None)
