@@ -28,9 +28,10 @@ from mmyolo_vis_hooks.detector import (
     read_config,
 )
 from mmyolo_vis_hooks.diagnosis.compare import Change
-from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
+from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser
 from mmyolo_vis_hooks.diagnosis.export import ImageFile
 from mmyolo_vis_hooks.diagnosis.report import ErrorRecord, ErrorReport, ImageErrors
+from mmyolo_vis_hooks.diagnosis.result import Diagnosis
 from mmyolo_vis_hooks.options import DiagnosisOptions
 from mmyolo_vis_hooks.publish.errors_page import PageImages
 

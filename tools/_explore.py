@@ -22,8 +22,8 @@ from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
 from mmyolo_vis_hooks.data.sources import ImageSource
 from mmyolo_vis_hooks.detector import build_pipeline, read_dataset
 from mmyolo_vis_hooks.diagnosis.candidates import FLOOR
-from mmyolo_vis_hooks.diagnosis.diagnose import Diagnosis
-from mmyolo_vis_hooks.diagnosis.live import LiveDetector, Look
+from mmyolo_vis_hooks.diagnosis.live import LiveDetector
+from mmyolo_vis_hooks.diagnosis.look import Look
 from mmyolo_vis_hooks.diagnosis.maps import ErrorMap
 from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS, GroundTruth
 from mmyolo_vis_hooks.diagnosis.mechanisms import MECHANISMS
@@ -36,6 +36,7 @@ from mmyolo_vis_hooks.diagnosis.place import (
     considered_at,
     detections_of_candidates,
 )
+from mmyolo_vis_hooks.diagnosis.result import Diagnosis
 from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.options import BoxAMOptions, DiagnosisOptions
 from mmyolo_vis_hooks.render.boxes import LabeledBox, class_name, draw_boxes

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from .cost import size_of
-from .diagnose import Diagnosis
 from .matching import GroundTruth, box_iou
 from .report import FOUND, KINDS, ErrorRecord, ImageErrors, name_of, records_of, rounded
+from .result import Diagnosis
 
 NOTHING = "nothing"
 MENDED, BROKEN = "mended", "broken"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import CRITICAL, Logger
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ from torch import nn
 from ..attribution.attribute import BoxAttributor
 from ..attribution.saliency import box_sigma, render_saliency
 from ..attribution.targets import ChosenBoxes, Target
-from ..data.alignment import packed_frame
 from ..geometry import FrameTransform
 from ..options import BoxAMOptions
 from ..records import BoxExplanation, Detections
 from ..render.boxes import class_name
 from .maps import found_again
+
+if TYPE_CHECKING:
+    from .look import Look
 
 Pair = tuple[int, int]
 """Index of a detection, and the class that it should have been given."""
@@ -101,18 +103,14 @@ class ClassComparer:
 
     def contrasts(
         self,
-        inputs: torch.Tensor,
-        metainfo: Mapping[str, Any],
-        image_hw: tuple[int, int],
+        look: Look,
         detections: Detections,
         pairs: Sequence[Pair],
     ) -> dict[Pair, ClassContrast]:
         """Compare the class of each detection with another one.
 
         Args:
-            inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
-            metainfo (Mapping): Of its data sample.
-            image_hw (tuple[int, int]): Size of the image.
+            look (Look): At the image.
             detections (Detections): Final ones.
             pairs (Sequence[Pair]): Which of them, each with the right class.
 
@@ -124,9 +122,9 @@ class ClassComparer:
             VisError: If this detector's raw class scores cannot be had.
         """
         self._pairs.detections, self._pairs.wanted = detections, pairs
-        with torch.autocast(inputs.device.type, enabled=False):
-            predictions, found = self._pairs.explain(inputs, metainfo)
-        frame = packed_frame(image_hw, metainfo["batch_input_shape"], metainfo)
+        with torch.autocast(look.inputs.device.type, enabled=False):
+            predictions, found = self._pairs.explain(look.inputs, look.metainfo)
+        frame = look.frame
         boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)
         labels = predictions.labels.tolist()
         contrasts = {}

@@ -7,13 +7,13 @@ from dataclasses import replace
 from logging import Logger
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import VisError
 from ..options import DiagnosisOptions
 from ..render.panel import joined
 from .contrast import ClassComparer, ClassContrast, Pair
+from .look import Look
 from .maps import ErrorMap, ErrorMapper
 from .matching import CONFUSED
 from .mechanisms import SUPPRESSED, sentence
@@ -40,26 +40,19 @@ class Explainer:
         self._mapper = ErrorMapper(detector, logger, class_names=class_names)
         self._comparer = ClassComparer(detector, class_names)
 
-    def explain(
-        self,
-        diagnosis: Diagnosis,
-        inputs: torch.Tensor,
-        metainfo: Mapping[str, Any],
-    ) -> Diagnosis:
+    def explain(self, diagnosis: Diagnosis, look: Look) -> Diagnosis:
         """Give a diagnosis with maps; what cannot be explained is said in its note.
 
         Args:
             diagnosis (Diagnosis): Without maps.
-            inputs (Tensor): ``(1, 3, H, W)``, in which they were found.
-            metainfo (Mapping): Of its data sample.
+            look (Look): At the image.
         """
-        seen = inputs, metainfo, diagnosis.image_rgb.shape[:2]
         candidates, detections, pairs = self._wanted(diagnosis)
         final = diagnosis.detections.take(detections)
         reached = diagnosis.candidates.take(candidates)
         try:
-            by_final = self._mapper.maps(*seen, final)
-            by_candidate = self._mapper.maps(*seen, reached, candidates=True)
+            by_final = self._mapper.maps(look, final)
+            by_candidate = self._mapper.maps(look, reached, candidates=True)
         except VisError as error:  # what was missed is known all the same
             return noted(diagnosis, f"no maps: {error}")
         of_detections = {detections[k]: own for k, own in by_final.items()}
@@ -68,7 +61,7 @@ class Explainer:
         if pairs:
             boxes = diagnosis.detections
             try:
-                contrasts = self._comparer.contrasts(*seen, boxes, pairs)
+                contrasts = self._comparer.contrasts(look, boxes, pairs)
             except VisError as error:
                 diagnosis = noted(diagnosis, f"classes are not compared: {error}")
         return self._with_maps(diagnosis, of_detections, of_candidates, contrasts)

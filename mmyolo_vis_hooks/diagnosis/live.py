@@ -15,7 +15,8 @@ from ..data.pipeline import Loaded
 from ..errors import VisError
 from ..options import BoxAMOptions, DiagnosisOptions
 from .candidates import Closing
-from .diagnose import Diagnoser, Look
+from .diagnose import Diagnoser
+from .look import Look
 from .maps import ErrorMap, ErrorMapper
 from .matching import GroundTruth
 
@@ -73,11 +74,5 @@ class LiveDetector:
         if look.no_maps:
             raise VisError(look.no_maps)
         with self._lock:
-            maps = self._mapper(options).maps(
-                look.inputs,
-                look.metainfo,
-                look.image_rgb.shape[:2],
-                look.candidates.take([candidate]),
-                candidates=True,
-            )
-        return maps.get(0)
+            wanted = look.candidates.take([candidate])
+            return self._mapper(options).maps(look, wanted, candidates=True).get(0)

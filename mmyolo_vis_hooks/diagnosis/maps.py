@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from logging import Logger
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from torch import nn
 
 from ..attribution.attribute import BoxAttributor
 from ..attribution.saliency import normalize_saliency, raw_saliency
-from ..data.alignment import packed_frame
 from ..data.samples import detections_of
 from ..geometry import FrameTransform, cells_per_pixel
 from ..metrics.pointing_game import energy_inside
 from ..options import BoxAMOptions
 from ..records import BoxExplanation, Detections
 from .candidates import opened
+
+if TYPE_CHECKING:
+    from .look import Look
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +99,7 @@ class ErrorMapper:
 
     def maps(
         self,
-        inputs: torch.Tensor,
-        metainfo: Mapping[str, Any],
-        image_hw: tuple[int, int],
+        look: Look,
         wanted: Detections,
         *,
         candidates: bool = False,
@@ -107,9 +107,7 @@ class ErrorMapper:
         """Explain some final detections, or some candidates, of an image.
 
         Args:
-            inputs (Tensor): ``(1, 3, H, W)``, as the data preprocessor gives it.
-            metainfo (Mapping): Of its data sample.
-            image_hw (tuple[int, int]): Size of the image.
+            look (Look): At the image.
             wanted (Detections): Those that are explained.
             candidates (bool): Whether they are some of those that :func:`opened`
                 gives. Defaults to False: of the final ones.
@@ -123,10 +121,11 @@ class ErrorMapper:
         self._attributor.wanted = wanted
         with (
             opened(self._detector) if candidates else nullcontext(),
-            torch.autocast(inputs.device.type, enabled=False),
+            torch.autocast(look.inputs.device.type, enabled=False),
         ):
-            predictions, explanations = self._attributor.explain(inputs, metainfo)
-        frame = packed_frame(image_hw, metainfo["batch_input_shape"], metainfo)
+            found = self._attributor.explain(look.inputs, look.metainfo)
+        predictions, explanations = found
+        frame = look.frame
         maps = {}
         for explanation in explanations:
             box = predictions.bboxes[explanation.index]

@@ -10,9 +10,9 @@ from ..options import DiagnosisOptions
 from ..records import Detections
 from ..render.boxes import class_name
 from ..render.panel import joined
-from .diagnose import Diagnosis
 from .matching import box_iou
 from .mechanisms import BELOW_THRESHOLD, SUPPRESSED, told_apart, winner
+from .result import Diagnosis
 
 DETECTED, BEYOND_LIMIT = "detected", "beyond the limit"
 FATES = (DETECTED, BELOW_THRESHOLD, SUPPRESSED, BEYOND_LIMIT)

@@ -14,10 +14,10 @@ import numpy as np
 
 from ..records import Detections
 from .cost import MISSED, MISSED_KINDS, SIZES, ErrorCost, share_lost, size_of
-from .diagnose import Diagnosis, told
+from .look import told
 from .matching import FALSE_KINDS, GroundTruth, match
 from .mechanisms import MECHANISMS, MissedObject
-from .result import FalsePositive, Found, Missed
+from .result import Diagnosis, FalsePositive, Found, Missed
 
 FOUND = "found"
 KINDS = (*MISSED_KINDS, *(f"false: {kind}" for kind in FALSE_KINDS))

@@ -18,10 +18,11 @@ from ..data.samples import detections_of
 from ..data.selector import ImageSelector, SelectedImage
 from ..declare import takes_options
 from ..diagnosis.cost import ErrorCost, ap_lost
-from ..diagnosis.diagnose import Diagnoser, Diagnosis
+from ..diagnosis.diagnose import Diagnoser
 from ..diagnosis.energy import EnergyWatch, Shares, mean_by_class, shares_inside
 from ..diagnosis.matching import GroundTruth, Matches, match
 from ..diagnosis.mechanisms import MissedObject, why_missed
+from ..diagnosis.result import Diagnosis
 from ..errors import VisConfigError
 from ..network.state import preserve_rng_state
 from ..options import DiagnosisOptions, ErrorRunOptions

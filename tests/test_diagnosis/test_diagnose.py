@@ -24,7 +24,8 @@ from torch import nn
 from mmyolo_vis_hooks import diagnose, load
 from mmyolo_vis_hooks.data.samples import detections_of
 from mmyolo_vis_hooks.diagnosis.candidates import Closing, opened
-from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser, Diagnosis
+from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser
+from mmyolo_vis_hooks.diagnosis.result import Diagnosis
 from mmyolo_vis_hooks.errors import VisConfigError, VisError
 from mmyolo_vis_hooks.network.settings import other_settings
 from mmyolo_vis_hooks.options import DiagnosisOptions

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from mmyolo_vis_hooks.diagnosis.diagnose import judge
 from mmyolo_vis_hooks.diagnosis.energy import EnergyWatch
 from mmyolo_vis_hooks.diagnosis.explainer import Explainer
+from mmyolo_vis_hooks.diagnosis.look import judge
 from mmyolo_vis_hooks.diagnosis.maps import ErrorMap, ErrorMapper
 from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
 from mmyolo_vis_hooks.diagnosis.result import Diagnosis
@@ -35,7 +35,7 @@ def explained(
     without = judge("a", image, *given, options, names)
 
     def maps(self: Any, *args: Any, candidates: bool = False) -> dict:
-        return dict.fromkeys(range(len(args[3])), own)
+        return dict.fromkeys(range(len(args[1])), own)
 
     monkeypatch.setattr(ErrorMapper, "maps", maps)
     monkeypatch.setattr(ErrorMapper, "__init__", lambda self, *_, **__: None)
@@ -43,7 +43,7 @@ def explained(
         "mmyolo_vis_hooks.diagnosis.explainer.ClassComparer", lambda *_: None
     )
     logger = logging.getLogger("test")
-    return Explainer(None, options, names, logger).explain(without, None, {})
+    return Explainer(None, options, names, logger).explain(without, None)
 
 
 @pytest.mark.parametrize(

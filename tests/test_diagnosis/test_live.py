@@ -13,8 +13,8 @@ from torch import nn
 from mmyolo_vis_hooks.data.alignment import own_placement
 from mmyolo_vis_hooks.detector import build_pipeline, read_dataset
 from mmyolo_vis_hooks.diagnosis.candidates import Closing
-from mmyolo_vis_hooks.diagnosis.diagnose import Look
 from mmyolo_vis_hooks.diagnosis.live import LiveDetector
+from mmyolo_vis_hooks.diagnosis.look import Look
 from mmyolo_vis_hooks.diagnosis.place import Considered, considered_at
 from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.options import BoxAMOptions, DiagnosisOptions
