@@ -23,6 +23,7 @@ from _common import ToolError
 from _dataset import build_dataset, objects_of
 from _peers import MMYOLO_DEMO, PEERS, mmyolo_demo
 from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
+from mmyolo_vis_hooks.attribution.blackbox import final_scores, vector_similarities
 from mmyolo_vis_hooks.checks import count
 from mmyolo_vis_hooks.data.alignment import (
     Placement,
@@ -136,6 +137,7 @@ class Evaluation:
                 explain = PEERS.get(own) or dict(options, method=own)
                 own_options = BoxAMOptions(**explain)
                 self._methods[name] = _Chosen(self.detector, own_options, logger=logger)
+        self._score = score
         self._anchors: _Chosen | None = None
         if score == "own":
             look_at_none = BoxAMOptions(method="drise")
@@ -170,7 +172,7 @@ class Evaluation:
         found = detections_of(DetDataSample(pred_instances=look.predictions))
         instances = image.dataset.get_data_info(image.index)["instances"]
         explained = []
-        score = self._own_score(look, chosen)
+        score = self._score_of(look, chosen)
         subjects = subjects_with_objects(
             self.detector, look, chosen, instances, score=score
         )
@@ -188,8 +190,11 @@ class Evaluation:
                     own.maps[name] = drawn
         return picture, explained
 
-    def _own_score(self, look: Look, chosen: list[int]) -> Score | None:
-        """What scores detections at their anchors, where that is asked for."""
+    def _score_of(self, look: Look, chosen: list[int]) -> Score | None:
+        """What scores detections, where that is not the product of IoU and score."""
+        if self._score == "cosine":
+            own = self.detector, look.predictions, chosen, look.metainfo
+            return final_scores(*own, vector_similarities)
         if self._anchors is None:
             return None
         self._anchors.chosen = chosen

@@ -73,11 +73,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--score",
-        choices=["iou", "own"],
+        choices=["iou", "own", "cosine"],
         default="iou",
         help="what insertion and deletion ask for: the greatest product of IoU and "
-        "score of the class, or the score at the detection's own anchor "
-        "(default: iou)",
+        "score of the class, the score at the detection's own anchor, or the greatest "
+        "product of IoU and cosine of the class vectors (default: iou)",
     )
     parser.add_argument(
         "--num-detections",

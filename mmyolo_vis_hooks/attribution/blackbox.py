@@ -1,7 +1,7 @@
 """Methods that look at no layer: D-RISE, and the random masks that it lays on images.
 
 Sources: RISE (Petsiuk et al. 2018) for the masks and their weighted mean, D-RISE
-(Petsiuk et al. 2021) for the similarity of detections.
+(Petsiuk et al. 2021) for the similarity of detections, VX-CODE (2026) for another.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from rich.progress import track
 from torch import nn
 
 from ..data.samples import detections_of
+from ..records import Detections
 from .methods import register_method, require_finite
 
 CELLS = 16
 KEEP = 0.5
+_ONE_PLACE = 0.9
 
 
 @dataclass(frozen=True)
@@ -122,32 +124,72 @@ def rise_masks(
         yield torch.stack(masks).to(dtype)
 
 
+Similarity = Callable[[Detections, Detections], np.ndarray]
+"""From detections of two images to how much of each of the first is among the second,
+``(K,)``."""
+
+
 def final_scores(
     detector: nn.Module,
     predictions: InstanceData,
     chosen: list[int],
     metainfo: Mapping[str, Any],
+    similarity: Similarity | None = None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What scores boxes by the final detections on other images, each in [0, 1].
+    """What scores boxes by the final detections on other images.
+
+    The similarity is that of all detections; :func:`detection_similarities` by default.
+    """
+    similarity = similarity or detection_similarities
+    wanted = detections_of(DetDataSample(pred_instances=predictions))
+
+    def score(batch: torch.Tensor) -> torch.Tensor:
+        samples = [DetDataSample(metainfo=dict(metainfo)) for _ in batch]
+        outputs = detector(batch, samples, mode="predict")
+        found = [similarity(wanted, detections_of(o))[chosen] for o in outputs]
+        return torch.from_numpy(np.stack(found)).to(batch.device)
+
+    return score
+
+
+def detection_similarities(wanted: Detections, found: Detections) -> np.ndarray:
+    """How much of each of K detections is left on a masked image, ``(K,)`` in [0, 1].
 
     D-RISE (eq. 6): the best, over all detections, of IoU * similarity of the class
     vectors * objectness. Departure: final detections carry one class and one score, so
     the similarity of the classes is 1 or 0, and the score, in which heads with
     objectness include it, stands for the objectness.
     """
-    wanted = detections_of(DetDataSample(pred_instances=predictions[chosen]))
-    boxes = torch.from_numpy(wanted.boxes_xyxy)
+    same_label = wanted.labels[:, None] == found.labels[None]
+    return _best(_overlaps(wanted, found) * same_label * found.scores)
 
-    def left(output: Any) -> np.ndarray:
-        found = detections_of(output)
-        overlaps = bbox_overlaps(boxes, torch.from_numpy(found.boxes_xyxy)).numpy()
-        same_label = wanted.labels[:, None] == found.labels
-        return (overlaps * same_label * found.scores).max(axis=1, initial=0)
 
-    def score(batch: torch.Tensor) -> torch.Tensor:
-        samples = [DetDataSample(metainfo=dict(metainfo)) for _ in batch]
-        outputs = detector(batch, samples, mode="predict")
-        found = np.stack([left(output) for output in outputs])
-        return torch.from_numpy(found).to(batch.device)
+def vector_similarities(wanted: Detections, found: Detections) -> np.ndarray:
+    """The same without the objectness, and with class vectors as far as there are any.
 
-    return score
+    VX-CODE (2026): the best of IoU * cosine of the class vectors. Departure: a head
+    that gives a box of each class its own detection says by all that lie at one place,
+    with an IoU above 0.9, what the classes are there; of one that gives the best class
+    alone nothing but that is known.
+    """
+    count = 1 + max([*wanted.labels, *found.labels], default=0)
+    cosines = _class_vectors(wanted, count) @ _class_vectors(found, count).T
+    return _best(_overlaps(wanted, found) * cosines)
+
+
+def _class_vectors(found: Detections, num_classes: int) -> np.ndarray:
+    """The greatest score of each class at each detection, ``(N, C)``, of length 1."""
+    vectors = np.zeros((len(found), num_classes))
+    here, there = (_overlaps(found, found) > _ONE_PLACE).nonzero()
+    np.maximum.at(vectors, (here, found.labels[there]), found.scores[there])
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+
+
+def _overlaps(one: Detections, other: Detections) -> np.ndarray:
+    """IoU of each of N boxes and each of M, ``(N, M)`` float32."""
+    boxes = (torch.from_numpy(d.boxes_xyxy) for d in (one, other))
+    return bbox_overlaps(*boxes).numpy()
+
+
+def _best(similarities: np.ndarray) -> np.ndarray:
+    return similarities.max(axis=1, initial=0).astype(np.float32)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 
+from mmyolo_vis_hooks.attribution.blackbox import vector_similarities
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
 from mmyolo_vis_hooks.metrics.faithfulness import (
@@ -20,6 +21,7 @@ from mmyolo_vis_hooks.metrics.faithfulness import (
 )
 from mmyolo_vis_hooks.metrics.metric import METRICS, Metric, Subject
 from mmyolo_vis_hooks.metrics.pointing_game import box_region
+from mmyolo_vis_hooks.records import Detections
 
 SIZE = (20, 24)
 BOX = np.array([4.0, 4.0, 16.0, 12.0])  # 96 pixels
@@ -119,6 +121,25 @@ def test_over_the_image_by_hand():
     assert values["vps"] == pytest.approx(1 - 1 / 49)
     assert len(values["vps_ins_curve"]) == 50
     assert asked[1][1] == "black"
+
+
+def test_iou_times_the_cosine_of_class_vectors_by_hand():
+    box = [0.0, 0.0, 10.0, 10.0]
+    wanted = _detections([box, box, [50, 50, 60, 60]], [0.6, 0.8, 0.5], [1, 3, 0])
+    # Half of the box has both classes, all of it the second alone.
+    half = [0.0, 0.0, 10.0, 5.0]
+    found = _detections([half, half, box], [0.3, 0.4, 0.1], [1, 3, 3])
+    # On the box 1 * cos((0.6, 0.8), (0, 1)), more than 0.5 * 1 on half of it.
+    likeness = vector_similarities(wanted, found)
+    np.testing.assert_allclose(likeness, [0.8, 0.8, 0.0], rtol=1e-6)
+    likeness = vector_similarities(wanted, found.take([0, 1]))
+    np.testing.assert_allclose(likeness, [0.5, 0.5, 0.0], rtol=1e-6)
+    assert vector_similarities(wanted, wanted) == pytest.approx([1, 1, 1])
+    assert not vector_similarities(wanted, Detections()).any()
+
+
+def _detections(boxes, scores, labels) -> Detections:
+    return Detections(np.float32(boxes), np.float32(scores), np.array(labels))
 
 
 def test_what_cannot_be_measured_has_no_value():

@@ -194,6 +194,24 @@ def test_detections_are_scored_at_their_own_anchors(scene):
     assert expected[1] < 0.9
 
 
+def test_detections_are_scored_by_their_class_vectors(scene):
+    config, weights = scene
+    evaluation = Evaluation(
+        read_config(str(config)), str(weights), ["boxam"],
+        split="val", device="cpu", score_thr=0.3, per_image=1, score="cosine",
+    )  # fmt: skip
+    _, (own,) = evaluation.explain(evaluation.images[0])
+    x1, y1, x2, y2 = own.subject.box_xyxy.astype(int)
+    shown = np.ones((3, 128, 128), bool)
+    shown[1, y1:y2, x1:x2] = False
+    shown[2, y1:y2, (x1 + x2) // 2 : x2] = False
+    whole, gone, half = own.subject.score(shown, "black")
+    assert whole == pytest.approx(1)
+    assert gone == 0
+    # Of one class: what is left of it is the overlap, whatever it scores.
+    assert 0.3 < half < 1
+
+
 def test_boxes_that_are_too_small_have_no_main_value():
     case = Case("a", 0, 2.0, {"boxam": {"ms": 1.0, "forwards": 1}})
     assert main_value([case], ["inside"]) is None
