@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from .declare import Check, refuse
-from .errors import VisConfigError
+from .declare import Check, one_of, refuse
 from .metrics.metric import METRICS, validate_metric
 from .network.layer_path import parse_layer_path
 
@@ -22,17 +20,8 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def choice(values: Sequence[str | None]) -> Check:
-    def check(name: str, value: Any) -> Any:
-        if (value is None or isinstance(value, str)) and value in values:
-            return value
-        texts = [known for known in values if known is not None]
-        near = difflib.get_close_matches(str(value).lower(), texts, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        shown = ", ".join(map(repr, values))
-        raise VisConfigError(f"{name}={value!r} is unknown; {hint}Use one of {shown}")
-
-    return check
+def choice(values: Collection[str | None]) -> Check:
+    return lambda name, value: one_of(name, value, values)
 
 
 def number(remedy: str, most: float = 1.0, *, above_0: bool = False) -> Check:

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -60,6 +60,18 @@ def register_once(registry: dict[str, Any], kind: str, entry: Any) -> None:
             "another name"
         )
     registry[entry.name] = entry
+
+
+def one_of(name: str, value: Any, values: Iterable[str | None]) -> Any:
+    """A value that is one of some; else a ``VisConfigError`` names the nearest."""
+    known = list(values)
+    if (value is None or isinstance(value, str)) and value in known:
+        return value
+    texts = [text for text in known if text is not None]
+    near = difflib.get_close_matches(str(value).lower(), texts, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = ", ".join(map(repr, known))
+    raise VisConfigError(f"{name}={value!r} is unknown; {hint}Use one of {shown}")
 
 
 def refuse(name: str, value: Any, remedy: str) -> VisConfigError:

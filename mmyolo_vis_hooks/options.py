@@ -12,7 +12,7 @@ from typing import ClassVar
 from .attribution.evidence import BASELINES
 from .attribution.methods import METHODS, validate
 from .attribution.saliency import FUSIONS
-from .attribution.targets import TARGETS, validate_target
+from .attribution.targets import TARGETS
 from .checks import (
     checked_by,
     choice,
@@ -129,7 +129,7 @@ class BoxAMOptions(_Seen):
     )
     target: str = option(
         "score",
-        checked_by(validate_target),
+        choice(TARGETS),
         "what is explained: the final `'score'`, the raw class `'logit'`, the raw "
         "`'objectness'` (centerness counts), the mean raw score inside the predicted "
         "`'mask'`, or a side `'x1'`, `'y1'`, `'x2'`, `'y2'` of the box",

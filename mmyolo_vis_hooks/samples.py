@@ -12,7 +12,6 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.dataset import pseudo_collate
-from mmengine.runner.amp import autocast
 from torch import nn
 
 from .attribution.attribute import BoxAttributor
@@ -76,15 +75,12 @@ class SampleMaker:
         with _everything_found(self._detector):
             return self.run("trial", loaded, placement)
 
-    def run(
-        self, image_id: str, loaded: Loaded, placement: Placement, *, fp16: bool = False
-    ) -> Any:
-        """Run the detector on one image, under autocast or not, and record it."""
+    def run(self, image_id: str, loaded: Loaded, placement: Placement) -> Any:
+        """Run the detector on one image and record it."""
         data = placement.pipeline.pack(loaded)
         with (
             frozen(self._detector),
             torch.no_grad(),  # inside: the block before allows gradients
-            autocast(enabled=fp16),
             self._recorder.record(keep=[0]) as record,
         ):
             outputs = self._detector.test_step(  # type: ignore[operator]
@@ -192,10 +188,8 @@ class BoxSampleMaker(SampleMaker):
         with _everything_found(self._detector):
             self._mapper.prepare(inputs, metainfo)
 
-    def run(
-        self, image_id: str, loaded: Loaded, placement: Placement, *, fp16: bool = False
-    ) -> BoxSample:
-        """Explain one image; ``fp16`` is not looked at."""
+    def run(self, image_id: str, loaded: Loaded, placement: Placement) -> BoxSample:
+        """Explain one image."""
         with preserve_rng_state():
             data = placement.pipeline.pack(loaded)
             inputs, metainfo = network_input(self._detector, data)

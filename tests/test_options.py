@@ -29,7 +29,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     (dict(alignment=np.zeros(2)), "alignment="),
     (dict(image_channels=[0, 1]), r"image_channels=\[0, 1\].*three"),
     (dict(target_layers=[]), r"target_layers=\[\]"),
-    (dict(target_layers=["neck["]), "target_layers.*position 4"),
+    (dict(target_layers=["neck["]), r"target_layers: cannot read 'neck\['"),
     (dict(target_layers=3), "target_layers=3"),
     (dict(alpha=True), "alpha=True"),
     (dict(colormap="jett"), "colormap='jett'"),

@@ -25,7 +25,7 @@ from ..network.levels import Pyramid, last_maps, survey
 from ..network.maps import View
 from ..network.replay import ReplayEngine
 from ..network.state import frozen
-from ..network.trace import CallTrace
+from ..network.trace import trace_forward
 from ..records import BoxExplanation, LayerMap
 from .anchors import locate_anchors
 from .attention import DecoderAttention, looked_at
@@ -77,8 +77,7 @@ class BoxAttributor:
     ) -> None:
         self.options = options
         self._method = validate(options.method, eigen_smooth=options.eigen_smooth)
-        wanted = options.target_layers or self._method.default_layers or ()
-        layers = resolve_layers(detector, wanted)
+        layers = resolve_layers(detector, options.target_layers or ())
         self._names = list(layers)
         owners = {layer_of_map(detector, name): layers[name] for name in layers}
         self._named = [TapPoint(path, module) for path, module in owners.items()]
@@ -188,9 +187,7 @@ class BoxAttributor:
         if self._method.kind in ("black_box", "pixels", "attention"):
             return [last_maps(self._detector)]
         if not self._named:
-            run = prediction_of(self._detector, inputs, metainfo)
-            trace = partial(self._engine.trace, run)
-            self._pyramid = survey(self._detector, inputs, metainfo, trace)
+            self._pyramid = survey(self._detector, inputs, metainfo)
             return self._pyramid.points
         try:
             base = last_maps(self._detector)
@@ -233,10 +230,7 @@ class BoxAttributor:
         """For each target the scalars, and where the head decided them."""
         forward = prediction_of(self._detector, graph.inputs, metainfo)
 
-        @functools.cache
-        def trace() -> CallTrace:
-            return self._engine.trace(forward)
-
+        trace = functools.cache(partial(trace_forward, self._engine.modules, forward))
         boxes = ChosenBoxes(graph, indices, type(self._detector).__name__)
         cases = []
         for target in self.targets():

@@ -15,7 +15,6 @@ Every map is rectified at the end, after the sum over channels.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..declare import register_once
+from ..declare import one_of, register_once
 from ..errors import FeatureShapeError, VisConfigError, VisError
 from . import library
 
@@ -58,8 +57,6 @@ class CamMethod:
         formula: Plain text, with the words of this module's docstring.
         default_smooth: Standard deviation of the Gaussian that is laid over the map,
             in units of the square root of the box's area; 0 for none.
-        default_layers: Paths of the layers that are explained where the user names
-            none; None is the map on which the head decided the box.
         elementwise: A cell of the map depends on the activations and gradients of
             that cell only.
         second_order: The function is given a third tensor, the product of the
@@ -79,7 +76,6 @@ class CamMethod:
     summary: str
     formula: str
     default_smooth: float = 0.0
-    default_layers: tuple[str, ...] | None = None
     elementwise: bool = False
     second_order: bool = False
     box_specific: bool = True
@@ -106,11 +102,7 @@ def register_method(
         VisConfigError: If there is no such kind, or the name belongs to another
             function; a cell of a notebook may be run again.
     """
-    if kind not in KINDS:
-        shown = ", ".join(map(repr, KINDS))
-        raise VisConfigError(
-            f"kind={kind!r} is unknown for method={name!r}; use {shown}"
-        )
+    one_of("kind", kind, KINDS)
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         method = CamMethod(name, kind, function, summary, formula, **properties)
@@ -139,13 +131,7 @@ def validate(name: Any, *, eigen_smooth: bool = False) -> CamMethod:
         VisConfigError: If the name is unknown, the installed grad-cam is missing or
             too old for it, or ``eigen_smooth`` has no meaning for the method.
     """
-    if not isinstance(name, str) or name not in METHODS:
-        near = difflib.get_close_matches(str(name).lower(), METHODS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise VisConfigError(
-            f"method={name!r} is unknown; {hint}Choose one of {', '.join(METHODS)}"
-        )
-    method = METHODS[name]
+    method = METHODS[one_of("method", name, METHODS)]
     if method.library_class:
         library.class_of(method.library_class, name, method.since)
     if eigen_smooth and not method.takes_eigen_smooth:

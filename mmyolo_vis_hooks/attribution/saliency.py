@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ..errors import VisConfigError
+from ..declare import one_of
 from ..geometry import AxisSampling, FrameTransform
 from ..records import BoxExplanation
 
@@ -93,10 +93,7 @@ def fuse_saliency(
         np.ndarray: Same shape, float64: the product of gradients is easily below
         the smallest float32.
     """
-    if fusion not in FUSIONS:
-        raise VisConfigError(
-            f"fusion={fusion!r} is unknown; set one of {', '.join(map(repr, FUSIONS))}"
-        )
+    one_of("fusion", fusion, FUSIONS)
     stack = np.stack([np.asarray(values, dtype=np.float64) for values in maps])
     if normalize:
         stack = np.stack([normalize_saliency(values) for values in stack])

@@ -10,11 +10,9 @@ A target is a function with a decorator that gives one differentiable number per
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 
@@ -145,17 +143,6 @@ def register_target(
         return function
 
     return register
-
-
-def validate_target(target: Any) -> None:
-    """Check the name of a target; a ``VisConfigError`` if there is none."""
-    if not isinstance(target, str) or target not in TARGETS:
-        near = difflib.get_close_matches(str(target), TARGETS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise VisConfigError(
-            f"target={target!r} is unknown; {hint}Use one of "
-            f"{', '.join(map(repr, TARGETS))}"
-        )
 
 
 @register_target("score", summary="the final score", compares=True)

@@ -214,14 +214,9 @@ class VisLoop:
     def _needs_record(self, image: SelectedImage) -> bool:
         return self.placements[id(image.dataset)].alignment != "resize"
 
-    @property
-    def fp16(self) -> bool:
-        """Whether the loop runs under autocast."""
-        return bool(getattr(self.loop, "fp16", False))
-
     def autocast(self) -> AbstractContextManager[None]:
         """A block that computes as the loop does."""
-        return autocast(enabled=self.fp16)
+        return autocast(enabled=bool(getattr(self.loop, "fp16", False)))
 
     def make_sample(self, image: SelectedImage, position: int, output: Any) -> Any:
         """Make the sample of one image of the current batch.
@@ -234,9 +229,9 @@ class VisLoop:
         loaded: Any = None
         if placement.alignment != "network":
             loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        if placement.alignment == "resize":
-            return self.maker.run(picture_id, loaded, placement, fp16=self.fp16)
         with self.autocast():  # what is asked again answers as it did
+            if placement.alignment == "resize":
+                return self.maker.run(picture_id, loaded, placement)
             return self.maker.from_record(
                 picture_id, loaded, placement, self.recorded, position, output
             )

@@ -11,15 +11,13 @@ it gives named numbers, and curves of one length, or nothing where it does not a
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..declare import register_once
-from ..errors import VisConfigError
+from ..declare import one_of, register_once
 
 Values = Mapping[str, Any]
 """Numbers, and curves ``(n,)``, by name."""
@@ -76,13 +74,7 @@ def validate_metric(name: Any) -> MetricKind:
     Raises:
         VisConfigError: If there is none of this name.
     """
-    if isinstance(name, str) and name in METRICS:
-        return METRICS[name]
-    near = difflib.get_close_matches(str(name).lower(), METRICS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise VisConfigError(
-        f"metrics: {name!r} is unknown; {hint}Choose of {', '.join(METRICS)}"
-    )
+    return METRICS[one_of("metrics", name, METRICS)]
 
 
 class Metric:

@@ -7,7 +7,7 @@ cell, is measured once by gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +21,11 @@ from .graph import (
     TapPoint,
     gradients,
     head_modules,
+    prediction_of,
 )
 from .layer_path import bracketed
 from .nested import OutputKey, flatten_tensors
-from .trace import CallKey, CallTrace
+from .trace import CallKey, CallTrace, submodules, trace_forward
 
 _Slopes = dict[OutputKey, torch.Tensor]
 # What a detector ends its features with, the last one first.
@@ -94,17 +95,14 @@ def last_maps(detector: nn.Module) -> TapPoint:
 
 
 def survey(
-    detector: nn.Module,
-    inputs: torch.Tensor,
-    metainfo: Mapping[str, Any],
-    trace: Callable[[], CallTrace],
+    detector: nn.Module, inputs: torch.Tensor, metainfo: Mapping[str, Any]
 ) -> Pyramid:
     """Measure the levels of a ``frozen`` detector on one image.
 
     A head of 1x1 convolutions decides on a single cell, and a map of single cells
     says nothing. There the input of the block that made the level's map is taken
     instead, as the beginning of a graph: what leads from there to other levels is
-    not theirs. ``trace`` gives all calls of a forward.
+    not theirs.
     """
     points = [last_maps(detector)]
     graph = GraphForward(detector, points).run(inputs, metainfo)
@@ -118,11 +116,12 @@ def survey(
         ]
         levels.append(_measured(Level(tap, frozenset(own)), seen))
     if any(level.radius == 0 for level in levels):
-        calls = trace()
+        modules = submodules(detector)
+        calls = trace_forward(modules, prediction_of(detector, inputs, metainfo))
         found = {
             number: producer
             for number, level in enumerate(levels)
-            if level.radius == 0 and (producer := _producer(detector, calls, level.tap))
+            if level.radius == 0 and (producer := _producer(modules, calls, level.tap))
         }
         if found:
             moved = [point for point, _ in found.values()]
@@ -169,12 +168,11 @@ def _measured(level: Level, seen: Mapping[OutputKey, _Slopes]) -> Level:
 
 
 def _producer(
-    detector: nn.Module, calls: CallTrace, tap: OutputKey
+    modules: Mapping[str, nn.Module], calls: CallTrace, tap: OutputKey
 ) -> tuple[TapPoint, int] | None:
     """The input of the outermost block with weights that made a map, and its call."""
     made_by = CallKey(tap.layer, tap.call_index)
     made = dict(flatten_tensors(calls.outputs[made_by]))[tap.output_index]
-    modules = dict(detector.named_modules())
     candidates = [
         key
         for key, output in calls.outputs.items()

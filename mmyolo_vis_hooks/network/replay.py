@@ -12,7 +12,7 @@ forwards; where it is not, as in a network that hides a state, these are run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import Logger
 from typing import Any
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .nested import flatten_tensors
 from .partial import Job, OtherCallsError, PartialRun
-from .trace import CallKey, CallTrace, ReplayError, trace_forward
+from .trace import CallKey, ReplayError, submodules
 
 _TOLERANCE = 1e-4
 # Half precision rounds more than that.
@@ -64,13 +64,9 @@ class ReplayEngine:
     """
 
     def __init__(self, detector: nn.Module, logger: Logger) -> None:
-        self.modules = {path: m for path, m in detector.named_modules() if path}
+        self.modules = submodules(detector)
         self.logger = logger
         self.decisions: dict[tuple, _Decision] = {}
-
-    def trace(self, forward: Callable[[], Any]) -> CallTrace:
-        """Run ``predict`` on an image and keep everything."""
-        return trace_forward(self.modules, forward)
 
 
 class Replay:

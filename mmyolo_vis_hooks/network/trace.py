@@ -60,6 +60,11 @@ class CallTrace:
         return self.keys.index(key)
 
 
+def submodules(detector: nn.Module) -> dict[str, nn.Module]:
+    """What is below a detector, by paths."""
+    return {path: module for path, module in detector.named_modules() if path}
+
+
 def trace_forward(
     modules: Mapping[str, nn.Module], forward: Callable[[], Any]
 ) -> CallTrace:

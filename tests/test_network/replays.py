@@ -17,6 +17,7 @@ from mmyolo_vis_hooks.network.graph import head_modules
 from mmyolo_vis_hooks.network.nested import OutputKey, flatten_tensors, map_tensors
 from mmyolo_vis_hooks.network.partial import Job, ReplayTarget
 from mmyolo_vis_hooks.network.replay import Replay, ReplayEngine
+from mmyolo_vis_hooks.network.trace import trace_forward
 from tests.families import build_family
 
 
@@ -108,7 +109,7 @@ def engine_of(place: Scene) -> tuple[ReplayEngine, list[str]]:
 def replay_of(
     engine: ReplayEngine, place: Scene, target: ReplayTarget, wanted: list[OutputKey]
 ) -> Replay:
-    trace = engine.trace(place.forward)
+    trace = trace_forward(engine.modules, place.forward)
     job = Job(engine.modules, place.forward, trace, target, tuple(wanted))
     return Replay(engine, job)
 

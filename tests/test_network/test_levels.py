@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 import pytest
 from torch import nn
 
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.network.levels import Pyramid, last_maps, survey
 from mmyolo_vis_hooks.network.nested import OutputKey
-from mmyolo_vis_hooks.network.replay import ReplayEngine
 from mmyolo_vis_hooks.network.state import frozen
 from tests.families import FAMILIES, Family, build_family
 
@@ -46,14 +42,9 @@ _EXPECTED: dict[str, tuple[list[str], int, list[int | None]]] = {
 
 
 def survey_of(family: Family) -> Pyramid:
-    detector, metainfo = family.detector, family.data_samples[0].metainfo
-    engine = ReplayEngine(detector, logging.getLogger("test"))
-
-    def forward() -> Any:
-        return detector(family.inputs, family.data_samples, mode="predict")
-
-    with frozen(detector):
-        return survey(detector, family.inputs, metainfo, lambda: engine.trace(forward))
+    with frozen(family.detector):
+        metainfo = family.data_samples[0].metainfo
+        return survey(family.detector, family.inputs, metainfo)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

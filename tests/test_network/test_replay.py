@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmyolo_vis_hooks.network.nested import OutputKey
 from mmyolo_vis_hooks.network.partial import ReplayTarget
 from mmyolo_vis_hooks.network.state import frozen
-from mmyolo_vis_hooks.network.trace import CallKey, ReplayError
+from mmyolo_vis_hooks.network.trace import CallKey, ReplayError, trace_forward
 from tests.families import build_family
 from tests.test_network.replays import (
     Scene,
@@ -267,7 +267,7 @@ def test_no_patch_is_left():
                 with pytest.raises(error):
                     replay.run(value)
                 with pytest.raises(error):
-                    engine.trace(place.forward)
+                    trace_forward(engine.modules, place.forward)
             assert state_of(detector) == before
     assert state_of(detector) == before
 
