@@ -26,6 +26,7 @@ def shell() -> Iterator[InteractiveShell]:
     InteractiveShell.clear_instance()
 
 
+@pytest.mark.nightly  # `make notebook` runs it, too
 @pytest.mark.real_data
 def test_the_notebook_runs(
     shared_dir: Path, shell: Any, monkeypatch: pytest.MonkeyPatch

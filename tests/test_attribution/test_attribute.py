@@ -220,8 +220,10 @@ def test_combined_odam_joins_the_score_and_the_sides():
         assert agrees(own.maps[0].saliency, np.maximum.reduce(normalised))
 
 
-def test_explicit_layers_give_a_map_each():
-    family = build_family("yolox")
+@pytest.mark.parametrize("name", ["yolox", "yolov5"])
+def test_explicit_layers_give_a_map_each(name):
+    """Also where the neck goes on with what it gave, behind another layer."""
+    family = build_family(name)
     layers = ["backbone.stage4", "neck.out_layers[1]", "neck"]
     _, explanations = explain(family, layers, method="layercam")
     modules = dict(family.detector.named_modules())

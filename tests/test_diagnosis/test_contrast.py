@@ -8,16 +8,8 @@ import torch
 from torch import nn
 
 from mmyolo_vis_hooks import diagnose
-from mmyolo_vis_hooks.attribution.anchors import locate_anchors
 from mmyolo_vis_hooks.attribution.saliency import box_sigma, render_saliency
-from mmyolo_vis_hooks.attribution.targets import class_logits
-from mmyolo_vis_hooks.diagnosis.candidates import opened
-from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.geometry import FrameTransform
-from mmyolo_vis_hooks.network.graph import GraphForward
-from mmyolo_vis_hooks.network.levels import last_maps
-from mmyolo_vis_hooks.network.state import frozen
-from tests.families import build_family
 from tests.toy_boxes import box_detector
 
 NAMES = ("square", "lamp")
@@ -91,31 +83,3 @@ def test_the_difference_is_that_of_the_weights_times_the_activations(detector):
     plain = diagnose(detector, image, truth, topk=0, **options)
     assert (plain.false_positives[0].contrast, plain.missed[0].contrast) == (None, None)
     assert picture.shape[0] > plain.draw().shape[0]
-
-
-@pytest.mark.parametrize("name", ["yolov8", "retinanet"])
-def test_the_other_class_is_that_of_the_same_anchor(name):
-    """With everything open the same box is found once per class, with that score."""
-    family = build_family(name)
-    metainfo = family.data_samples[0].metainfo
-    with frozen(family.detector), opened(family.detector, floor=0.0):
-        taps = [last_maps(family.detector)]
-        graph = GraphForward(family.detector, taps).run(family.inputs, metainfo)
-        final = graph.predictions
-        labels = final.labels[:1].tolist()
-        raw = graph.head_outputs
-        (anchor,) = locate_anchors(final.scores[:1], labels, raw)
-    boxes = getattr(final.bboxes, "tensor", final.bboxes).detach()
-    at_place = (boxes - boxes[0]).abs().amax(dim=1) < 1e-3
-    others = [label for label in range(6) if label != labels[0]]
-    compared = 0
-    for label in others:
-        ((key, place),) = class_logits(anchor, label)
-        score = float(raw[key][place].detach().sigmoid())
-        same = final.scores[at_place & (final.labels == label)].detach()
-        if len(same):  # there is a limit on the number of boxes
-            compared += 1
-            assert float(same[0]) == pytest.approx(score, abs=1e-5)
-    assert compared >= 1
-    with pytest.raises(VisError, match="no score for class 1000"):
-        class_logits(anchor, 1000)

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from mmengine.model import BaseTTAModel
-from mmengine.registry import DATA_SAMPLERS, HOOKS, MODELS
+from mmengine.registry import DATA_SAMPLERS, MODELS
 from mmengine.runner import Runner
 
-from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
 from mmyolo_vis_hooks.attribution.saliency import box_saliency
-from mmyolo_vis_hooks.errors import VisConfigError, VisError
+from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.publish.publisher import Publisher
 from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
 from tests.toy import LETTERBOX, META_KEYS, SIZES, SQUARE, make_pipeline, toy_config
@@ -39,18 +38,6 @@ def after_test(cfg) -> Runner:
 
 def names_of(*tags: str) -> list[str]:
     return sorted(f"{tag}.png" for tag in tags)
-
-
-def test_registered_in_the_root_registry():
-    assert HOOKS.get("FeatMapVisHook") is FeatMapVisHook
-    assert HOOKS.get("BoxAMVisHook") is BoxAMVisHook
-
-
-def test_a_bad_value_fails_when_the_runner_is_built(tmp_path, toy_data):
-    hook = dict(type="FeatMapVisHook", alpha=1.5)
-    with pytest.raises(ValueError, match="alpha") as error:
-        Runner.from_cfg(toy_config(tmp_path, [hook], data_root=toy_data))
-    assert isinstance(error.value.__cause__ or error.value, VisError)
 
 
 def test_batches_that_do_not_name_their_images_fail_before_the_run(tmp_path, toy_data):

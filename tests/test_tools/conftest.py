@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-from tests.test_tools.helpers import NAMES, OBJECTS, ROOT
 
 
 @pytest.fixture
@@ -49,31 +45,3 @@ def mistake(
         return lines[-1]
 
     return call
-
-
-@pytest.fixture
-def photo_settings(tmp_path: Path) -> list[str]:
-    """Settings of a config: a data set of the photo of the cat alone."""
-    boxes = [
-        dict(
-            id=number,
-            image_id=1,
-            category_id=NAMES.index(name),
-            bbox=[x1, y1, x2 - x1, y2 - y1],
-            area=(x2 - x1) * (y2 - y1),
-            iscrowd=0,
-        )
-        for number, (name, (x1, y1, x2, y2)) in enumerate(OBJECTS.items(), 1)
-    ]
-    content = dict(
-        images=[dict(id=1, file_name="cat.jpg", width=1200, height=400)],
-        annotations=boxes,
-        categories=[dict(id=i, name=name) for i, name in enumerate(NAMES)],
-    )
-    (tmp_path / "objects.json").write_text(json.dumps(content))
-    data = {
-        "data_root": "",
-        "ann_file": str(tmp_path / "objects.json"),
-        "data_prefix.img": str(ROOT / "docs" / "images"),
-    }
-    return [f"val_dataloader.dataset.{name}={v}" for name, v in data.items()]

@@ -16,7 +16,7 @@ import torch
 import compare_checkpoints
 from _errors import Errors
 from tests.test_publish.pages import data_of
-from tests.test_tools.helpers import NANO, WEIGHTS
+from tests.test_tools.helpers import NANO, WEIGHTS, photo_settings
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def blinder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(photo_settings, tmp_path, monkeypatch):
+def call(tmp_path, monkeypatch):
     """Compares the weights with others on the photo; gives the folder."""
     out_dir = tmp_path / "comparison"
 
     def run(other: Path, *words: Any) -> Path:
         line = [NANO, WEIGHTS, other, "--out-dir", out_dir, "--device", "cpu", *words]
-        words = "compare_checkpoints", *line, "--cfg-options", *photo_settings
+        words = "compare_checkpoints", *line, "--cfg-options", *photo_settings(tmp_path)
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         compare_checkpoints.run_tool(compare_checkpoints.main)
         return out_dir

@@ -20,18 +20,19 @@ from mmyolo_vis_hooks.diagnosis.contrast import ClassContrast
 from mmyolo_vis_hooks.diagnosis.matching import FalseAlarm
 from mmyolo_vis_hooks.diagnosis.result import FalsePositive
 from tests.test_publish.pages import data_of
-from tests.test_tools.helpers import NAMES, OBJECTS, ROOT, WEIGHTS
+from tests.test_tools.helpers import CONFIG as COCO128
+from tests.test_tools.helpers import NAMES, OBJECTS, PHOTO, WEIGHTS, photo_settings
 from tests.test_tools.helpers import NANO as CONFIG
 
 
 @pytest.fixture
-def call(photo_settings, tmp_path, monkeypatch):
+def call(tmp_path, monkeypatch):
     """Runs the program on the photo; gives the folder of what it wrote."""
     out_dir = tmp_path / "errors"
 
     def run(*words: Any, weights: Path = WEIGHTS) -> Path:
         line = [CONFIG, weights, "--out-dir", out_dir, "--device", "cpu", *words]
-        words = "explain_errors", *line, "--cfg-options", *photo_settings
+        words = "explain_errors", *line, "--cfg-options", *photo_settings(tmp_path)
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         explain_errors.run_tool(explain_errors.main)
         return out_dir
@@ -84,7 +85,7 @@ def test_what_is_written_of_a_photo(call, capsys):
     [sample] = json.loads((out_dir / "fiftyone" / "samples.json").read_text())[
         "samples"
     ]
-    assert Path(sample["filepath"]) == ROOT / "docs" / "images" / "cat.jpg"
+    assert Path(sample["filepath"]) == PHOTO
     heat = cv2.imread(str(out_dir / "fiftyone" / sample["error_map"]["map_path"]))
     assert heat.max() > 200
     page = data_of(out_dir / "index.html")
@@ -188,7 +189,7 @@ def test_other_weights_under_the_same_name_are_noticed(call, tmp_path, capsys):
 def test_the_errors_of_real_photos(shared_dir, tmp_path, monkeypatch):
     """Counts of a prototype of other code, but for four objects near a limit."""
     monkeypatch.setenv("MMVIS_SHARED", str(shared_dir))
-    config = ROOT / "configs" / "coco128" / "yolox_nano_coco128.py"
+    config = COCO128
     words = [config, WEIGHTS, "--out-dir", tmp_path, "--num-pictures", 1]
     words += ["--device", "cpu", "--topk", 2]
     monkeypatch.setattr(sys, "argv", ["explain_errors", *map(str, words)])

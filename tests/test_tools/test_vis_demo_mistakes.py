@@ -99,6 +99,10 @@ def test_layers_are_looked_at_before_the_weights(mistake, files):
     assert "'backbone.stage5' is not a layer" in message
     assert "near matches: backbone.stage4" in message
     assert "fake.pth" in mistake(*args)
+    gone = "http://127.0.0.1:1/gone.pth"  # which nobody looks for on the disk
+    message = mistake(*args[:-1], gone)
+    assert gone in message
+    assert "there is no checkpoint" not in message
 
 
 @pytest.mark.parametrize(

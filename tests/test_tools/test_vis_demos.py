@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import cv2
 import matplotlib
@@ -290,44 +287,6 @@ def test_images_folders_and_videos_have_names_of_their_own(run, real, capsys):
     again = ("--target-layers", "neck", "--out-dir", "in/out")
     assert run(featmap_tool, "in", *real.detector, *again) == 0
     assert len(read_page("in/out")[0]) == len(files)
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """A folder and its address."""
-    folder = tmp_path_factory.mktemp("served")
-    handler = functools.partial(QuietHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
-        thread = threading.Thread(target=served.serve_forever)
-        thread.start()
-        yield folder, f"http://127.0.0.1:{served.server_address[1]}"
-        served.shutdown()
-        thread.join()
-
-
-@real_data
-def test_images_and_weights_at_an_address(
-    run, real, server, mistake, tmp_path, monkeypatch
-):
-    folder, address = server
-    shutil.copy(real.image, folder / "a dog.jpg")
-    shutil.copy(real.weights, folder / "weights.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    image, weights = f"{address}/{quote('a dog.jpg')}", f"{address}/weights.pth"
-    assert run(featmap_tool, image, CONFIG, weights, "--out-dir", "out") == 0
-    (entry,), labels = read_page("out")
-    assert (entry["name"], entry["title"]) == ("a_dog", image)
-    assert sorted(labels) == sorted(FOUND)
-    gone = f"{address}/gone"
-    for args in ((gone + ".jpg", *real.detector), (real.image, CONFIG, gone + ".pth")):
-        message = mistake(featmap_tool, *args)
-        assert gone in message
-        assert "404" in message
 
 
 @real_data
