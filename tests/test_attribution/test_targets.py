@@ -13,6 +13,7 @@ from mmyolo_vis_hooks.attribution.targets import (
     class_logits,
     objectness_logits,
 )
+from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.network.nested import OutputKey
 
 CLS, BOX, OBJ = (OutputKey("head", 0, (i, 0)) for i in range(3))
@@ -81,6 +82,8 @@ def test_softmax_link(num_stages):
     raw, anchor, score = softmax_anchor(num_stages)
     assert anchor.cell is None
     assert class_logits(anchor) == [(key, (5, 1)) for key in raw]
+    with pytest.raises(VisError, match="no score for class 9"):
+        class_logits(anchor, 9)
     link = score_link(anchor, score)
     changed = [
         torch.stack([entries.values, entries.values + torch.tensor([0, 1.0, 0, 0])])
