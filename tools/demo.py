@@ -60,9 +60,6 @@ def parse_args() -> argparse.Namespace:
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)"
     )
     parser.add_argument("--seed", type=int, default=0, help="(0)")
-    parser.add_argument(
-        "--verbose", action="store_true", help="show the log instead of the bars"
-    )
     args = parser.parse_args()
     if args.epochs < 2 or args.num_train < 16 or args.num_val < 4:
         parser.error("needs 2 epochs, 16 training and 4 validation images at least")
@@ -102,8 +99,8 @@ def run(args: argparse.Namespace, console: Console, log: Path) -> None:
     start = time.monotonic()
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, *times, console=console, disable=args.verbose)
-    with progress, output_to(None if args.verbose else log):
+    progress = Progress(*columns, *times, console=console)
+    with progress, output_to(log):
         task = progress.add_task("Importing torch and OpenMMLab", total=1)
         import_libraries()
         check_device(args.device)
@@ -115,8 +112,6 @@ def run(args: argparse.Namespace, console: Console, log: Path) -> None:
         trained = train(config, progress)
         tested = test(config_path, trained["checkpoint"], args.work_dir, progress)
         sheets = check_pictures(config, trained, tested, progress)
-    if args.verbose:
-        console.print()
     tell(console, trained, tested, sheets, time.monotonic() - start)
     least = {"epochs": EPOCHS, "num_train": NUM_TRAIN, "num_val": NUM_VAL}
     is_full = all(getattr(args, name) >= number for name, number in least.items())
@@ -128,11 +123,8 @@ def run(args: argparse.Namespace, console: Console, log: Path) -> None:
 
 
 @contextlib.contextmanager
-def output_to(path: Path | None) -> Iterator[None]:
+def output_to(path: Path) -> Iterator[None]:
     """Send what libraries print and warn into a file."""
-    if path is None:
-        yield
-        return
     with (
         open(path, "w", encoding="utf-8", buffering=1) as file,
         contextlib.redirect_stdout(file),

@@ -12,6 +12,8 @@ from concurrent.futures import wait as wait_for
 from types import FrameType
 from typing import Any
 
+_PATIENCE = 10.0  # seconds that a signal waits
+
 
 class Writer:
     """Does jobs one after the other, in their order, in a thread of its own.
@@ -19,16 +21,14 @@ class Writer:
     Where ``most_waiting`` of them are not done, whoever hands over another one waits:
     a slow disk slows drawing and never fills the memory. At the end of the process,
     also by an exception or Ctrl-C, Python waits for what was handed over. SIGTERM ends
-    a process at once: it is held up by as much, for at most ``patience`` seconds.
+    a process at once: it is held up by as much, for at most ten seconds.
 
     Args:
         most_waiting (int): Of the jobs that are not done.
-        patience (float): How long a signal waits, in seconds.
     """
 
-    def __init__(self, most_waiting: int = 4, patience: float = 10.0) -> None:
+    def __init__(self, most_waiting: int = 4) -> None:
         self._most_waiting = most_waiting
-        self._patience = patience
         self._thread: ThreadPoolExecutor | None = None
         self._jobs: deque[Future[None]] = deque()
 
@@ -81,6 +81,6 @@ class Writer:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._process:  # a fork has none of the threads
-            wait_for(list(self._jobs), self._patience)
+            wait_for(list(self._jobs), _PATIENCE)
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
