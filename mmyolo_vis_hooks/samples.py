@@ -15,7 +15,7 @@ from mmengine.dataset import pseudo_collate
 from torch import nn
 
 from .attribution.attribute import BoxAttributor
-from .data.alignment import Placement, network_input, packed_frame
+from .data.alignment import Placement, network_input
 from .data.pictures import network_picture
 from .data.pipeline import Loaded
 from .data.samples import detections_of, labels_of
@@ -220,7 +220,7 @@ class BoxSampleMaker(SampleMaker):
         # Autocast of the loop would round gradients away.
         with torch.autocast(inputs.device.type, enabled=False):
             predictions, explanations = self._mapper.explain(inputs, asked)
-        found = detections_of(DetDataSample(pred_instances=predictions))
+        found = detections_of(predictions)
         detections = on_picture(found, placement, metainfo)
         image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
         look = Look(inputs, asked, predictions, in_original=asked is metainfo)
@@ -270,10 +270,7 @@ def on_picture(
     on_image = placement.alignment != "network" or not leads_there(placement, metainfo)
     if on_image or not len(detections):
         return detections
-    height, width = metainfo["ori_shape"][:2]
-    frame = packed_frame(
-        (int(height), int(width)), metainfo["batch_input_shape"], metainfo
-    )
+    frame = FrameTransform.from_metainfo(metainfo)
     boxes = frame.boxes_to_network(detections.boxes_xyxy)
     return Detections(boxes, detections.scores, detections.labels)
 

@@ -8,10 +8,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from mmdet.structures import DetDataSample
 from torch import nn
 
-from .data.alignment import packed_frame
 from .data.samples import detections_of
 from .diagnosis.matching import GroundTruth, match
 from .geometry import FrameTransform
@@ -50,12 +48,10 @@ def subjects_with_objects(
     )
     if not instances or not subjects or not look.in_original:
         return subjects
-    height, width = look.metainfo["ori_shape"][:2]
-    network_hw = (int(look.inputs.shape[-2]), int(look.inputs.shape[-1]))
-    frame = packed_frame((int(height), int(width)), network_hw, look.metainfo)
+    frame = FrameTransform.from_metainfo(look.metainfo)
     truth = GroundTruth.of(instances)
     truth = replace(truth, boxes_xyxy=frame.boxes_to_network(truth.boxes_xyxy))
-    found = detections_of(DetDataSample(pred_instances=look.predictions))
+    found = detections_of(look.predictions)
     boxes = np.stack([subject.box_xyxy for subject in subjects])
     own = Detections(boxes, found.scores[list(chosen)], found.labels[list(chosen)])
     for hit in match(own, truth).hits:

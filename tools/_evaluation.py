@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 from torch import nn
@@ -169,7 +168,7 @@ class Evaluation:
         picture, _ = network_picture(inputs[0], self.detector.data_preprocessor)
         if not chosen:
             return picture, []
-        found = detections_of(DetDataSample(pred_instances=look.predictions))
+        found = detections_of(look.predictions)
         instances = image.dataset.get_data_info(image.index)["instances"]
         explained = []
         score = self._score_of(look, chosen)

@@ -141,7 +141,7 @@ def final_scores(
     The similarity is that of all detections; :func:`detection_similarities` by default.
     """
     similarity = similarity or detection_similarities
-    wanted = detections_of(DetDataSample(pred_instances=predictions))
+    wanted = detections_of(predictions)
 
     def score(batch: torch.Tensor) -> torch.Tensor:
         samples = [DetDataSample(metainfo=dict(metainfo)) for _ in batch]

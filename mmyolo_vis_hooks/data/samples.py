@@ -12,13 +12,13 @@ from ..errors import VisConfigError
 from ..records import Detections
 
 
-def detections_of(data_sample: Any) -> Detections:
-    """Read the final detections of a data sample, if it has any.
+def detections_of(found: Any) -> Detections:
+    """Read final detections, or those of a data sample if it has any.
 
     Rotated boxes ``(cx, cy, w, h, radian)`` give the upright boxes around them.
     """
-    instances = getattr(data_sample, "pred_instances", None)
-    if instances is None or "bboxes" not in instances:
+    instances = getattr(found, "pred_instances", found)
+    if "bboxes" not in instances:
         return Detections()
     boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
     return Detections(

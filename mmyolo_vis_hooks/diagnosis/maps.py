@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import nn
 
@@ -158,7 +157,7 @@ def found_again(predictions: InstanceData, wanted: Detections) -> dict[int, int]
         by position in ``wanted``; boxes whose sides are a quarter of its size away
         are none.
     """
-    own = detections_of(DetDataSample(pred_instances=predictions))
+    own = detections_of(predictions)
     indices = {}
     for k, (box, score) in enumerate(zip(wanted.boxes_xyxy, wanted.scores)):
         size = max(1.0, float((box[2:] - box[:2]).max()))

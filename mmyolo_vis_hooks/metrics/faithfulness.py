@@ -24,7 +24,7 @@ from torch import nn
 from ..attribution.blackbox import final_scores
 from ..attribution.evidence import baseline_of
 from ..attribution.library import imputed
-from ..data.alignment import packed_frame
+from ..geometry import FrameTransform
 from ..network.graph import network_boxes
 from .metric import Subject, Values, register_metric
 from .pointing_game import box_region
@@ -73,9 +73,7 @@ def subjects_of(
         return []
     score = score or final_scores(detector, predictions, list(chosen), metainfo)
     image = _ChangedImage(detector, inputs, score, batch_size)
-    height, width = metainfo["ori_shape"][:2]
-    network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
-    frame = packed_frame((int(height), int(width)), network_hw, metainfo)
+    frame = FrameTransform.from_metainfo(metainfo)
     boxes = network_boxes(predictions, frame)[list(chosen)]
     return [
         Subject(box, score=functools.partial(image.scores_of, number))
