@@ -115,31 +115,6 @@ def test_the_option_shows_with_another(picture_of, basic, options) -> None:
     assert differ(picture_of(**basic, **options), picture_of(**basic))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(num_masks=64),
-        dict(smooth=0.1),
-        dict(target_layers=["neck"]),
-        dict(fusion="sum"),
-        dict(target="score", classes=["square"]),
-    ],
-    ids=str,
-)
-def test_what_is_the_default_changes_nothing(detector, photo, picture_of, options):
-    given = {"score_thr": 0.2, **options}
-    again = explain(detector, photo, **given).draw()
-    np.testing.assert_array_equal(again, picture_of())
-
-
-def test_smoothing_by_default_is_that_of_the_method(picture_of) -> None:
-    for method in ("layercam", "gradcam"):
-        implicit, explicit = (
-            picture_of(method=method, **own) for own in ({}, dict(smooth=0.0))
-        )
-        np.testing.assert_array_equal(implicit, explicit)
-
-
 @pytest.mark.parametrize("method", ["ablationcam", "scorecam", "drise", "evidence"])
 def test_the_batch_size_changes_nothing(detector, photo, method) -> None:
     one, five = (

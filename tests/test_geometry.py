@@ -61,17 +61,6 @@ class TestResample:
         found = FrameTransform.identity((100, 100)).resample(maps)
         torch.testing.assert_close(found, expected)
 
-    @pytest.mark.parametrize("scale", [1, 3])
-    def test_bright_cell_lights_the_right_pixels(self, scale):
-        maps = torch.zeros(1, 8, 8)
-        maps[0, 3, 6] = 1.0
-        heat = LETTERBOX.resized((100 * scale, 200 * scale)).resample(maps)[0]
-        row, column = divmod(int(heat.argmax()), 200 * scale)
-        # The cell's centre is network pixel (28, 52): image ((28 - 16) / 0.32, ...).
-        assert abs((row + 0.5) / scale - 12 / 0.32) <= 1
-        assert abs((column + 0.5) / scale - 52 / 0.32) <= 1
-        assert heat[: 10 * scale].max() == 0
-
 
 class TestFromMetainfo:
     def test_without_scale_factor(self):

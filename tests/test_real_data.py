@@ -87,10 +87,10 @@ def test_explanations_change_no_metric_and_point_at_their_boxes(
     shared_dir, tmp_path, monkeypatch, plain
 ):
     monkeypatch.setenv("MMVIS_SHARED", str(shared_dir))
-    hook = box_spy(num_images=32, score_thr=0.3, topk=3)
+    hook = box_spy(num_images=16, score_thr=0.3, topk=3)
     hooked, runner = run(shared_dir, tmp_path, hook)
     assert without_times(hooked) == plain[0]
-    assert len(pictures(tmp_path)) == 32
+    assert len(pictures(tmp_path)) == 16
     hits, energies = [], []
     for sample in vis_hooks(runner)[0].samples:
         for explanation in sample.explanations:
@@ -99,6 +99,6 @@ def test_explanations_change_no_metric_and_point_at_their_boxes(
             heat = box_saliency(explanation, sample.frame, box_xyxy)
             hits.append(pointing_hit(heat, box_xyxy))
             energies.append(energy_inside(heat, box_xyxy))
-    assert len(hits) > 50
+    assert len(hits) > 25
     assert np.mean(hits) > 0.95
     assert np.mean(energies) > 0.7

@@ -125,15 +125,6 @@ class TestByHand:
         found = weigh("shapleycam", A, slopes, slopes)[0]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
-    def test_weights_of_channels(self):
-        weights = torch.tensor([[1.0, -1.0], [-1.0, 0.0], [0.0, 2.0]])
-        expected = [
-            [[0.0, 2.0], [2.0, 3.0]],
-            [[0.0, 0.0], [0.0, 0.0]],
-            [[4.0, 0.0], [2.0, 2.0]],
-        ]
-        assert methods.weigh_channels(A[0], weights).tolist() == expected
-
     def test_ablation_is_by_the_size_of_the_target(self):
         # What each channel adds to three targets: -2, 4 and 0 in all.
         parts = torch.tensor([[1.0, 3.0, 1.0], [-3.0, 1.0, -1.0]]).double()

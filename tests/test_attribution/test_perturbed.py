@@ -212,9 +212,8 @@ def test_drise_of_regions_and_queries_goes_by_final_detections(name, caplog):
 
 
 # One of each kind on each kind of head in every run, and all pairs at night.
-ONE_OF_A_KIND = ["gradcam++", "shapleycam", "eigencam", "ablationcam", "scorecam"]
-QUICK = [("scorecam", "yolov5")]
-QUICK += itertools.product(ONE_OF_A_KIND[:-1], ["yolov5", "cascade_rcnn", "detr"])
+ONE_OF_A_KIND = ["gradcam++", "shapleycam", "eigencam", "ablationcam"]
+QUICK = [*itertools.product(ONE_OF_A_KIND, ["yolov5", "cascade_rcnn", "detr"])]
 
 
 @pytest.mark.parametrize(

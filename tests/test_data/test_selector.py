@@ -48,13 +48,6 @@ def test_spread(total, wanted, indices):
     assert spread_indices(total, wanted) == indices
 
 
-def test_explicit_indices_and_bad_ones(root):
-    images = ImageSelector(coco(root), 4, [5, 0]).images
-    assert [i.index for i in images] == [5, 0]
-    with pytest.raises(VisConfigError, match=r"6 images; remove \[6, 9\]"):
-        ImageSelector(coco(root), 4, [1, 6, 9])
-
-
 def test_find_by_metainfo(root):
     selector = ImageSelector(coco(root), 4, [1, 3])
     wanted = selector.images[1]

@@ -54,35 +54,12 @@ def level(image: SourceImage) -> int:
     return round(float(content.mean()))
 
 
-def test_files_keep_the_order_of_the_arguments(tmp_path):
-    paths = [write(tmp_path / f"{name}.png", i) for i, name in enumerate("cab")]
-    source = ImageSource([str(path) for path in paths])
-    assert len(source) == 3
-    assert not source.has_videos
-    images = list(source)
-    assert [image.name for image in images] == ["c", "a", "b"]
-    assert [image.title for image in images] == [str(path) for path in paths]
-    assert {os.path.isfile(image.content) for image in images} == {True}
-    assert [level(image) for image in images] == [0, 1, 2]
-    assert names(source) == ["c", "a", "b"]  # a second time
-
-
-def test_folders_are_searched_in_the_order_of_their_names(tmp_path):
-    for i, name in enumerate(("b.png", "a.JPG", "sub/c.bmp", "sub/deeper/d.webp")):
-        write(tmp_path / name, 10 * i)
-    (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / ".png").write_text("no suffix")
-    (tmp_path / "empty").mkdir()
-    assert names(ImageSource([str(tmp_path)])) == ["a", "b", "sub_c", "sub_deeper_d"]
-    # As an argument of its own a folder does not name its images.
-    assert names(ImageSource([str(tmp_path / "sub")])) == ["c", "deeper_d"]
-
-
 def test_the_folder_of_the_results_is_left_out(tmp_path, monkeypatch):
     write(tmp_path / "a.png")
     write(tmp_path / "output" / "a.jpg")
     write(tmp_path / "output" / "deeper" / "a.jpg")
     write(tmp_path / "output2" / "a.jpg")
+    (tmp_path / "notes.txt").write_text("no image")
     expected = ["a", "output2_a"]
     assert names(ImageSource([str(tmp_path)], str(tmp_path / "output"))) == expected
     monkeypatch.chdir(tmp_path)

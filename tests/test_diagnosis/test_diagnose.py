@@ -330,11 +330,6 @@ def test_how_many_errors_get_a_map():
             explained(wrong)
 
 
-def test_a_picture_without_errors_says_so():
-    found = look(Scripted((SQUARE, 0.9, 0.0)), (SQUARE, 0))
-    assert found.draw().shape[2] == 3
-
-
 @pytest.mark.real_data
 def test_a_real_detector_on_real_images(shared_dir):
     """Counted once by hand; as the threshold rises, hits become 'below threshold'."""

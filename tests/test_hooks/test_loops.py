@@ -13,7 +13,6 @@ from mmengine.runner import Runner, ValLoop
 
 from mmyolo_vis_hooks.errors import VisConfigError
 from tests.test_hooks.helpers import log_of, pictures, spy, vis_hooks
-from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy import SQUARE, ToyDetector, toy_config, write_dataset
 
 ALIGNMENTS = ("resize", "letterbox", "network")
@@ -102,21 +101,6 @@ def test_passes_of_which_nobody_tells(tmp_path, toy_data):
     Runner.from_cfg(cfg).val()
     names = ["val.featmap.1_image_0.png", "val.featmap.1_image_pass2_0.png"]
     assert sorted(pictures(tmp_path)) == names
-
-
-@pytest.mark.parametrize("outcome", [None, RuntimeError, KeyboardInterrupt])
-def test_the_loop_is_put_back(tmp_path, toy_data, outcome):
-    hooks = [spy(alignment=a, name=a) for a in ("letterbox", "network", "resize")]
-    runner = Runner.from_cfg(toy_config(tmp_path, hooks, data_root=toy_data))
-    loop = runner.val_loop
-    if outcome is None:
-        runner.val()
-    else:
-        runner.model.fail_at, runner.model.fail_with = 3 + 2, outcome("a layer failed")
-        with pytest.raises(outcome):
-            runner.val()
-    assert "run_iter" not in vars(loop)
-    assert hooks_left(runner.model) == []
 
 
 # --------------------------------------------------------------- pipelines of all kinds

@@ -1,23 +1,18 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 
 from mmyolo_vis_hooks.errors import (
-    FeatureShapeError,
     LayerNotFoundError,
     VisConfigError,
 )
 from mmyolo_vis_hooks.network.layer_path import (
     layer_of_map,
-    named_maps,
     parse_layer_path,
     resolve_layer,
     resolve_layers,
 )
-from mmyolo_vis_hooks.network.maps import views_of
-from mmyolo_vis_hooks.network.nested import OutputKey
 
 
 class Net(nn.Module):
@@ -116,20 +111,6 @@ def test_the_caption_of_a_map_names_its_layer(path, layer):
     net = Net()
     assert layer_of_map(net, path) == layer
     assert resolve_layer(net, path) is resolve_layer(net, layer)
-
-
-def test_maps_by_their_captions():
-    tensor = torch.zeros(1, 1, 2, 2)
-    places: list = [("neck", 0, (0,)), ("neck", 0, (1,)), ("stem", 0, ())]
-    maps = views_of({OutputKey(*place): tensor for place in places}, (8, 8))
-
-    def titles(names, views):
-        return [view.title for view in named_maps(names, views)]
-
-    assert titles(["neck"], maps[:2]) == ["neck[0]", "neck[1]"]
-    assert titles(["neck.1", "stem"], maps) == ["neck[1]", "stem"]
-    with pytest.raises(FeatureShapeError, match=r"no map neck\[7\]; .*neck\[0\], neck"):
-        named_maps(["neck[7]"], maps[:2])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 from contextlib import ExitStack
 
 import pytest
@@ -164,19 +163,12 @@ def test_what_each_layer_gives():
     assert nodes["pool"].network_hw == NETWORK_HW
 
 
-def test_it_agrees_with_the_recorder():
-    sample = DetDataSample(metainfo={"img_shape": NETWORK_HW})
-    net = Net().eval()
-    assert_agreement(net, zeros(1, 3, *NETWORK_HW), [sample], survey(net))
-
-
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_modes_and_hooks_stay(error):
+def test_modes_and_hooks_stay():
     net = Net().train()
     net.norm[1].eval()
-    net.error = error
+    net.error = KeyboardInterrupt
     modes = [module.training for module in net.modules()]
-    with pytest.raises(error) if error else contextlib.nullcontext():
+    with pytest.raises(KeyboardInterrupt):
         survey(net)
     assert [module.training for module in net.modules()] == modes
     assert hooks_left(net) == 0

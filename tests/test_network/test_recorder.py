@@ -112,12 +112,6 @@ def test_one_map_by_its_caption():
         record.activations(0)
 
 
-def test_order_is_the_users():
-    record, _ = run(["nested", "twice"])
-    layers = [a.title.replace("[", " ").split()[0] for a in record.activations(0)]
-    assert layers == ["nested"] * 3 + ["twice"] * 2
-
-
 @pytest.mark.parametrize(
     ("layer", "message"),
     [

@@ -15,16 +15,6 @@ import pytest
 from mmyolo_vis_hooks.publish.writer import Writer
 
 
-def test_jobs_are_done_in_order_in_another_thread():
-    writer, done, before = Writer(), [], set(threading.enumerate())
-    for number in range(10):
-        writer.submit(lambda n: done.append((n, threading.get_ident())), number)
-    writer.wait()
-    assert [number for number, _ in done] == list(range(10))
-    assert {thread for _, thread in done}.isdisjoint([threading.get_ident()])
-    assert set(threading.enumerate()) <= before
-
-
 def test_a_slow_job_holds_up_whoever_hands_over_more():
     """What waits is bounded: memory is not what grows."""
     writer, gate, done = Writer(most_waiting=3), threading.Event(), []

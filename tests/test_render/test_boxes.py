@@ -67,11 +67,6 @@ class TestBoxes:
         outline_boxes(drawn, [np.array(box)])
         assert np.array_equal(drawn, grey())
 
-    @pytest.mark.parametrize("box", [[30, 30, 30, 30], [159.7, 119.7, 160, 120]])
-    def test_tiny_boxes_are_seen(self, box):
-        drawn = draw_detections(grey(), detections(box), palette=[RED])
-        assert pixels_of(drawn, RED).any()
-
     def test_higher_score_lies_on_top(self):
         for scores, top in (([0.9, 0.4], RED), ([0.4, 0.9], GREEN)):
             found = detections(BOX, BOX, scores=scores, labels=[0, 1])

@@ -60,16 +60,6 @@ def test_files_and_annotations_agree(root, split, count):
             assert annotation["bbox"] == box
 
 
-def test_shapes_vary_so_that_letterboxing_happens():
-    made = [make_image(3, "train", i) for i in range(20)]
-    ratios = np.array([m.image_rgb.shape[1] / m.image_rgb.shape[0] for m in made])
-    assert ratios.min() < 0.8
-    assert ratios.max() > 1.25
-    extents = [np.ptp(np.nonzero(mask), axis=1) + 1 for m in made for mask in m.masks]
-    sides = [extent.max() for extent in extents]
-    assert min(sides) < 32 < 64 < max(sides)
-
-
 def test_equal_seeds_give_equal_files(root, tmp_path):
     def files(folder: Path) -> dict[str, bytes]:
         found = [path for path in folder.rglob("*") if path.is_file()]
