@@ -18,7 +18,7 @@ from .attribution.attribute import BoxAttributor
 from .data.alignment import Placement, network_input
 from .data.pictures import network_picture
 from .data.pipeline import Loaded
-from .data.samples import detections_of, labels_of
+from .data.samples import detections_of
 from .errors import VisError
 from .geometry import FrameTransform
 from .network.graph import head_modules
@@ -315,11 +315,9 @@ def make_sample_maker(
     if isinstance(options, FeatMapOptions):
         layers = resolve_layers(detector, options.target_layers)
         return SampleMaker(detector, layers, channels=channels)
-    wanted: Any = options.classes
     mapper = BoxAttributor(
         detector,
         options,
-        labels=None if wanted is None else labels_of(wanted, class_names),
         class_names=class_names,
         logger=logger,
         show_progress=show_progress,
@@ -338,7 +336,7 @@ def _everything_found(detector: nn.Module) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for head in head_modules(detector).values():
-            stack.callback(head.register_forward_hook(_moderate).remove)
+            stack.enter_context(head.register_forward_hook(_moderate))
         stack.enter_context(other_settings(detector, few))
         yield
 

@@ -140,8 +140,8 @@ class DecoderAttention:
         found: deque[Attention] = deque(maxlen=len(self._attach))
         with contextlib.ExitStack() as stack:
             for attach, module in self._attach:
-                for handle in attach(module, found.append):
-                    stack.callback(handle.remove)
+                for hook in attach(module, found.append):
+                    stack.enter_context(hook)
             yield found
 
 

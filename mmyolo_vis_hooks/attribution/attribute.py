@@ -18,6 +18,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import nn
 
+from ..data.samples import labels_of
 from ..errors import VisConfigError, VisError
 from ..network.graph import GraphForward, PredictionGraph, TapPoint, prediction_of
 from ..network.layer_path import layer_of_map, named_maps, resolve_layers
@@ -57,9 +58,7 @@ class BoxAttributor:
     Args:
         detector (nn.Module): The detector, without wrappers.
         options (BoxAMOptions): What is explained and how.
-        labels (Sequence[int], optional): Explain detections of these classes only,
-            whatever ``options.classes`` calls them. None explains all.
-        class_names (Sequence[str]): Names of the classes, for what is logged.
+        class_names (Sequence[str]): Names that ``options.classes`` may use.
         logger (Logger): Told what a user should know.
         show_progress (bool): Show a bar while masks or channels are tried.
             Defaults to False.
@@ -71,7 +70,6 @@ class BoxAttributor:
         options: Any,
         *,
         logger: Logger,
-        labels: Sequence[int] | None = None,
         class_names: Sequence[str] = (),
         show_progress: bool = False,
     ) -> None:
@@ -82,7 +80,9 @@ class BoxAttributor:
         owners = {layer_of_map(detector, name): layers[name] for name in layers}
         self._named = [TapPoint(path, module) for path, module in owners.items()]
         self._detector = detector
-        self._labels = labels
+        self._labels: Sequence[int] | None = None
+        if options.classes is not None:
+            self._labels = labels_of(options.classes, class_names)
         self._class_names = class_names
         self._logger = logger
         self._show_progress = show_progress

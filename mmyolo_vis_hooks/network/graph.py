@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -132,7 +133,7 @@ class GraphForward:
         heads_ran: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:
 
-            def keep_raw(path: str, output: Any) -> None:
+            def keep_raw(path: str, module: nn.Module, args: Any, output: Any) -> None:
                 if not heads_ran:  # not earlier, since every operation costs
                     stack.enter_context(_KeepGraph(keep_graph, graph.squashed))
                 for index, tensor in flatten_tensors(output):
@@ -141,14 +142,12 @@ class GraphForward:
                         graph.head_outputs[key] = tensor
                 heads_ran[path] += 1
 
-            def keeping(path: str) -> Callable[..., None]:
-                return lambda module, args, output: keep_raw(path, output)
-
             stack.enter_context(torch.enable_grad())
             for tap in self.taps:
-                stack.callback(_attach_tap(tap, graph, taps_ran).remove)
+                stack.enter_context(_attach_tap(tap, graph, taps_ran))
             for path, head in self.heads.items():
-                stack.callback(head.register_forward_hook(keeping(path)).remove)
+                hook = head.register_forward_hook(partial(keep_raw, path))
+                stack.enter_context(hook)
             (output,) = prediction_of(self._detector, graph.inputs, metainfo)()
         graph.predictions = output.pred_instances
         silent = {t.layer: t.module for t in self.taps if not taps_ran[t.layer]}

@@ -83,7 +83,7 @@ def survey_layers(
 
     with frozen(detector), torch.no_grad(), contextlib.ExitStack() as stack:
         for module in detector.modules():
-            stack.callback(module.register_forward_hook(on_output).remove)
+            stack.enter_context(module.register_forward_hook(on_output))
         prediction_of(detector, inputs, metainfo)()
     rows = []
     for name, module in detector.named_modules():

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,27 +123,21 @@ class LayerRecorder:
             nonlocal batch_size
             batch_size = 0
 
-        def storing(path: str) -> Any:
-            def on_output(module: nn.Module, args: tuple, output: Any) -> None:
-                with contained():
-                    if batch_size:
-                        given = image_tensors(output, batch_size, path, calls[path])
-                        for key, tensor in given.items():
-                            record.outputs[key] = _select(tensor, record.keep)
-                        calls[path] += 1
-
-            return on_output
+        def on_output(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+            with contained():
+                if batch_size:
+                    given = image_tensors(output, batch_size, path, calls[path])
+                    for key, tensor in given.items():
+                        record.outputs[key] = _select(tensor, record.keep)
+                    calls[path] += 1
 
         with contextlib.ExitStack() as stack:
-            hooks = [
-                self._model.register_forward_pre_hook(on_input, with_kwargs=True),
-                self._model.register_forward_hook(on_end),
-            ]
-            for hook in hooks:
-                stack.callback(hook.remove)
+            hook = self._model.register_forward_pre_hook(on_input, with_kwargs=True)
+            stack.enter_context(hook)
+            stack.enter_context(self._model.register_forward_hook(on_end))
             for path, module in self._layers.items():
-                hook = module.register_forward_hook(storing(path))
-                stack.callback(hook.remove)
+                hook = module.register_forward_hook(partial(on_output, path))
+                stack.enter_context(hook)
             yield record
         if record.error is not None or record.inputs is None:
             return

@@ -36,9 +36,9 @@ def attributor(
     family: Family, layers: list[str] | None = None, **options: Any
 ) -> BoxAttributor:
     options = {"score_thr": 0.0, "topk": 3, "target_layers": layers, **options}
-    given = {n: options.pop(n) for n in ("labels", "class_names") if n in options}
+    names = options.pop("class_names", ())
     own = BoxAMOptions(**options)
-    return BoxAttributor(family.detector, own, logger=LOGGER, **given)
+    return BoxAttributor(family.detector, own, logger=LOGGER, class_names=names)
 
 
 def explain(family: Family, layers: list[str] | None = None, **options: Any) -> tuple:
