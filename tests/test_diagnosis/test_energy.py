@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser
 from mmyolo_vis_hooks.diagnosis.energy import EnergyWatch
-from mmyolo_vis_hooks.diagnosis.explainer import Explainer
 from mmyolo_vis_hooks.diagnosis.look import judge
 from mmyolo_vis_hooks.diagnosis.maps import ErrorMap, ErrorMapper
 from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
@@ -40,10 +40,10 @@ def explained(
     monkeypatch.setattr(ErrorMapper, "maps", maps)
     monkeypatch.setattr(ErrorMapper, "__init__", lambda self, *_, **__: None)
     monkeypatch.setattr(
-        "mmyolo_vis_hooks.diagnosis.explainer.ClassComparer", lambda *_: None
+        "mmyolo_vis_hooks.diagnosis.diagnose.ClassComparer", lambda *_: None
     )
     logger = logging.getLogger("test")
-    return Explainer(None, options, names, logger).explain(without, None)
+    return Diagnoser(None, options, names, logger).explain(without, None)
 
 
 @pytest.mark.parametrize(
