@@ -68,6 +68,8 @@ class BaseVisHook(Hook):
         self.name = run.name or self.default_name
         self._loops: dict[str, VisLoop] = {}
         self._training = False
+        # Of the current run, by the name of the pass and of the image.
+        self._measured: dict[str, dict[str, Any]] = {}
 
     def build_panel(
         self, class_names: Sequence[str], palette: Sequence[Any] | None
@@ -242,6 +244,11 @@ class BaseVisHook(Hook):
         state = self._loops.get(mode)
         if state is None:
             return
+        self._measured.clear()
+        # The log repeats scalars of an earlier run that are still there.
+        scalars = runner.message_hub.log_scalars
+        for name in [n for n in scalars if n.startswith(f"{mode}/{self.name}/")]:
+            del scalars[name]
         # Not runner.epoch: it would build the training loop in a pure validation.
         loop = runner._train_loop
         number, step = None, 0
@@ -334,12 +341,6 @@ class BaseVisHook(Hook):
 
     def _measure(self, state: VisLoop, sample: Any, image: SelectedImage) -> None:
         """Take what is logged of a sample beside its picture."""
-
-    def _forget_scalars(self, runner: Runner, mode: str) -> None:
-        """Take out those of an earlier run: the log repeats what is still there."""
-        scalars = runner.message_hub.log_scalars
-        for name in [n for n in scalars if n.startswith(f"{mode}/{self.name}/")]:
-            del scalars[name]
 
     def _log_scalars(
         self, runner: Runner, mode: str, pass_name: str, scalars: Mapping[str, float]

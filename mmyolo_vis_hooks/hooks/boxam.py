@@ -21,8 +21,6 @@ from ..subjects import subjects_with_objects
 from .base import BaseVisHook, of_all_ranks
 from .vis_loop import VisLoop, predicting_model
 
-_Measured = list[dict[str, float]]
-
 
 @HOOKS.register_module()
 @takes_options(BoxAMOptions, BoxRunOptions)
@@ -58,19 +56,7 @@ class BoxAMVisHook(BaseVisHook):
     default_name = "boxam"
     options_kind = BoxAMOptions
     panel_kind = BoxAMPanel
-
     run_kind = BoxRunOptions
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        # Of the current run, by the name of the pass and of the image.
-        self._measured: dict[str, dict[str, _Measured]] = {}
-
-    def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
-        if mode in self._loops:
-            self._measured.clear()
-            self._forget_scalars(runner, mode)
-        super()._before_epoch(runner, mode)
 
     def _measure(self, state: VisLoop, sample: BoxSample, image: SelectedImage) -> None:
         look, metrics = sample.look, self.run_options.metrics
@@ -82,7 +68,7 @@ class BoxAMVisHook(BaseVisHook):
         height, width = look.inputs.shape[-2:]
         whole = FrameTransform.identity((height, width))
         box_map = BoxAMPanel(self.options, (), None).box_map
-        found: _Measured = []
+        found: list[dict[str, float]] = []
         with (
             frozen(model),
             torch.autocast(look.inputs.device.type, enabled=False),

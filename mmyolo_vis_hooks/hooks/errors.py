@@ -92,9 +92,7 @@ class ErrorVisHook(BaseVisHook):
                 "drawn; leave one of them"
             )
         self._everything: dict[str, ImageSelector] = {}
-        # Of the current run, by the name of the pass and of the image.
-        self._found: dict[str, dict[str, _Counted]] = {}
-        # The same of the evidence of the images that are drawn.
+        # As what is counted of every image, of the evidence of those that are drawn.
         self._shares: dict[str, Shares] = {}
         self._watches: dict[str, EnergyWatch] = {}
 
@@ -165,10 +163,7 @@ class ErrorVisHook(BaseVisHook):
         state.placements[id(leaf)] = placement
 
     def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
-        if mode in self._loops:
-            self._found.clear()
-            self._shares.clear()
-            self._forget_scalars(runner, mode)
+        self._shares.clear()
         super()._before_epoch(runner, mode)
 
     def _followed(self, mode: str) -> VisLoop | None:
@@ -203,7 +198,7 @@ class ErrorVisHook(BaseVisHook):
         found = found.take(found.scores > self.options.score_thr)
         matches = match(found, truth, iou_thr=self.options.iou_thr)
         counted = _Counted(matches, found, truth)
-        of_pass = self._found.setdefault(state.pass_name, {})
+        of_pass = self._measured.setdefault(state.pass_name, {})
         of_pass[image.image_id] = counted
         if self._mechanisms and matches.missed:
             with self._policy.guard(
@@ -235,7 +230,7 @@ class ErrorVisHook(BaseVisHook):
 
     def _draw_worst(self, state: VisLoop) -> None:
         """Draw the images that lose most, each on the first rank that met it."""
-        own = self._found.get(state.pass_name, {})
+        own = self._measured.get(state.pass_name, {})
         by_rank = all_gather_object(own)
         if not state.drawing or self._policy.ends_run:
             return
@@ -261,7 +256,7 @@ class ErrorVisHook(BaseVisHook):
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
         if mode in self._loops:
-            everything = of_all_ranks(self._found)
+            everything = of_all_ranks(self._measured)
             shares = of_all_ranks(self._shares)
             with self._policy.guard("add the errors up"):
                 for name, found in (everything or {"": {}}).items():
