@@ -153,14 +153,14 @@ def test_false_positives_say_what_they_should_have_found():
         (SQUARE, 0.9, 0.0),
         (CLOSE, 0.0, 0.8),
         (OFF, 0.5, 0.0),
-        ((70, 70, 90, 90), 0.4, 0.0),
+        ((45, 10, 85, 50), 0.4, 0.0),
         ((10, 12, 50, 52), 0.35, 0.0),
     )
     found = look(Scripted(*rows, nms=0.99), (SQUARE, 0))
     assert [(false.kind, false.why) for false in found.false_positives] == [
         ("confused", "IoU 0.82 with 'dog'"),
         ("badly placed", "IoU 0.33 with 'dog'"),
-        ("background", "greatest IoU with any object 0.00"),
+        ("background", "greatest IoU with any object 0.07"),
         ("duplicate", "this 'dog' was found with 0.90, IoU 0.90"),
     ]
     assert repr(found.false_positives[0]) == (
