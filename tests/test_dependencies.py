@@ -219,14 +219,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert (child.returncode, child.stdout.split()) == (0, []), child.stderr
 
 
-@pytest.mark.parametrize("name", ["mmengine", "mmcv", "mmdet"])
-def test_the_first_import_names_what_is_missing(name: str) -> None:
+def test_the_first_import_names_what_is_missing() -> None:
     """In a process of its own: here everything is imported already."""
     script = (
         "import sys\n"
         "class Without:\n"
         "    def find_spec(self, module, path=None, target=None):\n"
-        f"        if module.split('.')[0] == {name!r}:\n"
+        "        if module.split('.')[0] == 'mmcv':\n"
         "            raise ModuleNotFoundError(module, name=module)\n"
         "sys.meta_path.insert(0, Without())\n"
         "import mmyolo_vis_hooks\n"
@@ -234,4 +233,4 @@ def test_the_first_import_names_what_is_missing(name: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert f"DependencyError: {name} is not installed" in run.stderr
+    assert "DependencyError: mmcv is not installed" in run.stderr

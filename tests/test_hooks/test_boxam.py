@@ -12,17 +12,6 @@ from tests.test_hooks.helpers import box_spy, log_of, pictures, spy, vis_hooks
 from tests.test_hooks.test_nothing_changes import hooks_left
 from tests.toy_boxes import box_config
 
-ALIGNMENTS = ("resize", "letterbox", "network")
-
-
-def run_test(tmp_path, toy_data, **options):
-    """One test run; gives the runner and the samples that were drawn."""
-    cfg = box_config(tmp_path, [box_spy(**options)], data_root=toy_data)
-    runner = Runner.from_cfg(cfg)
-    runner.test()
-    return runner, vis_hooks(runner)[0].samples
-
-
 CHANNELS = dict(channel_reduction=None)
 
 
@@ -90,10 +79,11 @@ def test_weights_that_are_not_there_yet_do_not_end_the_run(
     assert hooks_left(runner.model) == []
 
 
-@pytest.mark.parametrize("alignment", ["letterbox", "network"])
+@pytest.mark.parametrize("alignment", ["resize", "letterbox", "network"])
 def test_the_explained_detections_are_those_of_the_loop(tmp_path, toy_data, alignment):
+    """With no more forwards than are needed."""
     kept = {}
-    hook = box_spy(alignment=alignment, num_images=-1)
+    hook = box_spy(alignment=alignment, num_images=-1, target_layers=["neck"], topk=3)
     cfg = box_config(tmp_path, [hook], data_root=toy_data)
     cfg.test_evaluator = []
     runner = Runner.from_cfg(cfg)
@@ -103,7 +93,9 @@ def test_the_explained_detections_are_those_of_the_loop(tmp_path, toy_data, alig
     runner.test()
     samples = vis_hooks(runner)[0].samples
     assert len(samples) == len(kept) == 6
-    for sample in samples:
+    # The trial, the loop's own, and one for each image.
+    assert runner.model.bbox_head.num_calls == 1 + 3 + 6
+    for sample in samples if alignment != "resize" else ():
         own = kept[int(sample.image_id.split("_")[0])]
         boxes = own.pred_instances.bboxes.numpy()
         if alignment == "network":
@@ -114,12 +106,3 @@ def test_the_explained_detections_are_those_of_the_loop(tmp_path, toy_data, alig
         np.testing.assert_allclose(found.scores, own.pred_instances.scores, atol=1e-6)
         np.testing.assert_array_equal(found.labels, own.pred_instances.labels)
         np.testing.assert_allclose(found.boxes_xyxy, boxes, atol=1e-3)
-
-
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-def test_the_loop_does_no_more_forwards_than_are_needed(tmp_path, toy_data, alignment):
-    runner, _ = run_test(
-        tmp_path, toy_data, alignment=alignment, target_layers=["neck"], topk=3
-    )
-    # The trial, the loop's own, and one for each of the four images.
-    assert runner.model.bbox_head.num_calls == 1 + 3 + 4

@@ -252,25 +252,23 @@ def test_each_pass_of_a_loop_is_counted_by_itself(tmp_path, toy_data):
     assert names == {"1_image_teacher_0", "1_image_student_0"}
 
 
-def test_what_cannot_work_is_refused_before_the_run(tmp_path, toy_data):
-    cfg = box_config(tmp_path, [hook(override_loop_pipeline=True)], data_root=toy_data)
+def test_what_cannot_work_is_refused_before_the_run(tmp_path, toy_data, monkeypatch):
+    def runner(**options: Any) -> Runner:
+        cfg = box_config(tmp_path, [hook(**options)], data_root=toy_data)
+        return Runner.from_cfg(cfg)
+
     with pytest.raises(VisConfigError, match="override_loop_pipeline=True"):
-        Runner.from_cfg(cfg)
-    both = dict(select="worst", image_indices=[0])
-    cfg = box_config(tmp_path, [hook(**both)], data_root=toy_data)
+        runner(override_loop_pipeline=True)
     with pytest.raises(VisConfigError, match="select='worst' and image_indices"):
-        Runner.from_cfg(cfg)
-    cfg = box_config(tmp_path, [hook(select="worst")], data_root=toy_data)
-    runner = Runner.from_cfg(cfg)
-    with pytest.MonkeyPatch.context() as patch:
+        runner(select="worst", image_indices=[0])
+    with monkeypatch.context() as patch:
         patch.setattr(errors, "all_gather_object", lambda number: [number, 0])
         with pytest.raises(VisConfigError, match="has none for one of the ranks"):
-            runner.test()
-    cfg = box_config(tmp_path, [hook()], data_root=toy_data)
-    runner = Runner.from_cfg(cfg)
-    dataset = runner.test_dataloader.dataset
+            runner(select="worst").test()
+    plain = runner()
+    dataset = plain.test_dataloader.dataset
     get = dataset.get_data_info
     without = lambda i: {k: v for k, v in get(i).items() if k != "instances"}  # noqa: E731
     dataset.get_data_info = without
     with pytest.raises(VisConfigError, match="has no annotated objects"):
-        runner.test()
+        plain.test()
