@@ -215,15 +215,12 @@ def _hook_sampling(module: Any, store: Store) -> list[Any]:
     ]
 
 
-def queries_of(anchors: Sequence[Anchor]) -> dict[int, int]:
-    """The query of each box, by the number of the box; saturated scores have none.
-
-    The raw outputs ``(..., Q, C)`` that decided a box say which.
-    """
+def _queries_of(anchors: Sequence[Anchor]) -> dict[int, int]:
+    """The query of each box whose score is not saturated, by the number of the box."""
     found = {}
     for number, anchor in enumerate(anchors):
         places = [p for entries in anchor.entries for p in entries.places.tolist()]
-        queries = {place[-2] for place in places}
+        queries = {place[-2] for place in places}  # of raw outputs (..., Q, C)
         if len(queries) == 1:
             found[number] = queries.pop()
     return found
@@ -244,7 +241,7 @@ def looked_at(
         level, so that they may be added up; and its points ``(n, 3)`` over all layers,
         x and y in pixels of the input and the weight, or None where it looks at cells.
     """
-    known, network_hw = queries_of(case.anchors or ()), case.graph.network_hw
+    known, network_hw = _queries_of(case.anchors or ()), case.graph.network_hw
     queries = list(known.values())
     of_layers = [layer.maps(queries, network_hw) for layer in layers]
     maps: list[list[LayerMap]] = [[] for _ in queries]

@@ -107,13 +107,11 @@ def mirror_map(
     """
     height, width = saliency.shape
     pitch = cells_per_pixel((height, width), network_hw)[1]
-    position = sum(columns) * pitch - 1 - np.arange(width)
-    lower = np.floor(position).astype(np.int64)
-    upper_weight = (position - lower).astype(saliency.dtype)
+    places = sum(columns) * pitch - 1 - np.arange(width)
     # What lies off the map on the other side says nothing.
-    padded = np.pad(saliency, ((0, 0), (1, 1)))
-    near, far = (padded[:, (lower + i).clip(-1, width) + 1] for i in (0, 1))
-    return near * (1 - upper_weight) + far * upper_weight
+    padded, cells = np.pad(saliency, ((0, 0), (1, 1))), np.arange(-1, width + 1)
+    rows = [np.interp(places, cells, row) for row in padded]
+    return np.stack(rows).astype(saliency.dtype)
 
 
 def _mean(maps: list[np.ndarray]) -> np.ndarray:
