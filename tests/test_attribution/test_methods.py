@@ -10,7 +10,7 @@ import torch
 
 from mmyolo_vis_hooks.attribution import methods
 from mmyolo_vis_hooks.attribution.methods import METHODS, register_method, validate
-from mmyolo_vis_hooks.attribution.perturb import ablationcam, most_active
+from mmyolo_vis_hooks.attribution.perturb import ablationcam
 from mmyolo_vis_hooks.attribution.targets import ChosenBoxes, register_target
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
 
@@ -136,11 +136,6 @@ class TestByHand:
         )
         expected = [[0.5, -1.5], [0.75, 0.25], [1.0, -1.0]]
         assert ablationcam(layer).tolist() == expected
-
-    def test_the_most_active_channels(self):
-        activations = torch.tensor([0.5, -3.0, 1.0, 0.0])[:, None, None].expand(4, 2, 2)
-        for ratio, expected in ((1, [0, 1, 2, 3]), (0.5, [1, 2]), (0.01, [1])):
-            assert most_active(activations, ratio).tolist() == expected
 
 
 class TestFormulas:

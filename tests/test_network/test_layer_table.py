@@ -12,6 +12,7 @@ from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.network.layer_table import LayerRow, survey_layers
 from mmyolo_vis_hooks.network.recorder import LayerRecorder
 from tests.families import build_family
+from tests.test_network.test_recorder import hooks_left
 
 NETWORK_HW = (8, 12)
 
@@ -220,9 +221,3 @@ def assert_agreement(detector, inputs, data_samples, rows: list[LayerRow]) -> No
         except FeatureShapeError:
             continue
         assert any(feature_map.numel() == 0 for feature_map in maps), row.path
-
-
-def hooks_left(model: nn.Module) -> int:
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
-    )

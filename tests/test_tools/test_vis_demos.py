@@ -19,16 +19,12 @@ import cv2
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from mmengine.visualization import Visualizer
 
 import boxam_vis_demo as boxam_tool
 import featmap_vis_demo as featmap_tool
-from mmyolo_vis_hooks import load
 from mmyolo_vis_hooks.attribution.methods import METHODS
 from mmyolo_vis_hooks.attribution.targets import TARGETS
-from mmyolo_vis_hooks.options import FeatMapOptions
-from mmyolo_vis_hooks.render.featmap_panel import overlay_feature_map
 from tests.test_publish.pages import data_of
 from tests.test_tools.helpers import CONFIG, TOOLS, write_small
 
@@ -139,37 +135,6 @@ def inside(map_: np.ndarray, xyxy: Sequence[float], size_wh: Sequence[int]) -> A
     columns = (x > xyxy[0]) & (x < xyxy[2])
     rows = (y > xyxy[1]) & (y < xyxy[3])
     return rows[:, None] & columns
-
-
-def network_maps(real: SimpleNamespace) -> list[torch.Tensor]:
-    """What backbone and neck put out for the dog, without any of the tools."""
-    detector: Any = load(*real.detector, device="cpu")
-    # 768 x 576 in 416 x 416, then to whole cells of 32 pixels.
-    image = cv2.resize(real.image_rgb, (416, 320), interpolation=cv2.INTER_AREA)
-    preprocessor = detector.cfg.model.data_preprocessor
-    mean, std = np.float32(preprocessor.mean), np.float32(preprocessor.std)
-    inputs = torch.from_numpy((image - mean) / std).permute(2, 0, 1)[None]
-    with torch.no_grad():
-        backbone = detector.backbone(inputs)
-        return [level[0] for level in (*backbone, *detector.neck(backbone))]
-
-
-@real_data
-def test_all_outputs_of_layers_are_drawn(drawn, real):
-    words = ("--target-layers", "backbone", "neck", "--channel-reduction", "select_max")
-    run = drawn(featmap_tool, *words)
-    layers = [f"{layer}[{i}]" for layer in ("backbone", "neck") for i in range(3)]
-    assert run.titles == layers
-    image, *maps = sorted(run.cells, key=lambda cell: -cell.size)
-    assert [cell.shape for cell in maps] == [(288, 384, 3)] * 6
-    assert sorted({name for name, _ in run.boxes}) == sorted(FOUND)
-    assert 0 < differs(image, real.image_rgb) < 12  # it has boxes drawn on it
-    options = FeatMapOptions(channel_reduction="select_max")
-    small_rgb = cv2.resize(real.image_rgb, (384, 288), interpolation=cv2.INTER_AREA)
-    for cell, level in zip(maps, network_maps(real)):
-        assert differs(cell, overlay_feature_map(level, small_rgb, options)) < 0.1
-        assert differs(cell, small_rgb) > 20
-    assert differs(maps[0], maps[1]) > 5
 
 
 @real_data
