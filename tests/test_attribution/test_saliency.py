@@ -13,7 +13,6 @@ from mmyolo_vis_hooks.attribution.saliency import (
     normalize_saliency,
     saliency_range,
 )
-from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.records import BoxExplanation, LayerMap
 
@@ -73,10 +72,6 @@ class TestFusion:
         tiny = np.full((1, 2), 1e-30, np.float32)
         fused = fuse_saliency([tiny, tiny], "product", normalize=False)
         assert fused.max() == pytest.approx(1e-60, rel=1e-5)
-
-    def test_unknown(self):
-        with pytest.raises(VisConfigError, match=r"fusion='median'.*'product'"):
-            fuse_saliency([self.ONE], "median", normalize=True)
 
 
 class TestNormalize:
