@@ -130,6 +130,10 @@ class View:
         truth = photo.truth() if photo.truth is not None else None
         return self._live.look(photo.name, photo.load(), placement, truth)
 
+    def diagnose(self, number: int, settings: Settings) -> Diagnosis:
+        """What is right and wrong in an image, as the controls say."""
+        return self.look(number).diagnose(settings.options, settings.nms_iou_thr)
+
     def _map(self, number: int, candidate: int, options: BoxAMOptions) -> Any:
         return self._live.explain(self.look(number), candidate, options)
 
@@ -176,13 +180,8 @@ class Side:
 
 def clicked(views: Sequence[View], spot: Spot, settings: Settings) -> Spot:
     """Choose in each view the smallest box at the place, or else its best candidate."""
-    chosen = []
-    for view in views:
-        diagnosis = view.look(spot.image).diagnose(
-            settings.options, settings.nms_iou_thr
-        )
-        chosen.append(_chosen(diagnosis, spot, settings))
-    return replace(spot, chosen=tuple(chosen))
+    found = (view.diagnose(spot.image, settings) for view in views)
+    return replace(spot, chosen=tuple(_chosen(own, spot, settings) for own in found))
 
 
 def _chosen(diagnosis: Diagnosis, spot: Spot, settings: Settings) -> int | None:
@@ -238,10 +237,7 @@ def next_error(
     order = [(spot.image + step) % total for step in range(total)]
     for number in numbers([*order, spot.image]):
         passed = spot.error if number == spot.image else 0
-        diagnosis = (
-            views[0].look(number).diagnose(settings.options, settings.nms_iou_thr)
-        )
-        errors = list(errors_of(diagnosis, kind))
+        errors = list(errors_of(views[0].diagnose(number, settings), kind))
         if passed >= len(errors):
             spot = replace(spot, error=0)
             continue
@@ -258,7 +254,7 @@ def next_error(
 def side_of(view: View, spot: Spot, settings: Settings, which: int = 0) -> Side:
     """What a view shows of a spot."""
     look, options = view.look(spot.image), settings.options
-    diagnosis = look.diagnose(options, settings.nms_iou_thr)
+    diagnosis = view.diagnose(spot.image, settings)
     if spot.point_xy is None:
         return Side(_draw(look, diagnosis, spot), [_summary(look, diagnosis)])
     at = considered_at(spot.point_xy, diagnosis, options, label=settings.label)

@@ -38,6 +38,7 @@ class Found:
 
     kind: ClassVar[str] = "hit"
     why: ClassVar[str] = ""
+    contrast: ClassVar[None] = None
 
     class_name: str
     score: float
@@ -231,7 +232,7 @@ class Diagnosis:
         contrasts = {
             n: own.contrast.difference
             for n, own in enumerate(self._all())
-            if not isinstance(own, Found) and own.contrast is not None
+            if own.contrast is not None
         }
         image_hw = self.image_rgb.shape[:2]
         saliency = [own.saliency for own in maps.values()]
