@@ -14,7 +14,7 @@ Fergus 2014, "Visualizing and Understanding Convolutional Networks" (hidden part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ BLUR = 0.05
 """Sigma of the blurred image, in units of the longer side of the input."""
 SMOOTH = 0.05
 """Sigma of what a map is smoothed by, in units of the side of a square of the area."""
+EQUAL = 1e-3
+"""Cells whose worth differs by less are worth the same."""
 BASELINES = ("blur", "black", "mean")
 
 
@@ -40,7 +42,8 @@ class PixelPath:
     """What a method may ask of an image ``(1, C, H, W)`` and K boxes on it.
 
     ``baseline`` is the image without content, of the same shape; ``boxes_xyxy`` are
-    ``(K, 4)``, in its pixels, where ``num_cells`` asks for them.
+    ``(K, 4)``, in its pixels. ``found`` gives what is left of the boxes among the final
+    detections, ``(n, K)``, on n images that are made batch by batch.
     """
 
     inputs: torch.Tensor
@@ -50,6 +53,7 @@ class PixelPath:
     num_masks: int
     num_cells: int
     scorer: Scorer
+    found: Callable[[int, Callable[[slice], torch.Tensor]], torch.Tensor]
 
     def evidence(self, shares: torch.Tensor) -> torch.Tensor:
         """What each pixel adds to the scores, ``(K, H, W)``.
@@ -66,10 +70,11 @@ class PixelPath:
         return (slopes * change).sum(dim=1) / len(shares)
 
     def worth_of_cells(self) -> torch.Tensor:
-        """What each cell of a grid on a box is worth to its score, ``(K, H, W)``.
+        """How each cell of a grid on a box ranks by what it is worth, ``(K, H, W)``.
 
-        The score with this cell alone less that without it alone, while what surrounds
-        the box stays; less the mean of the cells. Outside of the box it is 0.
+        Its worth is the score that the box finds with this cell alone less that without
+        it alone, while what surrounds the box stays. The cell that is worth most has 1,
+        the least -1, and outside of the box it is 0.
         """
         maps = [self._worth_of_cells(k, box) for k, box in enumerate(self.boxes_xyxy)]
         return torch.stack(maps).to(self.inputs)
@@ -90,10 +95,13 @@ class PixelPath:
             shown = torch.where(asked[part] < count, alone, ~own)[:, None]
             return torch.where(shown, self.inputs, self.baseline)
 
-        scores = self.scorer.scores_of_many(2 * count, images, "cells")[:, k]
-        alone, without = scores.chunk(2)
+        alone, without = self.found(2 * count, images)[:, k].chunk(2)
         worth = alone - without
-        return F.pad(worth - worth.mean(), (0, 1))[cells]  # the last lies outside
+        more = worth[:, None] - worth
+        # Equal ones share their rank.
+        more = torch.where(more.abs() < EQUAL, 0, more.sign())
+        ranks = more.sum(dim=1) / max(count - 1, 1)
+        return F.pad(ranks, (0, 1))[cells]  # the last lies outside
 
     def smoothed(self, maps: torch.Tensor) -> torch.Tensor:
         """Maps ``(K, H, W)``, each with a Gaussian of the scale of its box."""
@@ -112,9 +120,9 @@ class PixelPath:
     "the pixels on the way from the blurred image and under coarse masks.",
     formula="mean of sum_c g * (x - b), b = the blurred image, g at b + m * (x - b), m "
     "= steps from 0 to 1, plus the same for m = random masks with their complements, "
-    "each by its norm; with cells, smoothed, plus the score with a cell of the box "
-    "alone less that without it, each by its maximum; then a Gaussian with sigma = "
-    "0.05 * sqrt(box area)",
+    "each by its norm; with cells, smoothed and by its maximum, plus how a cell of the "
+    "box ranks, -1 to 1, by IoU * score of what is found with it alone less without "
+    "it; then a Gaussian with sigma = 0.05 * sqrt(box area)",
     default_smooth=SMOOTH,
     tells="tells what",
     takes_eigen_smooth=False,
@@ -130,10 +138,10 @@ def evidence(path: PixelPath) -> torch.Tensor:
     slopes = torch.stack([own / size for own, size in zip(maps, sizes)]).sum(dim=0)
     if not path.num_cells:
         return slopes
-    # Gradients see small changes, cells what is left when a part is gone. Both are of
-    # the same scale before they are divided; equal cells are no difference.
-    parts = torch.stack([path.smoothed(slopes), path.worth_of_cells()])
-    return (parts / parts.abs().amax((2, 3), keepdim=True).clamp(min=1e-6)).sum(dim=0)
+    # Gradients see small changes, cells what is left when a part is gone.
+    slopes = path.smoothed(slopes)
+    largest = slopes.abs().amax((1, 2), keepdim=True).clamp(min=1e-6)
+    return slopes / largest + path.worth_of_cells()
 
 
 def complementary_masks(count: int, image_hw: Sequence[int]) -> torch.Tensor:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..network.replay import ReplayEngine
+from .blackbox import final_scores
 from .evidence import PixelPath, baseline_of
 from .methods import (
     limited,
@@ -46,7 +46,7 @@ class MapMaker:
         self._options = options
         self._engine = engine
         self._scorer = scorer
-        self._preprocessor = getattr(detector, "data_preprocessor", None)
+        self._detector = detector
 
     def maps(self, case: Case, spot: Spot) -> torch.Tensor:
         """Maps ``(K, h, w)`` of the boxes of a spot, on its device.
@@ -89,19 +89,27 @@ class MapMaker:
         method, options, inputs = self._method, self._options, case.graph.inputs
         target = input_target(case, self._engine, method.name)
         scorer = self._scorer(case, members=spot.members, target=target)
-        baseline = baseline_of(options.baseline, inputs, self._preprocessor)
-        boxes = np.zeros((0, 4))
-        if options.cells:
-            boxes = case.graph.network_boxes()
-            boxes = boxes[[case.boxes.indices[k] for k in spot.members]]
+        preprocessor = getattr(self._detector, "data_preprocessor", None)
+        baseline = baseline_of(options.baseline, inputs, preprocessor)
+        chosen = [case.boxes.indices[k] for k in spot.members]
+        score = final_scores(
+            self._detector, case.graph.detections(), chosen, case.graph.metainfo
+        )
+
+        @torch.no_grad()
+        def found(count: int, images: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+            parts = scorer.parts(count, "cells")
+            return torch.cat([score(images(part)) for part in parts])
+
         path = PixelPath(
             inputs,
             baseline,
-            boxes,
+            case.graph.network_boxes()[chosen],
             steps=options.steps,
             num_masks=options.masks,
             num_cells=options.cells,
             scorer=scorer,
+            found=found,
         )
         shape = len(spot.members), *case.graph.network_hw
         maps = shaped(method.function(path), shape, f"method={method.name!r}")

@@ -140,7 +140,7 @@ class Scorer:
         self, count: int, values: Callable[[slice], torch.Tensor], title: str
     ) -> torch.Tensor:
         """The same for ``count`` values, made batch by batch, under a progress bar."""
-        parts = self._parts(count, title)
+        parts = self.parts(count, title)
         return torch.cat([self.scores(values(part)) for part in parts])
 
     def slopes_of_many(
@@ -148,12 +148,13 @@ class Scorer:
     ) -> torch.Tensor:
         """The sums of :meth:`slopes` over ``count`` values, made batch by batch."""
         total = torch.zeros(())
-        for part in self._parts(count, title):
+        for part in self.parts(count, title):
             slopes = self.slopes(values(part))
             total = total.to(slopes) + slopes
         return total
 
-    def _parts(self, count: int, title: str) -> Iterable[slice]:
+    def parts(self, count: int, title: str) -> Iterable[slice]:
+        """Which of ``count`` values run at once, under a progress bar."""
         size = self.batch_size
         parts = [slice(b, min(b + size, count)) for b in range(0, count, size)]
         return track(parts, title, transient=True, disable=not self._show)
