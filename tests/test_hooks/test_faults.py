@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +92,30 @@ def test_a_folder_that_takes_no_picture_is_said_in_one_line(tmp_path, toy_data):
     assert "permissions of the work dir" in line
     assert failures(tmp_path) == [3]
     assert "Traceback" not in log
+
+
+@pytest.mark.nightly
+def test_a_work_dir_that_takes_nothing_new(tmp_path, toy_data):
+    command = [sys.executable, "-m", "tests.read_only_run", str(tmp_path / "work")]
+    command.append(str(toy_data))
+    if os.geteuid() == 0:  # who may do anything has to give that up
+        powers = "-dac_override,-dac_read_search"
+        given_up = [f"--bounding-set={powers}", f"--inh-caps={powers}"]
+        able = shutil.which("setpriv") and not subprocess.call(
+            ["setpriv", *given_up, "true"], stderr=subprocess.DEVNULL
+        )
+        if not able:
+            pytest.skip("needs a setpriv that may give up powers")
+        command = ["setpriv", *given_up, *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    for folder in (tmp_path / "work").rglob("*"):
+        if folder.is_dir():
+            folder.chmod(0o755)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "mAP 0." in done.stdout
+    assert failures(tmp_path) == [2, 2]
+    assert "permissions of the work dir" in log_of(tmp_path)
+    assert pictures(tmp_path) == {}
 
 
 def test_full_disk(tmp_path, toy_data):

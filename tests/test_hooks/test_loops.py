@@ -13,7 +13,8 @@ from mmengine.runner import Runner, ValLoop
 
 from mmyolo_vis_hooks.errors import VisConfigError
 from tests.test_hooks.helpers import log_of, pictures, spy, vis_hooks
-from tests.toy import SQUARE, ToyDetector, toy_config, write_dataset
+from tests.test_hooks.test_nothing_changes import hooks_left
+from tests.toy import LETTERBOX, SQUARE, ToyDetector, toy_config, write_dataset
 
 ALIGNMENTS = ("resize", "letterbox", "network")
 
@@ -103,6 +104,21 @@ def test_passes_of_which_nobody_tells(tmp_path, toy_data):
     assert sorted(pictures(tmp_path)) == names
 
 
+@pytest.mark.parametrize("outcome", [None, RuntimeError, KeyboardInterrupt])
+def test_the_loop_is_put_back(tmp_path, toy_data, outcome):
+    hooks = [spy(alignment=a, name=a) for a in ("letterbox", "network", "resize")]
+    runner = Runner.from_cfg(toy_config(tmp_path, hooks, data_root=toy_data))
+    loop = runner.val_loop
+    if outcome is None:
+        runner.val()
+    else:
+        runner.model.fail_at, runner.model.fail_with = 3 + 2, outcome("a layer failed")
+        with pytest.raises(outcome):
+            runner.val()
+    assert "run_iter" not in vars(loop)
+    assert hooks_left(runner.model) == []
+
+
 # --------------------------------------------------------------- pipelines of all kinds
 
 
@@ -118,6 +134,17 @@ class ToyCanvas(BaseTransform):
         results["img"] = canvas
         results["img_shape"] = canvas.shape[:2]
         results["scale_factor"] = (1.0, 1.0)
+        return results
+
+
+@TRANSFORMS.register_module()
+class ToyNoise(BaseTransform):
+    """Changes every pixel and moves none."""
+
+    def transform(self, results):
+        noise = np.random.RandomState(0).randn(*results["img"].shape) * 20
+        changed = (255 - results["img"] + noise).clip(0, 255)
+        results["img"] = changed.astype(results["img"].dtype)
         return results
 
 
@@ -163,6 +190,21 @@ def test_an_unknown_canvas_is_noticed_and_drawn_on(tmp_path, textured):
         with pytest.raises(VisConfigError, match=refusal):
             runner.test()
         assert runner.model.num_forwards == 0
+
+
+@pytest.mark.parametrize("alignment", [None, *ALIGNMENTS])
+def test_noise_is_no_trouble(tmp_path, textured, alignment):
+    geometry = (dict(type="ToyNoise"), *LETTERBOX, dict(type="ToyNoise"))
+    hook = spy(alignment=alignment)
+    cfg = toy_config(tmp_path, [hook], data_root=textured, geometry=geometry)
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    (hook,) = vis_hooks(runner)
+    assert len(hook.samples) == 2
+    if alignment != "network":
+        for sample in hook.samples:
+            assert sample.image_rgb.shape[:2] in ((220, 300), (300, 210))
+    assert "drawn on" not in log_of(tmp_path)
 
 
 def test_the_first_image_may_not_be_there_before_the_run(tmp_path, textured):
