@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,15 +233,23 @@ def draw_budget(tables: Tables, value: str, path: Path) -> None:
             free[record.map] = record.mean
     figure = _figure(figsize=(7.5, 4.5))
     ax = figure.subplots()
-    ax.set_prop_cycle(color=_colors())
-    for name, points in budgets.items():
+    ax.set_xscale("log")
+    labels = []
+    for color, (name, points) in zip(cycle(_colors()), budgets.items()):
         forwards, means, options = zip(*sorted(points))
-        ax.plot(forwards, means, "o-", label=name)
-        for text, place in zip(options, zip(forwards, means)):
-            ax.annotate(text, place, (3, -8), textcoords="offset points", fontsize=6)
+        ax.plot(forwards, means, "o-", color=color, label=name)
+        labels += [(m, f, text, color) for f, m, text in zip(forwards, means, options)]
     for color, (name, mean) in zip(_colors()[::-1], free.items()):
         ax.axhline(mean, color=color, linestyle="--", linewidth=1, label=name)
-    ax.set(xscale="log", xlabel="forwards a box", ylabel=value)
+    ax.set(xlabel="forwards a box", ylabel=value)
+    ax.autoscale_view()
+    above = -np.inf
+    for mean, cost, text, color in sorted(labels):
+        y = ax.transData.transform((cost, mean))[1] * 72 / figure.dpi  # in points
+        above = max(y, above + 7 * bool(text))  # no label on another
+        style = dict(ha="right", va="center", fontsize=6, color=color)
+        offset = (-6, above - y)
+        ax.annotate(text, (cost, mean), offset, textcoords="offset points", **style)
     ax.grid(alpha=0.3)
     ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     _write_figure(path, figure)
