@@ -124,9 +124,9 @@ def rise_masks(
         yield torch.stack(masks).to(dtype)
 
 
-Similarity = Callable[[Detections, Detections], np.ndarray]
-"""From detections of two images to how much of each of the first is among the second,
-``(K,)``."""
+Similarity = Callable[[Detections, Sequence[int], Detections], np.ndarray]
+"""From the detections of an image, K indices of them and the detections of another
+image to how much of each of the K is among these, ``(K,)``."""
 
 
 def final_scores(
@@ -138,7 +138,7 @@ def final_scores(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What scores boxes by the final detections on other images.
 
-    The similarity is that of all detections; :func:`detection_similarities` by default.
+    The similarity is :func:`detection_similarities` by default.
     """
     similarity = similarity or detection_similarities
     wanted = detections_of(predictions)
@@ -146,13 +146,15 @@ def final_scores(
     def score(batch: torch.Tensor) -> torch.Tensor:
         samples = [DetDataSample(metainfo=dict(metainfo)) for _ in batch]
         outputs = detector(batch, samples, mode="predict")
-        found = [similarity(wanted, detections_of(o))[chosen] for o in outputs]
+        found = [similarity(wanted, chosen, detections_of(o)) for o in outputs]
         return torch.from_numpy(np.stack(found)).to(batch.device)
 
     return score
 
 
-def detection_similarities(wanted: Detections, found: Detections) -> np.ndarray:
+def detection_similarities(
+    wanted: Detections, chosen: Sequence[int], found: Detections
+) -> np.ndarray:
     """How much of each of K detections is left on a masked image, ``(K,)`` in [0, 1].
 
     D-RISE (eq. 6): the best, over all detections, of IoU * similarity of the class
@@ -160,11 +162,14 @@ def detection_similarities(wanted: Detections, found: Detections) -> np.ndarray:
     the similarity of the classes is 1 or 0, and the score, in which heads with
     objectness include it, stands for the objectness.
     """
-    same_label = wanted.labels[:, None] == found.labels[None]
-    return _best(_overlaps(wanted, found) * same_label * found.scores)
+    own = wanted.take(list(chosen))
+    same_label = own.labels[:, None] == found.labels[None]
+    return _best(_overlaps(own, found) * same_label * found.scores)
 
 
-def vector_similarities(wanted: Detections, found: Detections) -> np.ndarray:
+def vector_similarities(
+    wanted: Detections, chosen: Sequence[int], found: Detections
+) -> np.ndarray:
     """The same without the objectness, and with class vectors as far as there are any.
 
     VX-CODE (2026): the best of IoU * cosine of the class vectors. Departure: a head
@@ -172,15 +177,19 @@ def vector_similarities(wanted: Detections, found: Detections) -> np.ndarray:
     with an IoU above 0.9, what the classes are there; of one that gives the best class
     alone nothing but that is known.
     """
-    count = 1 + max([*wanted.labels, *found.labels], default=0)
-    cosines = _class_vectors(wanted, count) @ _class_vectors(found, count).T
-    return _best(_overlaps(wanted, found) * cosines)
+    own, count = (
+        wanted.take(list(chosen)),
+        1 + max([*wanted.labels, *found.labels], default=0),
+    )
+    vectors = _class_vectors(own, wanted, count), _class_vectors(found, found, count)
+    return _best(_overlaps(own, found) * (vectors[0] @ vectors[1].T))
 
 
-def _class_vectors(found: Detections, num_classes: int) -> np.ndarray:
-    """The greatest score of each class at each detection, ``(N, C)``, of length 1."""
-    vectors = np.zeros((len(found), num_classes))
-    here, there = (_overlaps(found, found) > _ONE_PLACE).nonzero()
+def _class_vectors(own: Detections, found: Detections, num_classes: int) -> np.ndarray:
+    """The greatest score of each class among what was found at the place of each of N
+    detections, ``(N, C)``, of length 1."""
+    vectors = np.zeros((len(own), num_classes))
+    here, there = (_overlaps(own, found) > _ONE_PLACE).nonzero()
     np.maximum.at(vectors, (here, found.labels[there]), found.scores[there])
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
 

@@ -126,16 +126,19 @@ def test_over_the_image_by_hand():
 def test_iou_times_the_cosine_of_class_vectors_by_hand():
     box = [0.0, 0.0, 10.0, 10.0]
     wanted = _detections([box, box, [50, 50, 60, 60]], [0.6, 0.8, 0.5], [1, 3, 0])
+    every = range(3)
     # Half of the box has both classes, all of it the second alone.
     half = [0.0, 0.0, 10.0, 5.0]
     found = _detections([half, half, box], [0.3, 0.4, 0.1], [1, 3, 3])
     # On the box 1 * cos((0.6, 0.8), (0, 1)), more than 0.5 * 1 on half of it.
-    likeness = vector_similarities(wanted, found)
+    likeness = vector_similarities(wanted, every, found)
     np.testing.assert_allclose(likeness, [0.8, 0.8, 0.0], rtol=1e-6)
-    likeness = vector_similarities(wanted, found.take([0, 1]))
+    likeness = vector_similarities(wanted, every, found.take([0, 1]))
     np.testing.assert_allclose(likeness, [0.5, 0.5, 0.0], rtol=1e-6)
-    assert vector_similarities(wanted, wanted) == pytest.approx([1, 1, 1])
-    assert not vector_similarities(wanted, Detections()).any()
+    assert vector_similarities(wanted, every, wanted) == pytest.approx([1, 1, 1])
+    assert not vector_similarities(wanted, every, Detections()).any()
+    # What else lies there counts, whichever are asked for.
+    assert vector_similarities(wanted, [2, 0], found) == pytest.approx([0, 0.8])
 
 
 def _detections(boxes, scores, labels) -> Detections:
