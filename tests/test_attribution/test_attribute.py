@@ -111,6 +111,24 @@ def changed(name: str, kind: str) -> Family:
             if conv.kernel_size == (3, 3):
                 conv.padding_mode = "reflect"
                 conv._reversed_padding_repeated_twice = [1] * 4
+    elif kind == "twice":
+        bbox_head = family.detector.bbox_head
+        predict = bbox_head.predict
+
+        def predict_twice(maps, *args, **kwargs):
+            bbox_head(maps)
+            return predict(maps, *args, **kwargs)
+
+        bbox_head.predict = predict_twice
+    elif kind in ("no number", "too few cells"):
+
+        def on_windows(module, args, out):
+            if 5 * out.shape[-2] == 4 * out.shape[-1]:
+                return out  # of the whole image
+            return out * np.nan if kind == "no number" else out[..., :1, :1]
+
+        for conv in head.multi_level_conv_cls:
+            conv.register_forward_hook(on_windows)
     else:
         for path in MOVED[name]:
             block = family.detector.get_submodule(path)
@@ -120,7 +138,14 @@ def changed(name: str, kind: str) -> Family:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("yolox", "corner pooling"), ("yolox", "reflection"), ("yolov5", "in place")],
+    [
+        ("yolox", "corner pooling"),
+        ("yolox", "reflection"),
+        ("yolox", "twice"),
+        ("yolox", "no number"),
+        ("yolox", "too few cells"),
+        ("yolov5", "in place"),
+    ],
 )
 def test_boxes_have_their_maps_of_any_head(name, kind):
     family = changed(name, kind)
