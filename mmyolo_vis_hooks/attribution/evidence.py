@@ -43,7 +43,8 @@ class PixelPath:
 
     ``baseline`` is the image without content, of the same shape; ``boxes_xyxy`` are
     ``(K, 4)``, in its pixels. ``found`` gives what is left of the boxes among the final
-    detections, ``(n, K)``, on n images that are made batch by batch.
+    detections, or another target than the score, ``(n, K)``, on n images that are made
+    batch by batch.
     """
 
     inputs: torch.Tensor

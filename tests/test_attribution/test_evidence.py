@@ -66,10 +66,13 @@ def test_it_is_the_mean_of_gradients_between_the_baseline_and_the_image(baseline
         assert np.abs(joined.saliency - sum(expected)).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["yolox", "yolov6"])
-def test_cells_are_hidden_and_shown_alone(name):
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("yolox", "score"), ("yolov6", "score"), ("yolox", "objectness")],
+)
+def test_cells_are_hidden_and_shown_alone(name, target):
     family = build_family(name)
-    options = dict(method="evidence", target="score", topk=1)
+    options = dict(method="evidence", target=target, topk=1)
     _, plain = explain(family, **options)
     _, both = explain(family, cells=3, batch_size=5, **options)
     neutral = baseline_of("blur", family.inputs, family.detector.data_preprocessor)
@@ -79,13 +82,18 @@ def test_cells_are_hidden_and_shown_alone(name):
     boxes = wanted.bboxes * torch.tensor(metainfo["scale_factor"] * 2)
     for slopes, joined in zip(plain, both):
         k = joined.index
+        place = RawOutputs(family).place(k)
         x1, y1, x2, y2 = (boxes[k] + torch.tensor([left, top] * 2)).tolist()
         ys, xs = np.arange(128) + 0.5, np.arange(160) + 0.5
         rows, columns = (ys - y1) / (y2 - y1) * 3, (xs - x1) / (x2 - x1) * 3
 
-        def score(shown: np.ndarray, k: int = k) -> float:
+        def score(shown: np.ndarray, k: int = k, place: tuple = place) -> float:
             image = torch.where(torch.from_numpy(shown), family.inputs, neutral)
             other = dataclasses.replace(family, inputs=image)
+            if target == "objectness":
+                level, _, row, column = place
+                with torch.no_grad():
+                    return float(RawOutputs(other).run()[1][level][0, 0, row, column])
             found = plain_predict(other)
             found = found[found.labels == wanted.labels[k]]
             overlaps = bbox_overlaps(wanted.bboxes[k][None], found.bboxes)[0]
