@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _UNIT = "share of the map's maximum"
 _SIGNS = "red for, blue against"
+_RANKS = "red counts more than most of the box, blue less"
 _MIN_PICTURE_SIZE = 640
 # Many boxes need room for their labels, and for their panels below.
 _MANY_PANELS = 12
@@ -148,7 +149,8 @@ class BoxAMPanel(Panel):
     @property
     def _caption(self) -> str:
         caption = caption_of(self.options.method, self.options.target)
-        return joined([caption, _SIGNS if self.options.is_signed else ""])
+        signs = _RANKS if self.options.cells else _SIGNS
+        return joined([caption, signs if self.options.is_signed else ""])
 
     def _groups(self, sample: BoxSample) -> list[list[BoxExplanation]]:
         """The explanations that share a panel, in the order of their best box."""

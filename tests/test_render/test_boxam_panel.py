@@ -367,6 +367,8 @@ def test_signed_maps_are_red_for_and_blue_against(draw):
     assert (second.scale.low, second.scale.high) == (-1, 1)
     assert "evidence · score · tells what · red for, blue against" in second.note
     assert "-0.0" in second.note
+    ranked = draw(given, method="evidence", cells=5)[1].note
+    assert "tells what · red counts more than most of the box, blue less" in ranked
     red, _, blue = second.image_rgb.astype(int).transpose(2, 0, 1)
     row, column = np.unravel_index((blue - red).argmax(), red.shape)
     assert blue[row, column] - red[row, column] > 240
