@@ -177,10 +177,8 @@ def vector_similarities(
     with an IoU above 0.9, what the classes are there; of one that gives the best class
     alone nothing but that is known.
     """
-    own, count = (
-        wanted.take(list(chosen)),
-        1 + max([*wanted.labels, *found.labels], default=0),
-    )
+    own = wanted.take(list(chosen))
+    count = 1 + max([*wanted.labels, *found.labels], default=0)
     vectors = _class_vectors(own, wanted, count), _class_vectors(found, found, count)
     return _best(_overlaps(own, found) * (vectors[0] @ vectors[1].T))
 

@@ -86,34 +86,32 @@ class MapMaker:
         return torch.cat(maps)
 
     def _pixel_maps(self, case: Case, spot: Spot) -> torch.Tensor:
-        method, options, inputs = self._method, self._options, case.graph.inputs
+        method, options, graph = self._method, self._options, case.graph
         target = input_target(case, self._engine, method.name)
         scorer = self._scorer(case, members=spot.members, target=target)
         preprocessor = getattr(self._detector, "data_preprocessor", None)
-        baseline = baseline_of(options.baseline, inputs, preprocessor)
+        baseline = baseline_of(options.baseline, graph.inputs, preprocessor)
         chosen = [case.boxes.indices[k] for k in spot.members]
-        score = final_scores(
-            self._detector, case.graph.detections(), chosen, case.graph.metainfo
-        )
 
         @torch.no_grad()
         def found(count: int, images: Callable[[slice], torch.Tensor]) -> torch.Tensor:
             if case.target.name != "score":  # which is all that detections tell
                 return scorer.scores_of_many(count, images, "cells")
-            parts = scorer.parts(count, "cells")
+            given = self._detector, graph.detections(), chosen, graph.metainfo
+            score, parts = final_scores(*given), scorer.parts(count, "cells")
             return torch.cat([score(images(part)) for part in parts])
 
         path = PixelPath(
-            inputs,
+            graph.inputs,
             baseline,
-            case.graph.network_boxes()[chosen],
+            graph.network_boxes()[chosen],
             steps=options.steps,
             num_masks=options.masks,
             num_cells=options.cells,
             scorer=scorer,
             found=found,
         )
-        shape = len(spot.members), *case.graph.network_hw
+        shape = len(spot.members), *graph.network_hw
         maps = shaped(method.function(path), shape, f"method={method.name!r}")
         require_finite(maps, "the gradients at the pixels")
         return maps.float() if options.signed else maps.float().relu()

@@ -144,6 +144,20 @@ def test_cells_without_a_pixel_are_none(box):
     assert not path([30, 0, 40, 10]).worth_of_cells().any()
 
 
+@pytest.mark.parametrize("name", ["faster_rcnn", "detr"])
+def test_cells_of_regions_and_queries_are_asked_of_what_is_found(name):
+    family = build_family(name)
+    options = dict(method="evidence", topk=1, steps=1, masks=0)
+    (one,), (other,) = (explain(family, cells=n, **options)[1] for n in (0, 2))
+    plain, ranked = (
+        own.maps[0].saliency / np.abs(own.maps[0].saliency).max()
+        for own in (one, other)
+    )
+    # Half of its cells rank above the others, by up to 2 from the first to the last.
+    assert np.ptp(other.maps[0].saliency) > 1.5
+    assert np.abs(plain - ranked).max() > 0.5
+
+
 def test_without_signs_it_is_the_positive_part():
     family = build_family("yolox")
     _, signed = explain(family, method="evidence", topk=2)

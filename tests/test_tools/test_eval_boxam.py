@@ -54,6 +54,12 @@ def words(scene, tmp_path) -> list[Any]:
     return [*scene, "--device", "cpu", "--out-dir", tmp_path / "maps"]
 
 
+def evaluated(scene: tuple[Path, Path], *methods: str, **options: Any) -> Evaluation:
+    config, weights = scene
+    options = dict(split="val", device="cpu", score_thr=0.3, per_image=1) | options
+    return Evaluation(read_config(str(config)), str(weights), list(methods), **options)
+
+
 def test_tables_curves_and_cases(run, words, tmp_path, capsys):
     call = [*words, *CALL, "--metrics", "energy", "inside"]
     assert run(eval_boxam, *call) == 0
@@ -153,12 +159,8 @@ def test_methods_have_options():
 
 
 def test_forwards_of_replays_and_of_the_search_are_counted(scene):
-    config, weights = scene
     methods = ["drise:num_masks=20", "search", "ridge:num_masks=16"]
-    evaluation = Evaluation(
-        read_config(str(config)), str(weights), methods,
-        split="val", device="cpu", score_thr=0.3, per_image=1,
-    )  # fmt: skip
+    evaluation = evaluated(scene, *methods)
     for image in evaluation.images[:2]:  # in the first, replays are tried
         picture, explained = evaluation.explain(image)
     assert picture.shape == (128, 128, 3)
@@ -173,11 +175,7 @@ def test_forwards_of_replays_and_of_the_search_are_counted(scene):
 
 
 def test_detections_are_scored_at_their_own_anchors(scene):
-    config, weights = scene
-    evaluation = Evaluation(
-        read_config(str(config)), str(weights), ["boxam"],
-        split="val", device="cpu", score_thr=0.3, per_image=1, score="own",
-    )  # fmt: skip
+    evaluation = evaluated(scene, "boxam", score="own")
     look, (index,) = evaluation.find(evaluation.images[0])
     _, (own,) = evaluation.explain(evaluation.images[0])
     shown = np.ones((2, *look.inputs.shape[-2:]), bool)
@@ -195,11 +193,7 @@ def test_detections_are_scored_at_their_own_anchors(scene):
 
 
 def test_detections_are_scored_by_their_class_vectors(scene):
-    config, weights = scene
-    evaluation = Evaluation(
-        read_config(str(config)), str(weights), ["boxam"],
-        split="val", device="cpu", score_thr=0.3, per_image=1, score="cosine",
-    )  # fmt: skip
+    evaluation = evaluated(scene, "boxam", score="cosine")
     _, (own,) = evaluation.explain(evaluation.images[0])
     x1, y1, x2, y2 = own.subject.box_xyxy.astype(int)
     shown = np.ones((3, 128, 128), bool)
