@@ -20,7 +20,12 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from .data.alignment import Placement, choose_alignment, own_placement
+from .data.alignment import (
+    PlacedImage,
+    Placement,
+    choose_alignment,
+    own_placement,
+)
 from .data.pipeline import Loaded
 from .data.selector import make_image_id, unique_name
 from .declare import read_options, takes_options
@@ -214,7 +219,7 @@ def diagnose(
 
     with _LOOKING, frozen(scene.detector):
         placed = zip(scene.placed(place), truths)
-        looks = (diagnoser.look(*image, truth) for image, truth in placed)
+        looks = (diagnoser.look(image, truth) for image, truth in placed)
         results = list(map(diagnoser.diagnose, looks))
     return results if scene.several else results[0]
 
@@ -258,7 +263,7 @@ class _Scene:
 
     def placed(
         self, place: Callable[[Iterator[Loaded]], Placement]
-    ) -> Iterator[tuple[str, Loaded, Placement]]:
+    ) -> Iterator[PlacedImage]:
         """Name, content and placement of each image; ``place`` is given all of them."""
         taken: set[str] = set()
         placement: Placement | None = None
@@ -269,7 +274,7 @@ class _Scene:
                 placement = place(chain([loaded], others))
             stem = PurePath(path).stem if path else f"image_{number}"
             name = unique_name(make_image_id(stem, None, number), taken)
-            yield name, loaded, placement
+            yield PlacedImage(name, loaded, placement)
 
     def _load(self, number: int) -> Loaded:
         return self.pipeline.load(
@@ -297,7 +302,7 @@ def _look(
         return placement
 
     with _LOOKING, frozen(scene.detector):
-        results = [kind(maker.run(*image), panel) for image in scene.placed(place)]
+        results = [kind(maker.run(image), panel) for image in scene.placed(place)]
     return Gallery(results) if scene.several else results[0]
 
 

@@ -15,16 +15,14 @@ from mmengine.dataset import pseudo_collate
 from torch import nn
 
 from .attribution.attribute import BoxAttributor
-from .data.alignment import Placement, network_input
+from .data.alignment import PlacedImage, Placement, network_input
 from .data.pictures import network_picture
-from .data.pipeline import Loaded
 from .data.samples import detections_of
-from .errors import VisError
 from .geometry import FrameTransform
 from .network.graph import head_modules
 from .network.layer_path import resolve_layers
 from .network.nested import map_tensors
-from .network.recorder import ForwardRecord, LayerRecorder
+from .network.recorder import ForwardRecord, LayerRecorder, only_flipped
 from .network.settings import other_settings
 from .network.state import frozen, is_compiled, preserve_rng_state
 from .options import BoxAMOptions, FeatMapOptions
@@ -63,7 +61,7 @@ class SampleMaker:
             return LayerRecorder(self._detector, {})
         return self._recorder
 
-    def prepare(self, loaded: Loaded, placement: Placement) -> Any:
+    def prepare(self, image: PlacedImage) -> Any:
         """Try before a run, on one image, whether what is asked for can be had.
 
         Returns:
@@ -73,36 +71,26 @@ class SampleMaker:
             VisError: If it cannot be had of this detector.
         """
         with _everything_found(self._detector):
-            return self.run("trial", loaded, placement)
+            return self.run(image)
 
-    def run(self, image_id: str, loaded: Loaded, placement: Placement) -> Any:
+    def run(self, image: PlacedImage) -> Any:
         """Run the detector on one image and record it."""
-        data = placement.pipeline.pack(loaded)
+        batch = pseudo_collate([image.packed()])
         with (
             frozen(self._detector),
             torch.no_grad(),  # inside: the block before allows gradients
             self._recorder.record(keep=[0]) as record,
         ):
-            outputs = self._detector.test_step(  # type: ignore[operator]
-                pseudo_collate([data])
-            )
-        return self.from_record(image_id, loaded, placement, record, 0, outputs[0])
+            outputs = self._detector.test_step(batch)  # type: ignore[operator]
+        return self.from_record(image, record, 0, outputs[0])
 
     def from_record(
-        self,
-        image_id: str,
-        loaded: Loaded | None,
-        placement: Placement,
-        record: ForwardRecord,
-        position: int,
-        output: Any,
+        self, image: PlacedImage, record: ForwardRecord, position: int, output: Any
     ) -> Any:
         """Make the sample of one image of a recorded forward.
 
         Args:
-            image_id (str): Name of the image.
-            loaded (Loaded, optional): The image; ``'network'`` does not need it.
-            placement (Placement): How it is drawn.
+            image (PlacedImage): The image.
             record (ForwardRecord): The forward.
             position (int): Of the image in the batch.
             output (DetDataSample): What the forward found, in the original frame.
@@ -110,16 +98,18 @@ class SampleMaker:
         Raises:
             VisError: If the recording failed.
         """
-        slot, inputs, metainfo = recorded(record, image_id, position)
-        asked = _asked(placement, metainfo)
+        inputs, metainfo = record.given(position)
+        asked = _asked(image.placement, metainfo)
         if is_compiled(self._detector):
-            record, slot = self._again(inputs, metainfo)[0], 0
+            record, position = self._again(inputs, metainfo)[0], 0
         if asked is not metainfo:
             output = self._again(inputs, asked)[1]
-        activations = record.activations(slot)
-        image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
-        detections = on_picture(detections_of(output), placement, metainfo)
-        return VisSample(image_id, image_rgb, frame, detections, activations, note=note)
+        activations = record.activations(position)
+        image_rgb, note, frame = self._picture(image, inputs, metainfo)
+        found = on_picture(detections_of(output), image.placement, metainfo)
+        return VisSample(
+            image.image_id, image_rgb, frame, found, activations, note=note
+        )
 
     def _again(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> tuple:
         """Record and output of another forward, without compiled code."""
@@ -130,29 +120,23 @@ class SampleMaker:
             self._recorder.record(keep=[0]) as record,
         ):
             (output,) = self._detector(inputs, [sample], mode="predict")
-        if record.error is not None:
-            raise record.error
         return record, output
 
     def _picture(
-        self,
-        loaded: Loaded | None,
-        placement: Placement,
-        inputs: torch.Tensor,
-        metainfo: Mapping[str, Any],
+        self, image: PlacedImage, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> tuple[np.ndarray, str, FrameTransform]:
         """What is drawn on, how it was made, and where it lies in the input."""
         network_hw = metainfo["batch_input_shape"]
-        if placement.alignment == "network":
+        if image.placement.alignment == "network":
             image_rgb, note = network_picture(
                 inputs[0], self._detector.data_preprocessor, self._channels
             )
             return image_rgb, note, FrameTransform.identity(network_hw)
-        if loaded is None:
-            raise VisError(f"alignment={placement.alignment!r} needs the loaded image")
-        height, width = loaded.image_rgb.shape[:2]
-        frame = placement.frame((height, width), network_hw, metainfo)
-        return loaded.image_rgb, loaded.note, frame
+        assert image.loaded is not None
+        image_rgb = image.loaded.image_rgb
+        height, width = image_rgb.shape[:2]
+        frame = image.placement.frame((height, width), network_hw, metainfo)
+        return image_rgb, image.loaded.note, frame
 
 
 class BoxSampleMaker(SampleMaker):
@@ -178,84 +162,45 @@ class BoxSampleMaker(SampleMaker):
         super().__init__(detector, {}, channels=channels)
         self._mapper = mapper
 
-    def prepare(self, loaded: Loaded, placement: Placement) -> None:
+    def prepare(self, image: PlacedImage) -> None:
         """Try the mapper alone; maps of all boxes would take too long."""
-        inputs, metainfo = network_input(
-            self._detector, placement.pipeline.pack(loaded)
-        )
-        if placement.alignment != "resize" and metainfo.get("flip"):
-            raise _only_flipped()
+        inputs, metainfo = network_input(self._detector, image.packed())
+        if image.placement.alignment != "resize" and metainfo.get("flip"):
+            raise only_flipped()
         with _everything_found(self._detector):
             self._mapper.prepare(inputs, metainfo)
 
-    def run(self, image_id: str, loaded: Loaded, placement: Placement) -> BoxSample:
+    def run(self, image: PlacedImage) -> BoxSample:
         """Explain one image."""
         with preserve_rng_state():
-            data = placement.pipeline.pack(loaded)
-            inputs, metainfo = network_input(self._detector, data)
-        return self._explained(image_id, loaded, placement, inputs, metainfo)
+            inputs, metainfo = network_input(self._detector, image.packed())
+        return self._explained(image, inputs, metainfo)
 
     def from_record(
-        self,
-        image_id: str,
-        loaded: Loaded | None,
-        placement: Placement,
-        record: ForwardRecord,
-        position: int,
-        output: Any,
+        self, image: PlacedImage, record: ForwardRecord, position: int, output: Any
     ) -> BoxSample:
         """Explain one image of a recorded forward, of which the input is needed."""
-        _, inputs, metainfo = recorded(record, image_id, position)
-        return self._explained(image_id, loaded, placement, inputs, metainfo)
+        return self._explained(image, *record.given(position))
 
     def _explained(
-        self,
-        image_id: str,
-        loaded: Loaded | None,
-        placement: Placement,
-        inputs: torch.Tensor,
-        metainfo: Mapping[str, Any],
+        self, image: PlacedImage, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> BoxSample:
-        asked = _asked(placement, metainfo)
+        asked = _asked(image.placement, metainfo)
         # Autocast of the loop would round gradients away.
         with torch.autocast(inputs.device.type, enabled=False):
             predictions, explanations = self._mapper.explain(inputs, asked)
-        found = detections_of(predictions)
-        detections = on_picture(found, placement, metainfo)
-        image_rgb, note, frame = self._picture(loaded, placement, inputs, metainfo)
+        found = on_picture(detections_of(predictions), image.placement, metainfo)
+        image_rgb, note, frame = self._picture(image, inputs, metainfo)
         look = Look(inputs, asked, predictions, in_original=asked is metainfo)
         return BoxSample(
-            image_id,
+            image.image_id,
             image_rgb,
             frame,
-            detections,
+            found,
             explanations,
             note=note,
             look=look,
         )
-
-
-def recorded(
-    record: ForwardRecord, image_id: str, position: int
-) -> tuple[int, torch.Tensor, dict[str, Any]]:
-    """Where in a recorded forward an image is kept, its input and its metainfo."""
-    if record.error is not None:
-        raise record.error
-    if record.inputs is None:
-        raise _only_flipped()
-    if position not in record.keep:
-        raise VisError(f"the forward of image {image_id} was not recorded")
-    slot = record.keep.index(position)
-    inputs = record.inputs[slot : slot + 1]
-    network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
-    return slot, inputs, {**record.metainfos[slot], "batch_input_shape": network_hw}
-
-
-def _only_flipped() -> VisError:
-    return VisError(
-        "the detector did not run on an unflipped image; take flips out of the test "
-        "pipeline, or leave them to test-time augmentation"
-    )
 
 
 def leads_there(placement: Placement, metainfo: Mapping[str, Any]) -> bool:

@@ -24,7 +24,12 @@ from mmengine.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import nn
 
-from mmyolo_vis_hooks.data.alignment import ALIGNMENTS, Placement, choose_alignment
+from mmyolo_vis_hooks.data.alignment import (
+    ALIGNMENTS,
+    PlacedImage,
+    Placement,
+    choose_alignment,
+)
 from mmyolo_vis_hooks.detector import (
     build_pipeline,
     default_scope,
@@ -161,7 +166,7 @@ def draw(config: Config, scene: Scene, alignment: str) -> Drawn:
         dataset,
     )
     data = placement.pipeline.pack(loaded)
-    sample = maker.run(scene.name, loaded, placement)
+    sample = maker.run(PlacedImage(scene.name, loaded, placement))
     box = bright_box(sample.image_rgb)
     in_network = bright_box(data["inputs"].numpy().transpose(1, 2, 0))
     batch = detector.data_preprocessor(dict(inputs=[data["inputs"]], data_samples=None))

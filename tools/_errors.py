@@ -16,7 +16,12 @@ from mmengine.config import Config
 from _common import ToolError, add_cfg_options, check_checkpoint, merge_options
 from _dataset import add_data_arguments, build_dataset, objects_of
 from _kept import Kept, digest, digest_of_weights, progress
-from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
+from mmyolo_vis_hooks.data.alignment import (
+    PlacedImage,
+    Placement,
+    first_loaded,
+    own_placement,
+)
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
 from mmyolo_vis_hooks.data.selector import ImageSelector
 from mmyolo_vis_hooks.declare import add_arguments, options_from
@@ -138,7 +143,9 @@ class Errors:
         if placement is None:
             placement = self._placements[id(image.dataset)] = self._place(image.dataset)
         loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        look = self._diagnoser.look(name, loaded, placement, self.truths[name])
+        look = self._diagnoser.look(
+            PlacedImage(name, loaded, placement), self.truths[name]
+        )
         return self._diagnoser.diagnose(look, maps=maps)
 
     def _place(self, dataset: Any) -> Placement:

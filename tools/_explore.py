@@ -16,7 +16,12 @@ from torch import nn
 
 from _common import ToolError
 from _dataset import build_dataset, objects_of
-from mmyolo_vis_hooks.data.alignment import Placement, first_loaded, own_placement
+from mmyolo_vis_hooks.data.alignment import (
+    PlacedImage,
+    Placement,
+    first_loaded,
+    own_placement,
+)
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded, prepare_data
 from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
 from mmyolo_vis_hooks.data.sources import ImageSource
@@ -128,7 +133,7 @@ class View:
             placement = own_placement(photo.pipeline, first_loaded(own), self.detector)
             self._placements[id(photo.pipeline)] = placement
         truth = photo.truth() if photo.truth is not None else None
-        return self._live.look(photo.name, photo.load(), placement, truth)
+        return self._live.look(PlacedImage(photo.name, photo.load(), placement), truth)
 
     def diagnose(self, number: int, settings: Settings) -> Diagnosis:
         """What is right and wrong in an image, as the controls say."""

@@ -37,6 +37,7 @@ from _common import (
 )
 from _dataset import add_device
 from mmyolo_vis_hooks.data.alignment import (
+    PlacedImage,
     Placement,
     choose_alignment,
     first_loaded,
@@ -243,7 +244,9 @@ class Demo:
     def try_on_first(self, maker: SampleMaker, detector: nn.Module) -> None:
         """Let what can never work fail before the first picture."""
         try:
-            maker.prepare(next(self.first_images()), self.placement)
+            maker.prepare(
+                PlacedImage("trial", next(self.first_images()), self.placement)
+            )
         except VisError:
             raise
         except Exception as error:
@@ -316,6 +319,9 @@ class Demo:
             for number, image in enumerate(self.source):
                 yield number, image, _attempt(load_image, self.pipeline, number, image)
 
+        def run(name: str, content: Loaded) -> Any:
+            return maker.run(PlacedImage(name, content, self.placement))
+
         def draw(number: int, image: SourceImage, sample: Any) -> Any:
             picture_rgb = panel(sample)
             file = self.args.out_file
@@ -336,7 +342,7 @@ class Demo:
 
         for number, image, content in read_ahead(loaded()):
             name = image.name if page is None else page.files.free_name(image.name)
-            sample = _attempt(maker.run, name, content, self.placement)
+            sample = _attempt(run, name, content)
             yield partial(finish, number, image, sample)
 
     def _failed(self, image: SourceImage, error: Exception) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice, tee
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.dataset import pseudo_collate
@@ -63,6 +63,22 @@ class Placement:
                 )
             return FrameTransform.stretch(image_hw, network_hw)
         return packed_frame(image_hw, network_hw, metainfo)
+
+
+class PlacedImage(NamedTuple):
+    """An image that is looked at, and how it is drawn.
+
+    ``loaded`` is None where it is only drawn on the network's own input.
+    """
+
+    image_id: str
+    loaded: Loaded | None
+    placement: Placement
+
+    def packed(self) -> dict[str, Any]:
+        """What the pipeline makes of it, a sample of a batch."""
+        assert self.loaded is not None
+        return self.placement.pipeline.pack(self.loaded)
 
 
 def choose_alignment(

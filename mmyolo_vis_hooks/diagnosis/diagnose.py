@@ -11,8 +11,7 @@ import torch
 from mmdet.structures import DetDataSample
 from torch import nn
 
-from ..data.alignment import Placement, network_input
-from ..data.pipeline import Loaded
+from ..data.alignment import PlacedImage, network_input
 from ..data.samples import detections_of
 from ..errors import VisError
 from ..network.recorder import ForwardRecord
@@ -20,7 +19,7 @@ from ..network.state import frozen
 from ..options import DiagnosisOptions
 from ..records import Detections
 from ..render.panel import joined
-from ..samples import SampleMaker, recorded
+from ..samples import SampleMaker
 from .candidates import opened
 from .contrast import ClassComparer, ClassContrast, Pair
 from .look import Look
@@ -56,26 +55,21 @@ class Diagnoser(SampleMaker):
 
     def look(
         self,
-        image_id: str,
-        loaded: Loaded,
-        placement: Placement,
+        image: PlacedImage,
         truth: GroundTruth | None,
         final: Detections | None = None,
     ) -> Look:
         """Run the detector on an image, closed and opened.
 
         Args:
-            image_id (str): Name of the image.
-            loaded (Loaded): The image.
-            placement (Placement): Of the pipeline that evaluates, as
-                :func:`own_placement` gives it.
+            image (PlacedImage): Through the pipeline that evaluates, as
+                :func:`own_placement` has it.
             truth (GroundTruth, optional): The objects of the image, in its own pixels.
             final (Detections, optional): What it found closed, in pixels of the image,
                 where that is known.
         """
-        data = placement.pipeline.pack(loaded)
-        inputs, metainfo = network_input(self._detector, data)
-        return self._look(image_id, loaded, placement, truth, inputs, metainfo, final)
+        inputs, metainfo = network_input(self._detector, image.packed())
+        return self._look(image, truth, inputs, metainfo, final)
 
     def diagnose(self, look: Look, *, maps: bool = True) -> Diagnosis:
         """Diagnose an image, with maps as far as they are wanted and the options ask.
@@ -94,20 +88,13 @@ class Diagnoser(SampleMaker):
         return self.explain(found, look)
 
     def from_record(
-        self,
-        image_id: str,
-        loaded: Loaded | None,
-        placement: Placement,
-        record: ForwardRecord,
-        position: int,
-        output: Any,
+        self, image: PlacedImage, record: ForwardRecord, position: int, output: Any
     ) -> Diagnosis:
         """Diagnose one image of a recorded forward, of which the input is needed."""
-        assert loaded is not None  # but for alignment='network', which is not offered
-        _, inputs, metainfo = recorded(record, image_id, position)
-        truth = GroundTruth.of(loaded.results["instances"])
-        seen = image_id, loaded, placement, truth, inputs, metainfo
-        return self.diagnose(self._look(*seen, detections_of(output)))
+        assert image.loaded is not None
+        truth = GroundTruth.of(image.loaded.results["instances"])
+        given = record.given(position)
+        return self.diagnose(self._look(image, truth, *given, detections_of(output)))
 
     def candidates(
         self, final: Detections, inputs: torch.Tensor, metainfo: Mapping[str, Any]
@@ -147,9 +134,7 @@ class Diagnoser(SampleMaker):
 
     def _look(
         self,
-        image_id: str,
-        loaded: Loaded,
-        placement: Placement,
+        image: PlacedImage,
         truth: GroundTruth | None,
         inputs: torch.Tensor,
         metainfo: Mapping[str, Any],
@@ -157,14 +142,15 @@ class Diagnoser(SampleMaker):
     ) -> Look:
         if final is None:
             final = self._predict(inputs, metainfo)
+        assert image.loaded is not None
         return Look(
-            image_id,
-            loaded.image_rgb,
+            image.image_id,
+            image.loaded.image_rgb,
             final,
             self.candidates(final, inputs, metainfo),
             truth,
             self._names,
-            "" if placement.proven else placement.reason,
+            "" if image.placement.proven else image.placement.reason,
             inputs,
             metainfo,
         )

@@ -10,8 +10,7 @@ from logging import Logger
 
 from torch import nn
 
-from ..data.alignment import Placement
-from ..data.pipeline import Loaded
+from ..data.alignment import PlacedImage
 from ..errors import VisError
 from ..options import BoxAMOptions, DiagnosisOptions
 from .candidates import Closing
@@ -42,20 +41,14 @@ class LiveDetector:
         self._mapper = cache(partial(ErrorMapper, detector, logger, class_names=names))
         self._lock = threading.Lock()
 
-    def look(
-        self,
-        image_id: str,
-        loaded: Loaded,
-        placement: Placement,
-        truth: GroundTruth | None = None,
-    ) -> Look:
+    def look(self, image: PlacedImage, truth: GroundTruth | None = None) -> Look:
         """Run the detector on an image, closed and opened.
 
         Arguments are those of :meth:`~.diagnose.Diagnoser.look`; ``truth`` is None
         where the objects are not known.
         """
         with self._lock:
-            look = self._diagnoser.look(image_id, loaded, placement, truth)
+            look = self._diagnoser.look(image, truth)
         return replace(look, closing=self._closing)
 
     def explain(

@@ -15,6 +15,7 @@ from mmengine.visualization import Visualizer
 from torch import nn
 
 from ..data.alignment import (
+    PlacedImage,
     Placement,
     choose_alignment,
     first_loaded,
@@ -230,7 +231,7 @@ class BaseVisHook(Hook):
         if first is not None and maker is not None:
             attempt = "try a picture before the run"
             with self._policy.guard(attempt, refusals=VisError):
-                sample = maker.prepare(first, placement)
+                sample = maker.prepare(PlacedImage("trial", first, placement))
                 if sample is not None:
                     state.panel(sample)
 

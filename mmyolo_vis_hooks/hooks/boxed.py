@@ -11,7 +11,7 @@ from ..diagnosis.matching import GroundTruth
 from ..records import BoxedImage, Detections
 from ..render.montage import cell_size_hw, resize_image
 from ..render.panel import resized_boxes
-from ..samples import leads_there, on_picture, recorded
+from ..samples import leads_there, on_picture
 from .vis_loop import VisLoop
 
 
@@ -39,7 +39,7 @@ def boxed_image(
     instances = image.dataset.get_data_info(image.index).get("instances")
     on_input = placement.alignment == "network"
     if on_input:  # that of the drawn view: augmented ones were merged in another
-        _, _, metainfo = recorded(state.recorded, image.image_id, position)
+        _, metainfo = state.recorded.given(position)
     if instances and (not on_input or leads_there(placement, metainfo)):
         found = GroundTruth.of(instances)
         scores = np.ones(len(found), np.float32)

@@ -27,7 +27,7 @@ from ..errors import VisConfigError
 from ..network.state import preserve_rng_state
 from ..options import DiagnosisOptions, ErrorRunOptions
 from ..records import Detections
-from ..samples import SampleMaker, recorded
+from ..samples import SampleMaker
 from .base import BaseVisHook, of_all_ranks
 from .vis_loop import Panel, VisLoop, predicting_model
 
@@ -204,18 +204,17 @@ class ErrorVisHook(BaseVisHook):
             with self._policy.guard(
                 f"find out why objects of {image.image_id} are missed"
             ):
-                missed = self._why_missed(state, image, position, output, counted)
+                missed = self._why_missed(state, position, output, counted)
                 of_pass[image.image_id] = counted._replace(missed=missed)
 
     def _why_missed(
         self,
         state: VisLoop,
-        image: SelectedImage,
         position: int,
         output: Any,
         counted: _Counted,
     ) -> Sequence[MissedObject]:
-        _, inputs, metainfo = recorded(state.recorded, image.image_id, position)
+        inputs, metainfo = state.recorded.given(position)
         final = detections_of(output)
         with state.autocast(), preserve_rng_state():
             candidates = _maker(state).candidates(final, inputs, metainfo)
@@ -248,11 +247,9 @@ class ErrorVisHook(BaseVisHook):
                 self._draw(state, image, partial(self._look, state, image, counted))
 
     def _look(self, state: VisLoop, image: SelectedImage, known: _Counted) -> Diagnosis:
-        placement = state.placements[id(image.dataset)]
-        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        seen = state.picture_id(image), loaded, placement, known.truth, known.found
+        placed, maker = state.placed(image), _maker(state)
         with state.autocast():
-            return _maker(state).diagnose(_maker(state).look(*seen))
+            return maker.diagnose(maker.look(placed, known.truth, known.found))
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
         if mode in self._loops:

@@ -14,7 +14,7 @@ from mmengine.runner import BaseLoop
 from mmengine.runner.amp import autocast
 from torch import nn
 
-from ..data.alignment import Placement
+from ..data.alignment import PlacedImage, Placement
 from ..data.pipeline import prepare_data
 from ..data.selector import ImageSelector, SelectedImage, leaf_datasets
 from ..errors import VisConfigError, VisError
@@ -218,23 +218,24 @@ class VisLoop:
         """A block that computes as the loop does."""
         return autocast(enabled=bool(getattr(self.loop, "fp16", False)))
 
+    def placed(self, image: SelectedImage) -> PlacedImage:
+        """Load an image, unless it is drawn on the network's own input."""
+        placement, loaded = self.placements[id(image.dataset)], None
+        if placement.alignment != "network":
+            loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        return PlacedImage(self.picture_id(image), loaded, placement)
+
     def make_sample(self, image: SelectedImage, position: int, output: Any) -> Any:
         """Make the sample of one image of the current batch.
 
         Raises:
             VisError: If the image cannot be loaded, or its forward was not recorded.
         """
-        placement = self.placements[id(image.dataset)]
-        picture_id = self.picture_id(image)
-        loaded: Any = None
-        if placement.alignment != "network":
-            loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        placed = self.placed(image)
         with self.autocast():  # what is asked again answers as it did
-            if placement.alignment == "resize":
-                return self.maker.run(picture_id, loaded, placement)
-            return self.maker.from_record(
-                picture_id, loaded, placement, self.recorded, position, output
-            )
+            if placed.placement.alignment == "resize":
+                return self.maker.run(placed)
+            return self.maker.from_record(placed, self.recorded, position, output)
 
 
 def predicting_model(detector: nn.Module) -> tuple[str, nn.Module]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FeatureShapeError
+from ..errors import FeatureShapeError, VisError
 from ..records import Activation
 from .layer_path import layer_of_map, named_maps
 from .maps import image_tensors, views_of
@@ -28,7 +28,7 @@ class ForwardRecord:
         keep: Positions of the kept images in the batch.
         names: What the user asked for, each with its layer: ``{'neck[0]': 'neck'}``.
         inputs: ``(len(keep), 3, H, W)``, the normalised and padded input.
-        metainfos: Metainfo of the kept images, with ``batch_input_shape``.
+        metainfos: Metainfo of the kept images.
         outputs: What each call of each layer gave, cut down to the kept images.
         error: The first failure while recording; the forward itself went on.
     """
@@ -40,25 +40,42 @@ class ForwardRecord:
     outputs: dict[OutputKey, torch.Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
-    def activations(self, position: int) -> tuple[Activation, ...]:
-        """Feature maps of the kept image at a position, in the order of layers and
-        calls.
+    def given(self, position: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Input ``(1, 3, H, W)`` and metainfo of the image at a position of the batch.
 
         Raises:
-            FeatureShapeError: If a layer's output is no map of the image, or has not
-                the map that was asked for.
+            VisError: If the recording failed, or left this image out.
         """
-        if self.inputs is None:
-            raise FeatureShapeError(
-                "the detector did not run on an unflipped image, so no layer was "
-                "recorded"
-            )
+        slot = self._slot(position)
+        assert self.inputs is not None
+        inputs = self.inputs[slot : slot + 1]
+        network_hw = (int(inputs.shape[-2]), int(inputs.shape[-1]))
+        return inputs, {**self.metainfos[slot], "batch_input_shape": network_hw}
+
+    def activations(self, position: int) -> tuple[Activation, ...]:
+        """Feature maps of the same image, in the order of layers and calls.
+
+        Raises:
+            VisError: Also if a layer's output is no map of the image, or has not the
+                map that was asked for.
+        """
+        slot = self._slot(position)
+        assert self.inputs is not None
         network_hw = (self.inputs.shape[-2], self.inputs.shape[-1])
         views = views_of(self.outputs, network_hw)
         return tuple(
-            Activation(view.title, view.activations[position])
+            Activation(view.title, view.activations[slot])
             for view in named_maps(self.names, views)
         )
+
+    def _slot(self, position: int) -> int:
+        if self.error is not None:
+            raise self.error
+        if self.inputs is None:
+            raise only_flipped()
+        if position not in self.keep:
+            raise VisError(f"image {position} of the batch was not recorded")
+        return self.keep.index(position)
 
 
 class LayerRecorder:
@@ -169,6 +186,14 @@ def did_not_run(model: nn.Module, layers: Mapping[str, nn.Module]) -> FeatureSha
             "in inference"
         )
     return FeatureShapeError(f"target_layers: {', '.join(layers)} {reason}")
+
+
+def only_flipped() -> VisError:
+    """The error of a detector that saw an image mirrored alone."""
+    return VisError(
+        "the detector did not run on an unflipped image; take flips out of the test "
+        "pipeline, or leave them to test-time augmentation"
+    )
 
 
 def _select(tensor: torch.Tensor, keep: Sequence[int]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmyolo_vis_hooks import diagnose, load
+from mmyolo_vis_hooks.data.alignment import PlacedImage
 from mmyolo_vis_hooks.data.samples import detections_of
 from mmyolo_vis_hooks.diagnosis.candidates import Closing, opened
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser
@@ -71,7 +72,7 @@ def look(detector: nn.Module, *objects: tuple, score_thr: float = 0.3) -> Diagno
     loaded: Any = SimpleNamespace(image_rgb=np.zeros((100, 100, 3), np.uint8))
     pipeline = SimpleNamespace(pack=lambda _: {})
     placement: Any = SimpleNamespace(pipeline=pipeline, proven=True)
-    seen = diagnoser.look("image", loaded, placement, truth(*objects))
+    seen = diagnoser.look(PlacedImage("image", loaded, placement), truth(*objects))
     return diagnoser.diagnose(seen)
 
 

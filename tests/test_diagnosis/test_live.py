@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from mmyolo_vis_hooks.data.alignment import own_placement
+from mmyolo_vis_hooks.data.alignment import PlacedImage, own_placement
 from mmyolo_vis_hooks.detector import build_pipeline, read_dataset
 from mmyolo_vis_hooks.diagnosis.candidates import Closing
 from mmyolo_vis_hooks.diagnosis.live import LiveDetector
@@ -32,7 +32,9 @@ def look_at(detector: nn.Module, *objects: tuple, known: bool = True) -> Look:
     loaded: Any = SimpleNamespace(image_rgb=np.zeros((100, 100, 3), np.uint8))
     pipeline = SimpleNamespace(pack=lambda _: {})
     placement: Any = SimpleNamespace(pipeline=pipeline, proven=False, reason="a toy")
-    return live.look("image", loaded, placement, truth(*objects) if known else None)
+    return live.look(
+        PlacedImage("image", loaded, placement), truth(*objects) if known else None
+    )
 
 
 def considered(
@@ -182,7 +184,7 @@ def test_candidates_of_a_real_detector_are_explained_by_any_method():
     loaded = pipeline.load(str(PHOTO))
     placement = own_placement(pipeline, [loaded], detector)
     live = LiveDetector(detector, COCO, logging.getLogger("test"))
-    look = live.look("photo", loaded, placement)
+    look = live.look(PlacedImage("photo", loaded, placement))
     options = DiagnosisOptions()
     diagnosis = look.diagnose(options)
     (sink,) = considered_at((550, 200), diagnosis, options)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmyolo_vis_hooks.errors import FeatureShapeError
+from mmyolo_vis_hooks.errors import FeatureShapeError, VisError
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.network.maps import views_of
 from mmyolo_vis_hooks.network.nested import OutputKey
@@ -78,12 +78,15 @@ def run(layers, keep=(0,), batch=2, flips=(False,)):
 
 def test_keeps_the_chosen_images_only_and_every_call():
     record, inputs = run(["twice"], keep=(1,))
-    first, second = record.activations(0)
+    first, second = record.activations(1)
     assert (first.title, second.title) == ("twice", "twice (call 2)")
     torch.testing.assert_close(first.feature_map, inputs[1] * 2)
     torch.testing.assert_close(second.feature_map, (inputs[1] * 2 + 100) * 2)
-    assert record.inputs.shape == (1, 3, 8, 8)
-    assert record.metainfos[0]["img_id"] == 1
+    given, metainfo = record.given(1)
+    torch.testing.assert_close(given, inputs[1:])
+    assert metainfo == dict(img_id=1, view=0, flip=False, batch_input_shape=(8, 8))
+    with pytest.raises(VisError, match="image 0 of the batch"):
+        record.given(0)
 
 
 def test_nested_outputs_give_every_map_with_its_place():
@@ -141,7 +144,7 @@ def test_first_unflipped_view_is_recorded():
     )
     assert len(record.activations(0)) == 2
     record, _ = run(["twice"], flips=(True,))
-    with pytest.raises(FeatureShapeError, match="unflipped"):
+    with pytest.raises(VisError, match="unflipped"):
         record.activations(0)
 
 

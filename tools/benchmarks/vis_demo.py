@@ -89,6 +89,7 @@ def plain_loop(
     from mmengine.dataset import pseudo_collate
 
     import _vis_demo
+    from mmyolo_vis_hooks.data.alignment import PlacedImage
 
     out_dir.mkdir()
     pictures: dict[str, Any] = {
@@ -100,7 +101,7 @@ def plain_loop(
         for number, image in enumerate(demo.source):
             loaded = _vis_demo.load_image(demo.pipeline, number, image)
             if explains:
-                maker.run(image.name, loaded, demo.placement)
+                maker.run(PlacedImage(image.name, loaded, demo.placement))
             else:
                 data = demo.placement.pipeline.pack(loaded)
                 with torch.no_grad():
