@@ -1,10 +1,12 @@
-"""The data set that a program looks at, its objects, and the arguments for it."""
+"""The detector and the data set that a program looks at, and the arguments for it."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,21 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
 from _common import ToolError
-from mmyolo_vis_hooks.data.selector import SelectedImage
+from _kept import digest, digest_of_weights
+from mmyolo_vis_hooks.data.alignment import (
+    PlacedImage,
+    Placement,
+    first_loaded,
+    own_placement,
+)
+from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
+from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
+from mmyolo_vis_hooks.detector import (
+    build_detector,
+    check_device,
+    classes_and_palette,
+    load_weights,
+)
 from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
 
 
@@ -67,3 +83,57 @@ def objects_of(image: SelectedImage) -> GroundTruth:
             f"(image {image.image_id}); --split val or --cfg-options name one"
         )
     return GroundTruth.of(info["instances"])
+
+
+class DetectorOnDataset:
+    """A detector with its weights, and the images of its data set, by their names."""
+
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: str,
+        *,
+        split: str,
+        device: str,
+        channels: Sequence[int] | None = None,
+    ) -> None:
+        self._config, self._channels = config, channels
+        self.detector = build_detector(config, check_device(device))
+        dataset = build_dataset(config, split)
+        images = ImageSelector(dataset, -1, None).images
+        self.images = {image.image_id: image for image in images}
+        metainfo = load_weights(self.detector, checkpoint)
+        self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
+        self.truths = {name: objects_of(own) for name, own in self.images.items()}
+        self._placements: dict[int, Placement] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """What tells a call from one of other weights, settings or objects."""
+        truths = self.truths.values()
+        return dict(
+            config=digest([repr(self._config.to_dict()).encode()]),
+            weights=digest_of_weights(self.detector),
+            objects=digest(part for truth in truths for part in truth.parts()),
+        )
+
+    def placed(self, name: str) -> PlacedImage:
+        """Load an image as the evaluation does."""
+        image = self.images[name]
+        placement = self._placements.get(id(image.dataset))
+        if placement is None:
+            placement = self._placements[id(image.dataset)] = self._place(image.dataset)
+        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        return PlacedImage(name, loaded, placement)
+
+    def _place(self, dataset: Any) -> Placement:
+        """Find out on its first images whether maps of a data set lie right."""
+        pipeline = ImagePipeline(dataset.pipeline, channels=self._channels)
+        own = [image for image in self.images.values() if image.dataset is dataset]
+        loads = [partial(prepare_data, dataset, i.index, pipeline.load) for i in own]
+        placement = own_placement(pipeline, first_loaded(loads), self.detector)
+        if not placement.proven:
+            self.on_unproven(placement.reason)
+        return placement
+
+    def on_unproven(self, reason: str) -> None:
+        """Be told, once per data set, why maps would not lie right."""

@@ -7,29 +7,16 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 from mmengine.config import Config
 
 from _common import ToolError, add_cfg_options, check_checkpoint, merge_options
-from _dataset import add_data_arguments, build_dataset, objects_of
-from _kept import Kept, digest, digest_of_weights, progress
-from mmyolo_vis_hooks.data.alignment import (
-    PlacedImage,
-    Placement,
-    first_loaded,
-    own_placement,
-)
-from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
-from mmyolo_vis_hooks.data.selector import ImageSelector
+from _dataset import DetectorOnDataset, add_data_arguments
+from _kept import Kept, progress
 from mmyolo_vis_hooks.declare import add_arguments, options_from
 from mmyolo_vis_hooks.detector import (
-    build_detector,
-    check_device,
-    classes_and_palette,
-    load_weights,
     read_config,
 )
 from mmyolo_vis_hooks.diagnosis.compare import Change
@@ -79,20 +66,20 @@ def check_classes(names_a: Sequence[str], names_b: Sequence[str]) -> None:
             )
 
 
-class Errors:
+class Errors(DetectorOnDataset):
     """Looks at the images of a data set with one checkpoint."""
 
     def __init__(
         self, args: argparse.Namespace, config: Config, checkpoint: str
     ) -> None:
         self.options = options_from(args, DiagnosisOptions)
-        self.detector = build_detector(config, check_device(args.device))
-        dataset = build_dataset(config, args.split)
-        images = ImageSelector(dataset, -1, None).images
-        self.images = {image.image_id: image for image in images}
-        metainfo = load_weights(self.detector, checkpoint)
-        self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
-        self.truths = {name: objects_of(own) for name, own in self.images.items()}
+        super().__init__(
+            config,
+            checkpoint,
+            split=args.split,
+            device=args.device,
+            channels=self.options.image_channels,
+        )
         self.num_objects: Counter[int] = Counter()
         for truth in self.truths.values():
             self.num_objects.update(truth.labels[~truth.ignored].tolist())
@@ -100,19 +87,15 @@ class Errors:
             "score_thr": self.options.score_thr,
             "iou_thr": self.options.iou_thr,
         }
-        self._config = config
         self._diagnoser = Diagnoser(self.detector, self.options, self.names, logger)
-        self._placements: dict[int, Placement] = {}
 
     def settings(self) -> dict[str, Any]:
-        """What tells a call from one of other weights, settings or objects."""
-        truths = self.truths.values()
-        return dict(
-            config=digest([repr(self._config.to_dict()).encode()]),
-            weights=digest_of_weights(self.detector),
-            objects=digest(part for truth in truths for part in truth.parts()),
-            **self.thresholds,
-        )
+        """Those of all programs, and the thresholds."""
+        return {**super().settings(), **self.thresholds}
+
+    def on_unproven(self, reason: str) -> None:
+        """Warn: errors are counted all the same."""
+        logger.warning(f"no maps will be drawn: {reason}")
 
     @property
     def files(self) -> dict[str, ImageFile]:
@@ -138,25 +121,8 @@ class Errors:
 
     def diagnose(self, name: str, *, maps: bool) -> Diagnosis:
         """Look at one image."""
-        image = self.images[name]
-        placement = self._placements.get(id(image.dataset))
-        if placement is None:
-            placement = self._placements[id(image.dataset)] = self._place(image.dataset)
-        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        look = self._diagnoser.look(
-            PlacedImage(name, loaded, placement), self.truths[name]
-        )
+        look = self._diagnoser.look(self.placed(name), self.truths[name])
         return self._diagnoser.diagnose(look, maps=maps)
-
-    def _place(self, dataset: Any) -> Placement:
-        """Find out on its first images whether maps of a data set lie right."""
-        pipeline = ImagePipeline(dataset.pipeline, channels=self.options.image_channels)
-        own = [image for image in self.images.values() if image.dataset is dataset]
-        loads = [partial(prepare_data, dataset, i.index, pipeline.load) for i in own]
-        placement = own_placement(pipeline, first_loaded(loads), self.detector)
-        if not placement.proven:
-            logger.warning(f"no maps will be drawn: {placement.reason}")
-        return placement
 
     def look(
         self,

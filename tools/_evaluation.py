@@ -19,27 +19,16 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from _common import ToolError
-from _dataset import build_dataset, objects_of
+from _dataset import DetectorOnDataset
 from _peers import MMYOLO_DEMO, PEERS, mmyolo_demo
 from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
 from mmyolo_vis_hooks.attribution.blackbox import final_scores, vector_similarities
 from mmyolo_vis_hooks.checks import count
 from mmyolo_vis_hooks.data.alignment import (
-    Placement,
-    first_loaded,
     network_input,
-    own_placement,
 )
 from mmyolo_vis_hooks.data.pictures import network_picture
-from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
 from mmyolo_vis_hooks.data.samples import detections_of
-from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
-from mmyolo_vis_hooks.detector import (
-    build_detector,
-    check_device,
-    classes_and_palette,
-    load_weights,
-)
 from mmyolo_vis_hooks.diagnosis.matching import match
 from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.geometry import FrameTransform
@@ -93,7 +82,7 @@ class _Chosen(BoxAttributor):
         return self.chosen
 
 
-class Evaluation:
+class Evaluation(DetectorOnDataset):
     """A detector, the images of a data set, and the methods that explain them.
 
     Args:
@@ -116,11 +105,7 @@ class Evaluation:
         per_image: int,
         score: str = "iou",
     ) -> None:
-        self.detector = build_detector(config, check_device(device))
-        dataset = build_dataset(config, split)
-        self.images = ImageSelector(dataset, -1, None).images
-        metainfo = load_weights(self.detector, checkpoint)
-        self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
+        super().__init__(config, checkpoint, split=split, device=device)
         of = type(self.detector).__module__.split(".")[0]
         if any(read_method(m)[0] == MMYOLO_DEMO for m in methods) and of != "mmyolo":
             raise ToolError(f"--methods {MMYOLO_DEMO} is for MMYOLO's detectors only")
@@ -141,34 +126,36 @@ class Evaluation:
         if score == "own":
             look_at_none = BoxAMOptions(method="drise")
             self._anchors = _Chosen(self.detector, look_at_none, logger=logger)
-        self._placements: dict[int, Placement] = {}
 
-    def find(self, image: SelectedImage) -> tuple[Look, list[int]]:
+    def on_unproven(self, reason: str) -> None:
+        """End: what would be measured is not true."""
+        raise ToolError(f"maps cannot be measured: {reason}")
+
+    def find(self, name: str) -> tuple[Look, list[int]]:
         """The forward of an image, and which of its detections are looked at.
 
         They are the best that hit an object.
         """
-        placement = self._placement(image.dataset)
-        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
-        inputs, metainfo = network_input(self.detector, placement.pipeline.pack(loaded))
+        inputs, metainfo = network_input(self.detector, self.placed(name).packed())
         with torch.no_grad():
             (output,) = prediction_of(self.detector, inputs, metainfo)()
         found = detections_of(output)
         hits = [
             hit.detection
-            for hit in match(found, objects_of(image)).hits
+            for hit in match(found, self.truths[name]).hits
             if found.scores[hit.detection] > self._score_thr
         ]
         return Look(inputs, metainfo, output.pred_instances), hits[: self._per_image]
 
-    def explain(self, image: SelectedImage) -> tuple[np.ndarray, list[Explained]]:
+    def explain(self, name: str) -> tuple[np.ndarray, list[Explained]]:
         """The network's input as an RGB picture, and its detections with their maps."""
-        look, chosen = self.find(image)
+        look, chosen = self.find(name)
         inputs, metainfo = look.inputs, look.metainfo
         picture, _ = network_picture(inputs[0], self.detector.data_preprocessor)
         if not chosen:
             return picture, []
         found = detections_of(look.predictions)
+        image = self.images[name]
         instances = image.dataset.get_data_info(image.index)["instances"]
         explained = []
         score = self._score_of(look, chosen)
@@ -179,14 +166,14 @@ class Evaluation:
             label = int(found.labels[index])
             title = f"{class_name(label, self.names)} {found.scores[index]:.2f}"
             explained.append(Explained(subject, label, title, {}, {}))
-        for name in self._methods:
-            self._add_maps(name, inputs, metainfo, chosen, explained)
+        for method in self._methods:
+            self._add_maps(method, inputs, metainfo, chosen, explained)
         height, width = inputs.shape[-2:]
         for own in explained:
-            for name, make in BASELINES.items():
+            for baseline, make in BASELINES.items():
                 drawn = make(own.subject, (height, width))
                 if drawn is not None:
-                    own.maps[name] = drawn
+                    own.maps[baseline] = drawn
         return picture, explained
 
     def _score_of(self, look: Look, chosen: list[int]) -> Score | None:
@@ -203,20 +190,6 @@ class Evaluation:
         except VisError as error:
             raise ToolError(f"--score own: {error}; use --score iou") from error
         return scorer.scores if scorer is not None else None
-
-    def _placement(self, dataset: Any) -> Placement:
-        """Make sure on its first images that boxes lie where the network saw them."""
-        if id(dataset) not in self._placements:
-            pipeline = ImagePipeline(dataset.pipeline)
-            own = [image for image in self.images if image.dataset is dataset]
-            loads = [
-                partial(prepare_data, dataset, i.index, pipeline.load) for i in own
-            ]
-            placement = own_placement(pipeline, first_loaded(loads), self.detector)
-            if not placement.proven:
-                raise ToolError(f"maps cannot be measured: {placement.reason}")
-            self._placements[id(dataset)] = placement
-        return self._placements[id(dataset)]
 
     def _add_maps(
         self,

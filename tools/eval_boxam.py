@@ -28,9 +28,9 @@ from _common import (
     print_table,
     run_tool,
 )
-from _dataset import add_config, add_data_arguments, objects_of
+from _dataset import add_config, add_data_arguments
 from _evaluation import Evaluation, measure
-from _kept import Kept, digest, digest_of_weights, open_out_dir, progress
+from _kept import Kept, open_out_dir, progress
 from _quality_report import (
     Case,
     TextTable,
@@ -40,7 +40,6 @@ from _quality_report import (
     main_value,
     tables_of,
 )
-from mmyolo_vis_hooks.data.selector import SelectedImage
 from mmyolo_vis_hooks.detector import read_config
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
 from mmyolo_vis_hooks.metrics.metric import METRICS, Metric
@@ -146,7 +145,7 @@ def check(args: argparse.Namespace) -> None:
     check_checkpoint(args.checkpoint, "CHECKPOINT")
 
 
-def order_of(images: Sequence[SelectedImage], half: str) -> list[SelectedImage]:
+def order_of(images: Sequence[str], half: str) -> list[str]:
     """Images in a random order, the same in every run."""
     start, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[half]
     chosen = images[start::step]
@@ -154,15 +153,14 @@ def order_of(images: Sequence[SelectedImage], half: str) -> list[SelectedImage]:
 
 
 def look(
-    evaluation: Evaluation, images: list[SelectedImage], kept: Kept, args: Any
+    evaluation: Evaluation, images: list[str], kept: Kept, args: Any
 ) -> Iterator[Case]:
     """Measure detections until there are enough."""
     metrics = [Metric(name) for name in args.metrics]
     missing = math.inf if args.num_detections == -1 else args.num_detections
-    by_name = {image.image_id: image for image in images}
-    for name in progress(by_name, "images"):
+    for name in progress(images, "images"):
         if name not in kept:
-            _, explained = evaluation.explain(by_name[name])
+            _, explained = evaluation.explain(name)
             found = [dict(size=e.size, maps=measure(e, metrics)) for e in explained]
             kept.add(name, found)
         for number, own in enumerate(kept.known[name]):
@@ -186,10 +184,9 @@ def draw_cases(
     ]
     known.sort(key=lambda pair: pair[0])
     count = min(args.num_pictures, len(known) // 2)
-    images = {image.image_id: image for image in evaluation.images}
     for kind, own in (("worst", known[:count]), ("best", known[::-1][:count])):
         for rank, (_, case) in enumerate(own, 1):
-            picture_rgb, explained = evaluation.explain(images[case.image])
+            picture_rgb, explained = evaluation.explain(case.image)
             drawn = case_picture(picture_rgb, explained[case.number], case, value)
             write_image(f"{args.out_dir}/{kind}_{rank}_{case.image}.jpg", drawn)
 
@@ -199,9 +196,8 @@ def check_sanity(
 ) -> TextTable:
     """How alike maps are to those of random weights, and which did not change."""
     check = SanityCheck(evaluation.detector, [m for m in methods if can_be_checked(m)])
-    images = {image.image_id: image for image in evaluation.images}
     for name in progress(dict.fromkeys(case.image for case in cases), "random weights"):
-        look, chosen = evaluation.find(images[name])
+        look, chosen = evaluation.find(name)
         check.update(look.inputs, look.metainfo, chosen)
     found, unchanged = check.compute(), check.unchanged()
     rows = []
@@ -230,11 +226,8 @@ def main() -> None:
             per_image=args.per_image,
             score=args.score,
         )
-    truths = [objects_of(image) for image in evaluation.images]
     settings = dict(
-        config=digest([repr(config.to_dict()).encode()]),
-        weights=digest_of_weights(evaluation.detector),
-        objects=digest(part for truth in truths for part in truth.parts()),
+        **evaluation.settings(),
         methods=args.methods,
         metrics=args.metrics,
         per_image=args.per_image,
@@ -243,7 +236,7 @@ def main() -> None:
     )
     open_out_dir(out_dir, "images.jsonl")
     kept = Kept(out_dir / "images.jsonl", settings)
-    images = order_of(evaluation.images, args.half)
+    images = order_of(list(evaluation.images), args.half)
     cases = list(look(evaluation, images, kept, args))
     if not cases:
         raise ToolError(

@@ -161,8 +161,8 @@ def test_methods_have_options():
 def test_forwards_of_replays_and_of_the_search_are_counted(scene):
     methods = ["drise:num_masks=20", "search", "ridge:num_masks=16"]
     evaluation = evaluated(scene, *methods)
-    for image in evaluation.images[:2]:  # in the first, replays are tried
-        picture, explained = evaluation.explain(image)
+    for name in list(evaluation.images)[:2]:  # in the first, replays are tried
+        picture, explained = evaluation.explain(name)
     assert picture.shape == (128, 128, 3)
     (own,) = explained
     assert own.title.startswith("square 0.")
@@ -176,8 +176,8 @@ def test_forwards_of_replays_and_of_the_search_are_counted(scene):
 
 def test_detections_are_scored_at_their_own_anchors(scene):
     evaluation = evaluated(scene, "boxam", score="own")
-    look, (index,) = evaluation.find(evaluation.images[0])
-    _, (own,) = evaluation.explain(evaluation.images[0])
+    look, (index,) = evaluation.find(next(iter(evaluation.images)))
+    _, (own,) = evaluation.explain(next(iter(evaluation.images)))
     shown = np.ones((2, *look.inputs.shape[-2:]), bool)
     shown[1, :, : int(own.subject.box_xyxy[[0, 2]].mean())] = False
     kept = torch.where(torch.from_numpy(shown[:, None]), look.inputs, 0)
@@ -194,7 +194,7 @@ def test_detections_are_scored_at_their_own_anchors(scene):
 
 def test_detections_are_scored_by_their_class_vectors(scene):
     evaluation = evaluated(scene, "boxam", score="cosine")
-    _, (own,) = evaluation.explain(evaluation.images[0])
+    _, (own,) = evaluation.explain(next(iter(evaluation.images)))
     x1, y1, x2, y2 = own.subject.box_xyxy.astype(int)
     shown = np.ones((3, 128, 128), bool)
     shown[1, y1:y2, x1:x2] = False
