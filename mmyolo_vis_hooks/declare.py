@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .errors import UnknownOptionError, VisConfigError
+from .errors import UnknownOptionError, VisConfigError, did_you_mean
 
 _MAX_SHOWN = 200  # characters of a value in a message
 
@@ -67,11 +67,10 @@ def one_of(name: str, value: Any, values: Iterable[str | None]) -> Any:
     known = list(values)
     if (value is None or isinstance(value, str)) and value in known:
         return value
-    texts = [text for text in known if text is not None]
-    near = difflib.get_close_matches(str(value).lower(), texts, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    shown = ", ".join(map(repr, known))
-    raise VisConfigError(f"{name}={value!r} is unknown; {hint}Use one of {shown}")
+    remedy = did_you_mean(
+        value, filter(None, known), f"use one of {', '.join(map(repr, known))}"
+    )
+    raise VisConfigError(f"{name}={value!r} is unknown; {remedy}")
 
 
 def refuse(name: str, value: Any, remedy: str) -> VisConfigError:

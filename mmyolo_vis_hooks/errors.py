@@ -4,9 +4,10 @@ ending a training."""
 from __future__ import annotations
 
 import contextlib
+import difflib
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from logging import Logger
 from typing import Any
@@ -52,6 +53,18 @@ def one_line(error: BaseException) -> str:
     # The text of a KeyError is in quotes.
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return f"{type(error).__name__}: {' '.join(str(text).split())}"
+
+
+def did_you_mean(
+    value: Any, names: Iterable[str], remedy: str, *, most: int = 1
+) -> str:
+    """A remedy, behind the names that an unknown value is nearest to."""
+    known = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(value).lower(), known, n=most)
+    if not near:
+        return remedy
+    meant = " or ".join(repr(known[name]) for name in near)
+    return f"did you mean {meant}? {remedy[0].upper()}{remedy[1:]}"
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import VisConfigError
+from ..errors import VisConfigError, did_you_mean
 from ..records import Detections
 
 
@@ -68,11 +67,9 @@ def labels_of(
     for value in classes:
         known = not names or value < len(names) if isinstance(value, int) else False
         if not known and value not in names:
-            near = difflib.get_close_matches(str(value), names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            there = ", ".join(map(repr, names)) or "no names: use indices"
+            remedy = did_you_mean(value, names, f"it has {there}")
             raise VisConfigError(
-                f"classes: {value!r} is no class of the data set; {hint}"
-                f"{'It' if hint else 'it'} has "
-                f"{', '.join(map(repr, names)) or 'no names: use indices'}"
+                f"classes: {value!r} is no class of the data set; {remedy}"
             )
     return tuple(c if isinstance(c, int) else names.index(c) for c in classes)

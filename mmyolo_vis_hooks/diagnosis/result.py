@@ -12,7 +12,7 @@ import numpy as np
 
 from ..checks import class_list
 from ..data.samples import labels_of
-from ..errors import VisConfigError
+from ..declare import one_of
 from ..publish.files import encode, write_result
 from ..records import Detections
 from ..render.boxes import class_name
@@ -185,11 +185,9 @@ class Diagnosis:
         Raises:
             VisConfigError: If there is no such kind.
         """
-        known = (*MECHANISMS, *FALSE_KINDS)
+        known = dict.fromkeys((*MECHANISMS, *FALSE_KINDS))
         for kind in kinds:
-            if kind not in known:
-                shown = ", ".join(map(repr, dict.fromkeys(known)))
-                raise VisConfigError(f"of_kind: {kind!r} is unknown; use {shown}")
+            one_of("of_kind", kind, known)
         return self._kept(lambda own: own.kind in kinds)
 
     def _kept(self, keep: Callable[[Any], bool]) -> Diagnosis:

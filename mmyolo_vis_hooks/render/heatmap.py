@@ -5,14 +5,13 @@ Images are ``(H, W, 3)`` uint8, RGB, and stay as they are.
 
 from __future__ import annotations
 
-import difflib
 from functools import lru_cache
 from numbers import Integral
 
 import cv2
 import numpy as np
 
-from ..errors import VisConfigError
+from ..errors import VisConfigError, did_you_mean
 
 _OPENCV_PREFIX = "colormap_"
 # Rounding errors of a mean over channels stay below this share of a level.
@@ -69,12 +68,9 @@ def _colormap_lut(colormap: str | int) -> np.ndarray:
         names = {name.lower(): name for name in colormaps}
         name = colormap if colormap in colormaps else names.get(plain)
         if name is None:
-            near = difflib.get_close_matches(plain, [*known, *names], n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise VisConfigError(
-                f"colormap={colormap!r} is unknown; {hint}Set a name of OpenCV, such "
-                "as 'jet', or of matplotlib, such as 'magma_r'"
-            )
+            remedy = "set a name of OpenCV, such as 'jet', or of matplotlib, such as "
+            remedy = did_you_mean(plain, [*known, *names], f"{remedy}'magma_r'", most=3)
+            raise VisConfigError(f"colormap={colormap!r} is unknown; {remedy}")
         colors = colormaps[name](np.linspace(0.0, 1.0, 256), bytes=True)
         lut = np.ascontiguousarray(colors[:, None, :3])
     lut.flags.writeable = False

@@ -53,7 +53,7 @@ def test_kept_by_class_and_by_kind(found):
         for own in (found.of_kind("duplicate"), found.of_kind("not seen"))
     ]
     assert min(magenta) > 1000
-    with pytest.raises(VisConfigError, match="of_kind: 'lost' is unknown; use 'below"):
+    with pytest.raises(VisConfigError, match="of_kind='lost' is unknown; use one"):
         found.of_kind("lost")
     with pytest.raises(VisConfigError, match=r"'cta' is no class.*did you mean 'cat'"):
         found.of_class("cta")
