@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from mmengine.structures import InstanceData
+from rich import get_console
 from torch import nn
 
 from ..data.samples import labels_of
@@ -60,8 +61,8 @@ class BoxAttributor:
         options (BoxAMOptions): What is explained and how.
         class_names (Sequence[str]): Names that ``options.classes`` may use.
         logger (Logger): Told what a user should know.
-        show_progress (bool): Show a bar while masks or channels are tried.
-            Defaults to False.
+        show_progress (bool): Show a bar while masks or channels are tried, where
+            there is a terminal. Defaults to False.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class BoxAttributor:
             self._labels = labels_of(options.classes, class_names)
         self._class_names = class_names
         self._logger = logger
-        self._show_progress = show_progress
+        # In a file, a bar that goes away leaves an empty line.
+        self._show_progress = show_progress and get_console().is_terminal
         self._engine = ReplayEngine(detector, logger)
-        self._scorer = partial(Scorer, self._engine, options, show=show_progress)
+        self._scorer = partial(Scorer, self._engine, options, show=self._show_progress)
         self._maker = MapMaker(detector, options, self._engine, self._scorer)
         self._forward: GraphForward | None = None
         self._pyramid: Pyramid | None = None

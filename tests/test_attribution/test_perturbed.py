@@ -13,9 +13,11 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
+from mmyolo_vis_hooks.attribution.attribute import BoxAttributor
 from mmyolo_vis_hooks.attribution.blackbox import rise_masks
 from mmyolo_vis_hooks.attribution.methods import METHODS, register_method
 from mmyolo_vis_hooks.attribution.perturb import ablationcam, scorecam
+from mmyolo_vis_hooks.options import BoxAMOptions
 from tests.families import (
     FAMILIES,
     Family,
@@ -237,3 +239,24 @@ def test_every_method_runs_on_every_family(method, name):
         assert np.isfinite(found.saliency).all()
         assert found.saliency.min() >= 0 or METHODS[method].kind == "pixels"
         assert found.saliency.max() > 0
+
+
+@pytest.mark.parametrize("method", ["drise", "ablationcam"])
+def test_a_bar_is_for_terminals_only(method, capsys):
+    """In a log, it would leave an empty line for each layer of each image."""
+    family = build_family("yolox")
+    own = BoxAttributor(
+        family.detector,
+        BoxAMOptions(
+            method=method,
+            topk=1,
+            score_thr=0.0,
+            num_masks=2,
+            ratio_channels_to_ablate=0.1,
+        ),
+        logger=LOGGER,
+        show_progress=True,
+    )
+    _, explanations = own.explain(family.inputs, family.data_samples[0].metainfo)
+    assert len(explanations) == 1
+    assert capsys.readouterr().out == ""
