@@ -244,9 +244,7 @@ class BoxAMOptions(_Seen):
         _SHARE,
         "share of the heat map in the blend where the map is strong",
     )
-    colormap: str | int = option(
-        "plasma", _COLORMAP, "any name of OpenCV or matplotlib"
-    )
+    colormap: str | int = option("plasma", _COLORMAP, _COLORMAP_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -334,8 +332,8 @@ class RunOptions(Options):
     name: str | None = option(
         None,
         optional(tag),
-        "part of the tags; `None` is `'featmap'` or `'boxam'`, and a second hook of "
-        "one name gets a number",
+        "part of the tags; `None` is `'featmap'`, `'boxam'` or `'errors'`, and a "
+        "second hook of one name gets a number",
     )
     table: bool = option(
         False,

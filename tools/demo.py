@@ -3,8 +3,8 @@
     python tools/demo.py [--work-dir work_dirs/demo] [--epochs 12]
 
 Makes a data set of handwritten digits from what scikit-learn ships, trains a
-YOLOv8-n on it with ``FeatMapVisHook`` and ``BoxAMVisHook`` on, tests the best
-checkpoint with ``tools/test.py``, and lays the maps of the same images out by epoch.
+YOLOv8-n on it with the three hooks on, tests the best checkpoint with
+``tools/test.py``, and lays the pictures of the same images out by epoch.
 Nothing is downloaded. It takes a few minutes on two cores, and fails if the detector
 is not good or a picture is missing.
 """

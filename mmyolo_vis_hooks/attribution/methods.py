@@ -1,8 +1,8 @@
 """The registry of methods, and the way from activations and gradients to maps.
 
-A method is a short function with a decorator; ``gradient.py``, ``activation.py``,
-``perturb.py`` and ``blackbox.py`` hold those of the package. Yours may stand in any
-script that runs before the hook or the API is asked for it:
+A method is a short function with a decorator; the modules that ``__init__.py`` imports
+hold those of the package. Yours may stand in any script that runs before the hook or
+the API is asked for it:
 
     @register_method('mycam', kind='gradient', summary='Mine.', formula='...')
     def mycam(activations, gradients):
@@ -10,7 +10,7 @@ script that runs before the hook or the API is asked for it:
 
 Words of the formulas: ``A`` is the activation and ``g`` the gradient of the target with
 respect to it, both per channel ``c`` and cell; ``relu`` cuts off what is negative.
-Every map is rectified at the end, after the sum over channels.
+Every map but a signed one is rectified at the end, after the sum over channels.
 """
 
 from __future__ import annotations
