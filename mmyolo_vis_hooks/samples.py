@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.dataset import pseudo_collate
 from torch import nn
@@ -19,7 +18,7 @@ from .data.alignment import PlacedImage, Placement, network_input
 from .data.pictures import network_picture
 from .data.samples import detections_of
 from .geometry import FrameTransform
-from .network.graph import head_modules
+from .network.graph import head_modules, prediction_of
 from .network.layer_path import resolve_layers
 from .network.nested import map_tensors
 from .network.recorder import ForwardRecord, LayerRecorder, only_flipped
@@ -113,13 +112,12 @@ class SampleMaker:
 
     def _again(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> tuple:
         """Record and output of another forward, without compiled code."""
-        sample = DetDataSample(metainfo=dict(metainfo))
         with (
             frozen(self._detector),
             torch.no_grad(),
             self._recorder.record(keep=[0]) as record,
         ):
-            (output,) = self._detector(inputs, [sample], mode="predict")
+            (output,) = prediction_of(self._detector, inputs, metainfo)()
         return record, output
 
     def _picture(

@@ -222,7 +222,7 @@ class Evaluation(DetectorOnDataset):
         if inputs.is_cuda:
             torch.cuda.synchronize()
         spent = (time.perf_counter() - start) * 1e3
-        box_map = BoxAMPanel(attributor.options, (), None).box_map
+        box_map = BoxAMPanel(attributor.options).box_map
         whole = FrameTransform.identity(network_hw)
         for own, explanation in zip(explained, explanations, strict=True):
             own.maps[name] = box_map(explanation, whole, own.subject.box_xyxy)

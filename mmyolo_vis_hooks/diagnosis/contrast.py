@@ -13,11 +13,11 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from ..attribution.attribute import BoxAttributor
-from ..attribution.saliency import box_sigma, render_saliency
+from ..attribution.saliency import raw_saliency
 from ..attribution.targets import ChosenBoxes, Target
-from ..geometry import FrameTransform
+from ..data.samples import detections_of
 from ..options import BoxAMOptions
-from ..records import BoxExplanation, Detections
+from ..records import Detections
 from ..render.boxes import class_name
 from .maps import found_again
 
@@ -124,19 +124,18 @@ class ClassComparer:
         self._pairs.detections, self._pairs.wanted = detections, pairs
         with torch.autocast(look.inputs.device.type, enabled=False):
             predictions, found = self._pairs.explain(look.inputs, look.metainfo)
-        frame = look.frame
-        boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)
-        labels = predictions.labels.tolist()
+        frame, again = look.frame, detections_of(predictions)
         contrasts = {}
         known = self._pairs.pairs
         for number, (pair, (index, _)) in enumerate(known.items()):
-            four = found[number :: len(known)]
-            sigma = box_sigma(boxes[index].float().cpu().numpy(), self._smooth)
-            given, right, more, less = (_on_image(own, frame, sigma) for own in four)
+            four, box = found[number :: len(known)], again.boxes_xyxy[index]
+            given, right, more, less = (
+                raw_saliency(own, frame, box, smooth=self._smooth) for own in four
+            )
             difference, peak = more - less, max(given.max(), right.max())
             if difference.any():
                 contrasts[pair] = ClassContrast(
-                    class_name(labels[index], self._names),
+                    class_name(int(again.labels[index]), self._names),
                     class_name(pair[1], self._names),
                     given / peak if peak else given,
                     right / peak if peak else right,
@@ -144,12 +143,3 @@ class ClassComparer:
                     four[2].layer or four[3].layer,
                 )
         return contrasts
-
-
-def _on_image(
-    explanation: BoxExplanation, frame: FrameTransform, sigma: float
-) -> np.ndarray:
-    whole = np.zeros(frame.image_hw, np.float32)
-    for own in explanation.maps:
-        whole += render_saliency(own.saliency, frame, sigma_px=sigma)
-    return whole

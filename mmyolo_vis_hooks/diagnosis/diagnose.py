@@ -8,12 +8,12 @@ from logging import Logger
 from typing import Any
 
 import torch
-from mmdet.structures import DetDataSample
 from torch import nn
 
 from ..data.alignment import PlacedImage, network_input
 from ..data.samples import detections_of
 from ..errors import VisError
+from ..network.graph import prediction_of
 from ..network.recorder import ForwardRecord
 from ..network.state import frozen
 from ..options import DiagnosisOptions
@@ -156,9 +156,8 @@ class Diagnoser(SampleMaker):
         )
 
     def _predict(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> Detections:
-        sample = DetDataSample(metainfo=dict(metainfo))
         with frozen(self._detector), torch.no_grad():
-            (output,) = self._detector(inputs, [sample], mode="predict")
+            (output,) = prediction_of(self._detector, inputs, metainfo)()
         return detections_of(output)
 
     def _wanted(self, diagnosis: Diagnosis) -> tuple[list[int], list[int], list[Pair]]:

@@ -124,11 +124,10 @@ class ErrorMapper:
         ):
             found = self._attributor.explain(look.inputs, look.metainfo)
         predictions, explanations = found
-        frame = look.frame
+        frame, boxes = look.frame, detections_of(predictions).boxes_xyxy
         maps = {}
         for explanation in explanations:
-            box = predictions.bboxes[explanation.index]
-            box_xyxy = getattr(box, "tensor", box).detach().float().cpu().numpy()
+            box_xyxy = boxes[explanation.index]
             raw = raw_saliency(explanation, frame, box_xyxy, smooth=self._options.sigma)
             saliency = normalize_saliency(raw).astype(np.float32, copy=False)
             if saliency.any():

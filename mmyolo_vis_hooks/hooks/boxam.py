@@ -67,7 +67,7 @@ class BoxAMVisHook(BaseVisHook):
         chosen = [explanation.index for explanation in sample.explanations]
         height, width = look.inputs.shape[-2:]
         whole = FrameTransform.identity((height, width))
-        box_map = BoxAMPanel(self.options, (), None).box_map
+        box_map = BoxAMPanel(self.options).box_map
         found: list[dict[str, float]] = []
         with (
             frozen(model),
