@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,12 @@ class Detections:
         return Detections(
             self.boxes_xyxy[which], self.scores[which], self.labels[which]
         )
+
+
+def name_of(label: int, class_names: Sequence[str]) -> str:
+    """Name of a class; of one that has none, its number."""
+    known = 0 <= label < len(class_names)
+    return class_names[label] if known else f"class {label}"
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from mmyolo_vis_hooks.diagnosis.candidates import FLOOR
 from mmyolo_vis_hooks.diagnosis.live import LiveDetector
 from mmyolo_vis_hooks.diagnosis.look import Look
 from mmyolo_vis_hooks.diagnosis.maps import ErrorMap
-from mmyolo_vis_hooks.diagnosis.matching import FALSE_KINDS, GroundTruth
-from mmyolo_vis_hooks.diagnosis.mechanisms import MECHANISMS
+from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
 from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS as COLORS
 from mmyolo_vis_hooks.diagnosis.picture import boxes_of, resized_labels
 from mmyolo_vis_hooks.diagnosis.place import (
@@ -41,6 +40,8 @@ from mmyolo_vis_hooks.diagnosis.place import (
     considered_at,
     detections_of_candidates,
 )
+from mmyolo_vis_hooks.diagnosis.report import KINDS as ALL_KINDS
+from mmyolo_vis_hooks.diagnosis.report import kind_of
 from mmyolo_vis_hooks.diagnosis.result import Diagnosis
 from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.options import BoxAMOptions, DiagnosisOptions
@@ -54,11 +55,7 @@ logger = logging.getLogger("mmyolo_vis_hooks")
 DETECTION = (29, 111, 184)
 """Colour of boxes where the objects are not known."""
 ANY = "any error"
-KINDS = [
-    ANY,
-    *(f"missed: {m}" for m in MECHANISMS),
-    *(f"false: {k}" for k in FALSE_KINDS),
-]
+KINDS = [ANY, *ALL_KINDS]
 _LEAST_SIZE, _MOST_SIZE = 800, 1100
 _KEPT_LOOKS, _KEPT_MAPS = 32, 64
 
@@ -220,10 +217,10 @@ def errors_of(
     """Boxes of the errors of a kind, with the candidate that each is about."""
     became = detections_of_candidates(diagnosis.candidates, diagnosis.detections)
     for missed in diagnosis.missed:
-        if kind in (ANY, f"missed: {missed.mechanism}"):
+        if kind in (ANY, kind_of(missed.mechanism, "")):
             yield missed.box_xyxy, missed.record.candidate
     for false in diagnosis.false_positives:
-        if kind in (ANY, f"false: {false.kind}"):
+        if kind in (ANY, kind_of("", false.kind)):
             own = np.flatnonzero(became == false.record.detection)
             yield false.box_xyxy, int(own[0]) if len(own) else None
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from _evaluation import Explained
+from mmyolo_vis_hooks.diagnosis.report import csv_text
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
 from mmyolo_vis_hooks.metrics.comparison import SIZES, Compared, Comparison
 from mmyolo_vis_hooks.metrics.faithfulness import SHARES
@@ -82,11 +82,8 @@ class Tables:
     by_size: dict[str, TextTable]
 
     def csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(Compared.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(map(asdict, self.records))
-        return text.getvalue()
+        names = [field.name for field in fields(Compared)]
+        return csv_text(names, map(astuple, self.records))
 
     def json(self, settings: dict[str, Any]) -> str:
         records = [

@@ -38,6 +38,7 @@ from mmyolo_vis_hooks.detector import (
     read_dataset,
 )
 from mmyolo_vis_hooks.options import DiagnosisOptions
+from mmyolo_vis_hooks.publish.window import has_display
 
 
 def parse_args() -> argparse.Namespace:
@@ -154,11 +155,6 @@ def start(args: argparse.Namespace) -> tuple[Any, str]:
     except OSError as error:
         raise ToolError(f"--host {args.host} --port {args.port}: {error}") from error
     return page, url
-
-
-def has_display() -> bool:
-    names = ("DISPLAY", "WAYLAND_DISPLAY")
-    return platform.system() != "Linux" or any(map(os.environ.get, names))
 
 
 def main() -> None:

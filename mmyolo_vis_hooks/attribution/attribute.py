@@ -28,7 +28,7 @@ from ..network.maps import View
 from ..network.replay import ReplayEngine
 from ..network.state import frozen
 from ..network.trace import trace_forward
-from ..records import BoxExplanation, LayerMap
+from ..records import BoxExplanation, LayerMap, name_of
 from .anchors import locate_anchors
 from .attention import DecoderAttention, looked_at
 from .augment import Choose, smoothed
@@ -324,8 +324,7 @@ class BoxAttributor:
         index, label = case.boxes.indices[k], case.boxes.labels[k]
         if warning:
             # The logger drops a second record with the same template.
-            known = 0 <= label < len(self._class_names)
-            name = self._class_names[label] if known else f"class {label}"
+            name = name_of(label, self._class_names)
             self._logger.warning(f"detection {index} ({name}): {warning}")
         cell = case.anchors[k].cell if case.anchors is not None else None
         return self._record(index, shown, warning, cell=cell, points=points)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..records import name_of
 from .cost import size_of
 from .matching import GroundTruth, box_iou
-from .report import FOUND, KINDS, ErrorRecord, ImageErrors, name_of, records_of, rounded
+from .report import FOUND, KINDS, ErrorRecord, ImageErrors, records_of, rounded
 from .result import Diagnosis
 
 NOTHING = "nothing"

@@ -15,7 +15,6 @@ from .mechanisms import BELOW_THRESHOLD, SUPPRESSED, told_apart, winner
 from .result import Diagnosis
 
 DETECTED, BEYOND_LIMIT = "detected", "beyond the limit"
-FATES = (DETECTED, BELOW_THRESHOLD, SUPPRESSED, BEYOND_LIMIT)
 # Of one class and with this IoU, candidates tell the same.
 _ALIKE = 0.7
 
@@ -26,8 +25,8 @@ class Considered:
 
     Attributes:
         candidate: Index of the candidate.
-        fate: One of :data:`FATES`: it is a detection, lies below the threshold, was
-            suppressed by a better one, or fell to the limit on their number.
+        fate: ``'detected'``, ``'below threshold'``, ``'suppressed'`` by a better one,
+            or ``'beyond the limit'`` on their number.
         why: The same and how it lies on the objects, in one line.
         detection: The detection that it became, or that suppressed it; else None.
         alike: How many weaker candidates of its class lie where it does.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..records import Detections
+from ..records import Detections, name_of
 from .cost import MISSED, MISSED_KINDS, SIZES, ErrorCost, share_lost, size_of
 from .look import told
 from .matching import FALSE_KINDS, GroundTruth, match
@@ -314,12 +314,6 @@ def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
     return text.getvalue()
-
-
-def name_of(label: int, class_names: Sequence[str]) -> str:
-    """Name of a class; of one that has none, its number."""
-    known = 0 <= label < len(class_names)
-    return class_names[label] if known else f"class {label}"
 
 
 def kind_of(mechanism: str, kind: str) -> str:

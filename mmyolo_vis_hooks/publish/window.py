@@ -9,10 +9,15 @@ import sys
 _WITHOUT_WINDOWS = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
 
 
+def has_display() -> bool:
+    """Whether this machine has a display, as far as that can be known."""
+    on_linux = sys.platform.startswith("linux")
+    return not on_linux or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+
+
 def why_no_window() -> str | None:
     """Say why ``Visualizer.show`` cannot show a picture here, or None where it can."""
-    on_linux = sys.platform.startswith("linux")
-    if on_linux and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
+    if not has_display():
         return "this machine has no display"
     import matplotlib
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ..records import Detections
+from ..records import Detections, name_of
 from .text import draw_text, is_drawable, line_height, shorten_text, text_width
 
 Color = tuple[int, int, int]
@@ -52,11 +52,8 @@ def contrast_color(color: Color) -> Color:
 
 def class_name(label: int, class_names: Sequence[str] | None) -> str:
     """Name of a class as it is drawn: its number where no font has the name."""
-    if class_names is not None and 0 <= label < len(class_names):
-        name = str(class_names[label])
-        if is_drawable(name):
-            return name
-    return f"class {label}"
+    name = str(name_of(label, class_names or ()))
+    return name if is_drawable(name) else name_of(label, ())
 
 
 @dataclass(frozen=True)
