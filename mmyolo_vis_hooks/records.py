@@ -112,9 +112,6 @@ class BoxExplanation:
         index: Which detection of the sample.
         maps: One per layer; empty where no layer has any influence.
         warning: Why the maps are missing or not to be trusted, one sentence.
-        note: How the maps were made where that is not the method's usual way.
-        method: Name of the method.
-        target: Name of the number that is explained.
         cell: Row and column where the head decided the box, in the raw outputs of
             its level; None for boxes of regions and of queries.
         smooth: The method's own smoothing, in units of the square root of the
@@ -126,9 +123,6 @@ class BoxExplanation:
     index: int
     maps: tuple[LayerMap, ...]
     warning: str = ""
-    note: str = ""
-    method: str = ""
-    target: str = ""
     cell: tuple[int, int] | None = None
     smooth: float = 0.0
     points: np.ndarray | None = None

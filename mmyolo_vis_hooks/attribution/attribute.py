@@ -260,12 +260,11 @@ class BoxAttributor:
     def _explain_black_box(
         self, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> _Found:
-        method, options, note = self._method, self.options, ""
+        method, options = self._method, self.options
         with frozen(self._detector):
             try:
                 predictions, chosen, scorer = self.anchored(inputs, metainfo)
             except VisError:
-                note = "boxes are scored by the final detections, not at anchors"
                 with torch.no_grad():
                     (output,) = prediction_of(self._detector, inputs, metainfo)()
                 predictions, scorer = output.pred_instances, None
@@ -278,9 +277,12 @@ class BoxAttributor:
             else:
                 score = final_scores(self._detector, predictions, chosen, metainfo)
                 batch_size = options.batch_size or _BLACK_BOX_BATCH
-            if note and not self._said_note:
-                self._said_note = True
-                self._logger.warning(f"method={method.name!r}: {note}")
+                if not self._said_note:
+                    self._said_note = True
+                    self._logger.warning(
+                        f"method={method.name!r}: boxes are scored by the final "
+                        "detections, not at anchors"
+                    )
             bar = self._show_progress
             image = MaskedImage(inputs, score, options.num_masks, batch_size, bar)
             with torch.no_grad():
@@ -292,7 +294,7 @@ class BoxAttributor:
         for index, saliency in zip(chosen, maps.cpu().numpy()):
             shown = (LayerMap("image", saliency),) if saliency.max() > 0 else ()
             warning = "" if shown else "no mask let the detector see this box"
-            explanations.append(self._record(index, shown, warning, note=note))
+            explanations.append(self._record(index, shown, warning))
         return predictions, explanations
 
     def anchored(
@@ -330,5 +332,5 @@ class BoxAttributor:
         return self._record(index, shown, warning, cell=cell, points=points)
 
     def _record(self, index: int, maps: tuple, warning: str, **own: Any) -> Any:
-        own |= dict(method=self._method.name, smooth=self._method.default_smooth)
-        return BoxExplanation(index, maps, warning, target=self.options.target, **own)
+        smooth = self._method.default_smooth
+        return BoxExplanation(index, maps, warning, smooth=smooth, **own)

@@ -101,7 +101,6 @@ def test_the_map_of_a_mask_is_that_of_plain_autograd(name):
     family = build_family(name)
     _, explanations = explain(family, target="mask", topk=3)
     _, of_scores = explain(family, topk=3)
-    assert [e.target for e in explanations] == ["mask"] * 3
     empty = [not mask.any() for mask in plain_predict(family).masks[:3]]
     assert sum(empty) == (name == "rtmdet_ins")
     for own, score, maps, is_empty in zip(
