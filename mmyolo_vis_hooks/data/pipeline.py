@@ -6,16 +6,22 @@ geometry, or one resize to a size that the network takes without padding.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import urlparse
 
 import cv2
 import numpy as np
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
+from mmengine.fileio import get_file_backend
 
 from ..errors import UnsupportedPipelineError, VisConfigError, VisError
 from .decoded import array_bgr, as_decoded, num_channels
@@ -92,13 +98,7 @@ class ImagePipeline:
         if isinstance(image, Mapping):
             results = self._read(dict(image), self.steps)
         elif isinstance(image, (str, os.PathLike)):
-            path = os.fspath(image)
-            info = dict(img_path=path, img_id=img_id, instances=[])
-            steps = self.steps
-            if os.path.isfile(path):
-                # Not of the storage that the data set lies in.
-                steps = [_reading_files(step) for step in steps]
-            results = self._read(info, steps)
+            results = self._read_file(os.fspath(image), img_id)
         else:
             pixels = self._as_loaded(image)
             size_hw = pixels.shape[:2]
@@ -166,6 +166,20 @@ class ImagePipeline:
         """Size to which a Resize-only pipeline brings an image, pixels."""
         (resize,) = [step for step in self.steps if isinstance(step, AlignedResize)]
         return resize.size_hw(image_hw)
+
+    def _read_file(self, path: str, img_id: Any) -> dict[str, Any]:
+        info = dict(img_path=path, img_id=img_id, instances=[])
+        # Not of the storage that the data set lies in.
+        steps = [_reading_files(step) for step in self.steps]
+        if path.startswith(("http://", "https://")):
+            with _fetched(path) as file:
+                try:
+                    results = self._read({**info, "img_path": file}, steps)
+                except VisError as error:
+                    error.args = (str(error).replace(file, path),)
+                    raise
+            return {**results, "img_path": path}
+        return self._read(info, steps if os.path.isfile(path) else self.steps)
 
     def _read(self, results: dict[str, Any], steps: list[Any]) -> dict[str, Any]:
         if self._num_loading is None:
@@ -357,6 +371,22 @@ def _reading_files(step: Any) -> Any:
     step = copy.copy(step)
     step.backend_args = None
     return step
+
+
+@contextlib.contextmanager
+def _fetched(address: str) -> Iterator[str]:
+    """A file, for a while, of what lies at an address."""
+    # Not mmengine's get(), which fails for an address in the query of another.
+    backend = get_file_backend("http://")
+    try:
+        content = backend.get(address)
+    except (OSError, HTTPException, ValueError) as error:
+        raise VisError(f"cannot read {address}: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        # Some loaders look at the suffix.
+        file = Path(folder, f"image{PurePath(urlparse(address).path).suffix}")
+        file.write_bytes(content)
+        yield str(file)
 
 
 def _copied_results(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -10,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-import cv2
 import mmcv
 import numpy as np
-from mmengine.fileio import get_file_backend
 
 from ..errors import VisError
 
@@ -41,8 +38,8 @@ class SourceImage:
         name: Of the file, and the number of a frame; safe in file names. Others may
             have the same.
         title: Its path or address; of a frame with the number, from 0.
-        content: Path of a file; of an address or a video ``(H, W, 3)`` uint8, RGB;
-            None if it could not be read.
+        content: A path or an address; of a video ``(H, W, 3)`` uint8, RGB; None if it
+            could not be read.
         error: Why not.
     """
 
@@ -105,26 +102,8 @@ class ImageSource:
         for entry in self._entries:
             if entry.is_video:
                 yield from _frames(entry)
-            elif "://" not in entry.location:
-                yield SourceImage(entry.name, entry.title, entry.location)
             else:
-                yield _download(entry)
-
-
-def _download(entry: _Entry) -> SourceImage:
-    image = None
-    message = f"{entry.title} is no image that OpenCV can decode"
-    try:
-        # Not mmengine's get(), which fails for an address in the query of another.
-        scheme = entry.location.partition("://")[0] + "://"
-        content = get_file_backend(scheme).get(entry.location)
-        # More pixels than OpenCV takes, or a damaged header.
-        with contextlib.suppress(cv2.error):
-            image = mmcv.imfrombytes(content, channel_order="rgb")
-    except Exception as error:  # each file backend has errors of its own
-        message = f"cannot read {entry.title}: {error}"
-    reason = ImageReadError(message) if image is None else None
-    return SourceImage(entry.name, entry.title, image, reason)
+                yield SourceImage(entry.name, entry.title, entry.location)
 
 
 def safe_name(name: str) -> str:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import http.server
+import threading
+from urllib.parse import urlparse
+
 import cv2
 import numpy as np
 import pytest
@@ -248,6 +252,59 @@ def test_local_files_do_not_come_from_the_storage_of_the_data_set(tmp_path):
     assert packed(loader).load(path).image_rgb.shape == PICTURE.shape
     with pytest.raises(VisError, match=r"gone\.png is no image that LoadImage"):
         packed(loader).load("gone.png")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        path = urlparse(self.path).path
+        if path == "/gone.png":
+            self.send_error(404)
+            return
+        bits = PICTURE.astype(np.uint16) * 9
+        content = cv2.imencode(".png", bits)[1].tobytes()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>log in</html>" if path == "/page.png" else content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def read_with_opencv(results):
+    """As many loaders of users do, which know no addresses."""
+    return dict(img=cv2.imread(results["img_path"], cv2.IMREAD_UNCHANGED))
+
+
+@pytest.mark.parametrize("storage", [None, dict(backend="local")])
+def test_addresses_are_read_as_files_are(address, storage):
+    image = f"{address}/a.png?of=http://example.org/b.png"
+    loader = dict(type="LoadImageFromFile", color_type="unchanged")
+    loader = TRANSFORMS.build(dict(loader, backend_args=storage))
+    for step in (loader, ReadTiff(read_with_opencv)):
+        pipeline = packed(step)
+        for _ in range(2):  # what loads is known the second time
+            results = pipeline.load(image).results
+            np.testing.assert_array_equal(results["img"], PICTURE.astype(int) * 9)
+            assert results["img"].dtype == np.uint16
+            assert results["img_path"] == image
+    for url, message in {
+        f"{address}/gone.png": "cannot read .*404",
+        f"{address}/page.png": "is no image that LoadImageFromFile can read",
+        "http://127.0.0.1:1/a.png": "cannot read .*refused",
+        "http://example.org/a b.png": "cannot read .*control characters",
+    }.items():
+        with pytest.raises(VisError, match=message) as caught:
+            packed(loader).load(url)
+        assert url in str(caught.value)
 
 
 def test_what_only_a_data_set_has_is_left_out(tmp_path):
