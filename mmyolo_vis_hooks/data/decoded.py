@@ -21,14 +21,12 @@ def array_bgr(image: Any) -> np.ndarray:
 
     Returns:
         np.ndarray: ``(H, W)`` or ``(H, W, C)``, in a dtype of OpenCV; three channels
-        are in the order BGR.
+        are in the order BGR, those of a transparent image of Pillow BGRA.
 
     Raises:
         VisConfigError: If it is none.
     """
-    mode = getattr(image, "mode", None)
-    if mode in _PLAIN_MODES:
-        image = image.convert(_PLAIN_MODES[mode])
+    image = _plain(image)
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image
@@ -47,6 +45,8 @@ def array_bgr(image: Any) -> np.ndarray:
         array = array.astype(np.float32)
     if array.ndim == 3 and array.shape[2] == 3:
         array = array[..., ::-1]
+    elif getattr(image, "mode", None) == "RGBA":
+        array = array[..., [2, 1, 0, 3]]
     return np.ascontiguousarray(array)
 
 
@@ -62,6 +62,9 @@ def as_decoded(image: Any, color_type: str, to_float32: bool) -> np.ndarray:
     Raises:
         VisConfigError: If the loader never gives the like.
     """
+    image = _plain(image)
+    if color_type != "unchanged" and getattr(image, "mode", None) == "RGBA":
+        image = image.convert("RGB")
     array = array_bgr(image)
     channels = num_channels(array)
     if color_type != "unchanged" and channels > 4 and array.shape[0] == 3:
@@ -73,6 +76,11 @@ def as_decoded(image: Any, color_type: str, to_float32: bool) -> np.ndarray:
         grey = "grayscale" in color_type
         array = _with_channels(_of_8_bits(array), grey=grey)
     return array.astype(np.float32) if to_float32 else array
+
+
+def _plain(image: Any) -> Any:
+    mode = getattr(image, "mode", None)
+    return image.convert(_PLAIN_MODES[mode]) if mode in _PLAIN_MODES else image
 
 
 def num_channels(image: np.ndarray) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -81,3 +82,16 @@ def test_what_no_file_would_give_is_refused(image, remedy):
 def test_an_unchanged_image_keeps_its_bits_and_bands():
     bands = np.zeros((4, 5, 7), np.uint16) + 40_000
     np.testing.assert_array_equal(as_decoded(bands, "unchanged", False), bands)
+
+
+def test_transparency_stays_with_a_loader_that_keeps_it(tmp_path):
+    image = Image.fromarray(RGBA)
+    image.save(tmp_path / "image.png")
+    expected = cv2.imread(str(tmp_path / "image.png"), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(as_decoded(image, "unchanged", False), expected)
+    palette = Image.fromarray(RGB).convert("P")
+    opaque = as_decoded(palette, "color", False)
+    palette.info["transparency"] = 0
+    np.testing.assert_array_equal(as_decoded(palette, "color", False), opaque)
+    # Of an array nobody knows what a fourth channel is.
+    np.testing.assert_array_equal(as_decoded(RGBA, "unchanged", False), RGBA)
