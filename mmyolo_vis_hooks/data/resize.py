@@ -35,9 +35,9 @@ _MAX_STRIDE = 64
 class AlignedResize(BaseTransform):
     """Stretch an image to the size at which the network needs no padding.
 
-    A pipeline that keeps the aspect ratio gives the size it would scale the image to,
-    each side rounded to a multiple; one that stretches gives its own target, in the
-    image's orientation. Boxes and masks, where loaded before, follow.
+    A pipeline that keeps the aspect ratio, or pads, gives the size it would scale the
+    image to, each side rounded to a multiple; one that only stretches gives its own
+    target, in the image's orientation. Boxes and masks, where loaded before, follow.
 
     Args:
         steps (Sequence): The replaced transforms, in their order.
@@ -52,7 +52,7 @@ class AlignedResize(BaseTransform):
             part
             for step in steps
             for part in (step._steps if isinstance(step, AlignedResize) else [step])
-            if step_name(part) in RESIZING_STEPS
+            if step_name(part) in RESIZING_STEPS | {"Pad"}
         ]
         self._divisor = divisor
         self._stride = stride
@@ -60,10 +60,10 @@ class AlignedResize(BaseTransform):
     def size_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the network's input for an image, pixels."""
         size: tuple[float, float] = image_hw
-        keeps_ratio = True
+        final = False
         for step in self._steps:
-            size, keeps_ratio = _planned_size(step, size)
-        if keeps_ratio:
+            size, final = _planned_size(step, size)
+        if not final:
             multiple = math.lcm(self._divisor, self._stride)
             height, width = (max(1, round(n / multiple)) * multiple for n in size)
         else:
@@ -124,9 +124,11 @@ def step_name(step: Any) -> str:
 def _planned_size(
     step: Any, size: tuple[float, float]
 ) -> tuple[tuple[float, float], bool]:
-    """Size after one step, and whether it keeps the image's proportions."""
+    """Size after one step, and whether the network takes images of that very size."""
     height, width = size
     name = step_name(step)
+    if name == "Pad":
+        return size, False
     if name == "ResizeShortestEdge":
         short = step.scale if isinstance(step.scale, int) else min(step.scale)
         ratio = short / min(size)
@@ -140,23 +142,23 @@ def _planned_size(
         else:
             target_wh, stretches = (step.width, step.height), not step.keep_ratio
         if stretches:
-            return (float(target_wh[1]), float(target_wh[0])), False
+            return (float(target_wh[1]), float(target_wh[0])), True
         ratio = min(target_wh[1] / height, target_wh[0] / width)
         if name == "LetterResize" and not step.allow_scale_up:
             ratio = min(ratio, 1.0)
     elif step.scale is None:
         factor = step.scale_factor
         factor_wh = factor if isinstance(factor, tuple) else (factor, factor)
-        keeps = factor_wh[0] == factor_wh[1]
-        return (height * factor_wh[1], width * factor_wh[0]), keeps
+        stretches = factor_wh[0] != factor_wh[1]
+        return (height * factor_wh[1], width * factor_wh[0]), stretches
     elif not step.keep_ratio:
         target_wh = step.scale
         target_wh = (target_wh,) * 2 if isinstance(target_wh, int) else target_wh
         target = (float(target_wh[1]), float(target_wh[0]))
         turned = (target[0] - target[1]) * (height - width) < 0
-        return target[::-1] if turned else target, False
+        return target[::-1] if turned else target, True
     elif isinstance(step.scale, (int, float)):
         ratio = step.scale
     else:
         ratio = min(max(step.scale) / max(size), min(step.scale) / min(size))
-    return (height * ratio, width * ratio), True
+    return (height * ratio, width * ratio), False

@@ -68,6 +68,10 @@ PPYOLOE = (dict(type="FixShapeResize", width=640, height=640, keep_ratio=False),
 FASTER = (dict(type="Resize", scale=(1333, 800), keep_ratio=True),)
 SMALL = (dict(type="mmyolo.LetterResize", scale=(640, 640), allow_scale_up=False),)
 STRETCH = (dict(type="Resize", scale=(1333, 800), keep_ratio=False),)
+STRETCH_PAD = (
+    dict(type="Resize", scale=(500, 300), keep_ratio=False),
+    dict(type="Pad", size_divisor=32),
+)
 SHORTEST = (dict(type="ResizeShortestEdge", scale=800, max_size=1333),)
 
 
@@ -80,6 +84,7 @@ SHORTEST = (dict(type="ResizeShortestEdge", scale=800, max_size=1333),)
         (FASTER, (640, 427), (1184, 800)),
         (SHORTEST, (640, 427), (1184, 800)),
         (STRETCH, (640, 480), (1344, 800)),
+        (STRETCH_PAD, (480, 640), (288, 512)),
         (SMALL, (90, 200), (96, 192)),
         (SMALL, (320, 1280), (160, 640)),
         ((), (333, 500), (320, 512)),
