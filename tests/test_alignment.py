@@ -35,7 +35,7 @@ from mmyolo_vis_hooks.detector import (
     default_scope,
     read_dataset,
 )
-from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.errors import VisConfigError, VisError
 from mmyolo_vis_hooks.geometry import FrameTransform
 from mmyolo_vis_hooks.network.layer_path import resolve_layers
 from mmyolo_vis_hooks.options import FeatMapOptions
@@ -303,6 +303,14 @@ def test_a_picture_of_another_size_than_was_packed_is_refused():
     loaded.results["ori_shape"] = (640, 800)
     with pytest.raises(VisConfigError, match="'ori_shape' says 640x800"):
         choose_alignment("letterbox", pipeline, [loaded], make_detector(config))
+
+
+def test_an_image_that_cannot_be_read_is_no_trouble_of_the_alignment():
+    config = family_config("yolov8")
+    pipeline = build_pipeline(config, read_dataset(config))
+    images = map(pipeline.load, ["gone.png", np.full((320, 400, 3), 90, np.uint8)])
+    with pytest.raises(VisError, match=r"^gone\.png is no image"):
+        choose_alignment(None, pipeline, images, make_detector(config))
 
 
 @pytest.mark.real_data

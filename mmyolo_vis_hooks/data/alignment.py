@@ -103,11 +103,12 @@ def choose_alignment(
         VisConfigError: If an alignment that is wanted by name cannot be right.
     """
     for_resize, for_own, peek = tee(islice(images, _MAX_IMAGES), 3)
+    first = next(peek)
     reason = ""
     if wanted in (None, "resize"):
         try:
             resized = pipeline.resize_only(
-                next(peek),
+                first,
                 divisor=network_divisor(detector),
                 stride=network_stride(detector, dataset),
             )
