@@ -155,20 +155,21 @@ class _Settings(DictAction):
             parser.error(f"{option_string} takes KEY=VALUE, not {wrong!r} ({error})")
 
 
-def merge_options(config: Config, options: dict[str, Any] | None) -> None:
-    """Put the settings of ``--cfg-options`` into a config."""
+def read_merged(name: str, args: argparse.Namespace) -> Config:
+    """Read a config, and put the settings of ``--cfg-options`` into it."""
+    config = read_config(name)
     try:
-        config.merge_from_dict(options or {})
+        config.merge_from_dict(args.cfg_options or {})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ToolError(f"--cfg-options does not fit the config: {error}") from error
+    return config
 
 
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config with what :func:`make_parser` parsed in it."""
-    config = read_config(args.config)
+    config = read_merged(args.config, args)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     config.launcher = args.launcher
-    merge_options(config, args.cfg_options)
     if args.work_dir:
         config.work_dir = args.work_dir
     elif config.get("work_dir") is None:

@@ -12,13 +12,10 @@ from typing import Any
 
 from mmengine.config import Config
 
-from _common import ToolError, add_cfg_options, check_checkpoint, merge_options
+from _common import ToolError, add_cfg_options, check_checkpoint, read_merged
 from _dataset import DetectorOnDataset, add_data_arguments
 from _kept import Kept, progress
 from mmyolo_vis_hooks.declare import add_arguments, options_from
-from mmyolo_vis_hooks.detector import (
-    read_config,
-)
 from mmyolo_vis_hooks.diagnosis.compare import Change
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser
 from mmyolo_vis_hooks.diagnosis.export import ImageFile
@@ -44,16 +41,14 @@ def add_shared_arguments(parser: argparse.ArgumentParser, out_dir: str) -> None:
     add_cfg_options(parser)
 
 
-def read_merged(
+def read_checked(
     args: argparse.Namespace, name: str, checkpoint: str, option: str
 ) -> Config:
     """Read a config, and make sure that its checkpoint is there."""
     if args.num_pictures < -1:
         raise ToolError(f"--num-pictures {args.num_pictures}: use 0 or more, or -1")
     check_checkpoint(checkpoint, option)
-    config = read_config(name)
-    merge_options(config, args.cfg_options)
-    return config
+    return read_merged(name, args)
 
 
 def check_classes(names_a: Sequence[str], names_b: Sequence[str]) -> None:

@@ -31,8 +31,8 @@ from _common import (
     add_cfg_options,
     check_checkpoint,
     config_mistakes,
-    merge_options,
     print_layers,
+    read_merged,
     run_tool,
 )
 from _dataset import add_device
@@ -52,7 +52,6 @@ from mmyolo_vis_hooks.detector import (
     check_device,
     classes_and_palette,
     load_weights,
-    read_config,
     read_dataset,
 )
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
@@ -169,8 +168,7 @@ class Demo:
         if args.out_dir is None and args.out_file is None and not args.show:
             args.out_dir = OUT_DIR
         self.args = args
-        self.config = read_config(args.config)
-        merge_options(self.config, args.cfg_options)
+        self.config = read_merged(args.config, args)
         # Not before: what the config imports may register a method or a target.
         self.options = options_from(args, kind)
         self.source = ImageSource(args.img, exclude=args.out_dir)

@@ -26,7 +26,7 @@ from _errors import (
     add_shared_arguments,
     check_classes,
     commonest,
-    read_merged,
+    read_checked,
 )
 from _kept import Kept, open_out_dir, progress
 from mmyolo_vis_hooks.diagnosis.compare import (
@@ -211,8 +211,8 @@ def main() -> None:
     args = parse_args()
     name_b = args.config_b or args.config
     configs = [
-        read_merged(args, args.config, args.a, "A"),
-        read_merged(args, name_b, args.b, "B"),
+        read_checked(args, args.config, args.a, "A"),
+        read_checked(args, name_b, args.b, "B"),
     ]
     with config_mistakes(args.config):
         a = Errors(args, configs[0], args.a)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from _common import ToolError, add_cfg_options, merge_options, run_tool
-from mmyolo_vis_hooks.detector import build_detector, read_config
+from _common import ToolError, add_cfg_options, read_merged, run_tool
+from mmyolo_vis_hooks.detector import build_detector
 from mmyolo_vis_hooks.inert import InertObject, read_inertly, some
 
 # Where the layers of the models of Ultralytics are in MMYOLO's. Layers that are not
@@ -76,8 +76,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    config = read_config(args.config)
-    merge_options(config, args.cfg_options)
+    config = read_merged(args.config, args)
     folder = os.path.dirname(args.output) or "."
     if not os.path.isdir(folder):
         raise ToolError(f"OUT: there is no folder {folder}")

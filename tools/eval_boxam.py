@@ -24,8 +24,8 @@ from _common import (
     add_cfg_options,
     check_checkpoint,
     config_mistakes,
-    merge_options,
     print_table,
+    read_merged,
     run_tool,
 )
 from _dataset import add_config, add_data_arguments
@@ -40,7 +40,6 @@ from _quality_report import (
     main_value,
     tables_of,
 )
-from mmyolo_vis_hooks.detector import read_config
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
 from mmyolo_vis_hooks.metrics.metric import METRICS, Metric
 from mmyolo_vis_hooks.metrics.sanity import PARTS, SanityCheck, can_be_checked
@@ -212,8 +211,7 @@ def check_sanity(
 def main() -> None:
     args = parse_args()
     check(args)
-    config = read_config(args.config)
-    merge_options(config, args.cfg_options)
+    config = read_merged(args.config, args)
     out_dir = Path(args.out_dir)
     with config_mistakes(args.config):
         evaluation = Evaluation(

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from _common import config_mistakes, run_tool
 from _dataset import add_config
-from _errors import Errors, add_shared_arguments, commonest, read_merged
+from _errors import Errors, add_shared_arguments, commonest, read_checked
 from _kept import Kept, open_out_dir, progress
 from mmyolo_vis_hooks.diagnosis.cost import MISSED, SIZES
 from mmyolo_vis_hooks.diagnosis.export import Export
@@ -231,7 +231,7 @@ def _role(kind: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    config = read_merged(args, args.config, args.checkpoint, "CHECKPOINT")
+    config = read_checked(args, args.config, args.checkpoint, "CHECKPOINT")
     out_dir = Path(args.out_dir)
     with config_mistakes(args.config):
         errors = Errors(args, config, args.checkpoint)

@@ -22,7 +22,7 @@ from _common import (
     add_cfg_options,
     check_checkpoint,
     config_mistakes,
-    merge_options,
+    read_merged,
     run_tool,
 )
 from _dataset import add_config, add_device
@@ -34,7 +34,6 @@ from mmyolo_vis_hooks.detector import (
     check_device,
     classes_and_palette,
     load_weights,
-    read_config,
     read_dataset,
 )
 from mmyolo_vis_hooks.options import DiagnosisOptions
@@ -104,8 +103,7 @@ def open_views(args: argparse.Namespace) -> tuple[list[View], tuple[str, ...]]:
 
 def open_view(args: argparse.Namespace, name: str, checkpoint: str) -> View:
     """One detector on its images."""
-    config = read_config(name)
-    merge_options(config, args.cfg_options)
+    config = read_merged(name, args)
     with config_mistakes(name):
         known = read_dataset(config).metainfo
         if args.images:

@@ -6,6 +6,7 @@ the width at which a page shows it. That of the page needs Chromium.
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -84,6 +85,7 @@ def keep(drawn: Path, picture: Path) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for picture, words in commands().items():
             print(picture, shlex.join(words))

@@ -11,8 +11,8 @@ from _common import (
     ToolError,
     add_cfg_options,
     config_mistakes,
-    merge_options,
     print_layers,
+    read_merged,
     run_tool,
 )
 from _dataset import add_config
@@ -22,7 +22,6 @@ from mmyolo_vis_hooks.detector import (
     build_detector,
     build_pipeline,
     check_device,
-    read_config,
     read_dataset,
 )
 
@@ -72,8 +71,7 @@ def main() -> None:
         image = np.full((height, width, 3), 114, np.uint8)
     else:
         image = next(iter(ImageSource([image]))).content
-    config = read_config(args.config)
-    merge_options(config, args.cfg_options)
+    config = read_merged(args.config, args)
     with config_mistakes(args.config):
         dataset = read_dataset(config)
         detector = build_detector(config, check_device("cpu"))
