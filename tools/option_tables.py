@@ -8,8 +8,8 @@ name stays.
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 from mmyolo_vis_hooks import options
@@ -59,15 +59,11 @@ def _options(table: str) -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
-    changed = False
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for name in DOCUMENTS:
         path = ROOT / name
-        old = path.read_text(encoding="utf-8")
-        new = with_tables(old, translated="zh" in name)
-        changed |= new != old
-        path.write_text(new, encoding="utf-8")
-    if "--check" in sys.argv and changed:
-        sys.exit("error: tables were out of date; commit what was written")
+        text = path.read_text(encoding="utf-8")
+        path.write_text(with_tables(text, translated="zh" in name), encoding="utf-8")
 
 
 if __name__ == "__main__":
