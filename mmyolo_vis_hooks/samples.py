@@ -140,33 +140,33 @@ class SampleMaker:
 class BoxSampleMaker(SampleMaker):
     """Turns images into records of explained boxes.
 
-    The mapper makes its own forward, with a graph and in full precision, since small
-    gradients vanish in half precision: on the Resize-only input, or on the very tensor
-    that the loop's own forward received.
+    The attributor makes its own forward, with a graph and in full precision, since
+    small gradients vanish in half precision: on the Resize-only input, or on the very
+    tensor that the loop's own forward received.
 
     Args:
         detector (nn.Module): The detector, without wrappers.
-        mapper (BoxAttributor): Explains the detections.
+        attributor (BoxAttributor): Explains the detections.
         channels (Sequence[int], optional): As of :class:`SampleMaker`.
     """
 
     def __init__(
         self,
         detector: nn.Module,
-        mapper: BoxAttributor,
+        attributor: BoxAttributor,
         *,
         channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__(detector, {}, channels=channels)
-        self._mapper = mapper
+        self._attributor = attributor
 
     def prepare(self, image: PlacedImage) -> None:
-        """Try the mapper alone; maps of all boxes would take too long."""
+        """Try the attributor alone; maps of all boxes would take too long."""
         inputs, metainfo = network_input(self._detector, image.packed())
         if image.placement.alignment != "resize" and metainfo.get("flip"):
             raise only_flipped()
         with _everything_found(self._detector):
-            self._mapper.prepare(inputs, metainfo)
+            self._attributor.prepare(inputs, metainfo)
 
     def run(self, image: PlacedImage) -> BoxSample:
         """Explain one image."""
@@ -186,7 +186,7 @@ class BoxSampleMaker(SampleMaker):
         asked = _asked(image.placement, metainfo)
         # Autocast of the loop would round gradients away.
         with torch.autocast(inputs.device.type, enabled=False):
-            predictions, explanations = self._mapper.explain(inputs, asked)
+            predictions, explanations = self._attributor.explain(inputs, asked)
         found = on_picture(detections_of(predictions), image.placement, metainfo)
         image_rgb, note, frame = self._picture(image, inputs, metainfo)
         look = Look(inputs, asked, predictions, in_original=asked is metainfo)
@@ -258,14 +258,14 @@ def make_sample_maker(
     if isinstance(options, FeatMapOptions):
         layers = resolve_layers(detector, options.target_layers)
         return SampleMaker(detector, layers, channels=channels)
-    mapper = BoxAttributor(
+    attributor = BoxAttributor(
         detector,
         options,
         class_names=class_names,
         logger=logger,
         show_progress=show_progress,
     )
-    return BoxSampleMaker(detector, mapper, channels=channels)
+    return BoxSampleMaker(detector, attributor, channels=channels)
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def look(
     maker = make_sample_maker(
         detector, demo.options, demo.class_names, logger, show_progress=single
     )
-    demo.try_on_first(maker, detector)
+    demo.try_on_first(maker)
     panel = panel_kind(demo.options, demo.class_names, demo.palette)
     sys.exit(demo.run(maker, panel, title=title))
 
@@ -239,7 +239,7 @@ class Demo:
             for number, image in enumerate(self.source)
         )
 
-    def try_on_first(self, maker: SampleMaker, detector: nn.Module) -> None:
+    def try_on_first(self, maker: SampleMaker) -> None:
         """Let what can never work fail before the first picture."""
         try:
             maker.prepare(

@@ -7,7 +7,6 @@ imported when a method of it is first asked for: that takes seconds.
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from ..errors import VisConfigError
 from ..network.state import preserve_rng_state
 
 
-def class_of(library_class: str, method: str, since: str) -> Any:
-    """A class of pytorch-grad-cam; a ``VisConfigError`` if it is missing or too old."""
+def require_class(library_class: str, method: str, since: str) -> None:
+    """A ``VisConfigError`` if pytorch-grad-cam is missing, or too old for a method."""
     try:
         library = importlib.import_module("pytorch_grad_cam")
     except ImportError as error:
@@ -25,14 +24,12 @@ def class_of(library_class: str, method: str, since: str) -> Any:
             f"method={method!r} needs pytorch-grad-cam, which does not import "
             f'({error}); run: pip install "grad-cam>={since}"'
         ) from error
-    found = getattr(library, library_class, None)
-    if found is None:
+    if not hasattr(library, library_class):
         raise VisConfigError(
             f"method={method!r} needs {library_class} of grad-cam {since} or newer, "
             "which the installed one does not have; run: pip install "
             f'"grad-cam>={since}"'
         )
-    return found
 
 
 def cam_image(library_class: str, *tensors: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,7 @@ def validate(name: Any, *, eigen_smooth: bool = False) -> CamMethod:
     """
     method = METHODS[one_of("method", name, METHODS)]
     if method.library_class:
-        library.class_of(method.library_class, name, method.since)
+        library.require_class(method.library_class, name, method.since)
     if eigen_smooth and not method.takes_eigen_smooth:
         takers = ", ".join(m.name for m in METHODS.values() if m.takes_eigen_smooth)
         raise VisConfigError(

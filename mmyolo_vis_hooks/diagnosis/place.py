@@ -130,7 +130,8 @@ def _judgement(detection: int, diagnosis: Diagnosis) -> str:
     for own in diagnosis.false_positives:
         if own.record.detection == detection:
             return f"false positive, {own.kind}: {own.why}"
-    return "on an ignored object" if len(diagnosis.truth) else "a detection"
+    is_excused = detection in diagnosis.matches.excused
+    return "on an ignored object" if is_excused else "a detection"
 
 
 def _lies_on(index: int, diagnosis: Diagnosis, iou_thr: float) -> str:

@@ -19,7 +19,7 @@ from tests.families import (
     reference_gradients,
 )
 
-LOGGER = logging.getLogger("test_box_mapper")
+LOGGER = logging.getLogger("test_attribution")
 # The block whose input is explained, since the head is a 1x1 convolution.
 MOVED = {
     "yolov5": [
