@@ -41,7 +41,7 @@ from .detector import (
 )
 from .diagnosis.diagnose import Diagnoser
 from .diagnosis.matching import GroundTruth
-from .errors import CheckpointError, VisConfigError
+from .errors import VisConfigError
 from .network.state import frozen
 from .options import BoxAMOptions, DiagnosisOptions, FeatMapOptions
 from .results import Explanations, FeatureMaps, Gallery
@@ -83,10 +83,7 @@ def load(
     if device is None:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     detector = build_detector(config, check_device(device))
-    try:
-        metainfo = load_weights(detector, os.fspath(checkpoint))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {checkpoint}") from error
+    metainfo = load_weights(detector, checkpoint)
     names, palette = classes_and_palette(metainfo, read_dataset(config).metainfo)
     detector.cfg = config
     detector.dataset_meta = dict(classes=names, palette=palette)  # type: ignore

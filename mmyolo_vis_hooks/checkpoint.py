@@ -8,12 +8,14 @@ torch < 2.6 MMEngine's loaders stay.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -30,6 +32,7 @@ from .inert import (
     TORCH_TAKES_STAND_INS,
     InertObject,
     MapLocation,
+    foreign_format,
     read_inertly,
     some,
 )
@@ -46,7 +49,7 @@ def load_checkpoint_safely(
     A warning lists the classes whose objects were replaced.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        CheckpointNotFoundError: There is no such file.
         CheckpointError: As :func:`read_inertly`; or the weights lie in an object of
             an unknown class, such as a pickled model.
     """
@@ -101,18 +104,32 @@ def weights_of(checkpoint: Any, source: str) -> dict[str, torch.Tensor]:
         CheckpointError: It has none.
     """
     saved = checkpoint if isinstance(checkpoint, Mapping) else {}
-    saved = saved.get("state_dict", saved)
+    found = saved.get("state_dict", saved)
     weights = {
         str(key).removeprefix("module."): value
-        for key, value in (saved.items() if isinstance(saved, Mapping) else ())
-        if isinstance(value, torch.Tensor)
+        for key, value in (found.items() if isinstance(found, Mapping) else ())
+        if _is_plain(value)
     }
     if not weights:
+        others = [
+            f"; save those of {key!r} by themselves"
+            for key, value in saved.items()
+            if isinstance(value, Mapping) and any(map(_is_plain, value.values()))
+        ]
         raise CheckpointError(
             f"{source} holds no weights: it is no dict of tensors, and has none as "
-            "state_dict"
+            f"state_dict{''.join(others[:1])}"
         )
     return weights
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor that can be copied into a weight."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and not (value.is_meta or value.is_quantized)
+    )
 
 
 def check_fit(
@@ -211,33 +228,60 @@ def _cache_path(url: str) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    if not path.exists():
+    if path.exists():
+        return
+    with _fetching(url):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), progress=os.isatty(0))
+        with open(path, "rb") as content:
+            problem = foreign_format(path.name, content)
+        if problem:  # kept, it would be taken for the weights for ever
+            path.unlink()
+            raise CheckpointError(problem)
+
+
+@contextlib.contextmanager
+def _fetching(source: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each kind of address has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"the checkpoint {source} cannot be read: {reason}"
+        ) from error
 
 
 def load_from_list(filename: str, map_location: MapLocation = None) -> Any:
     """Load weights that a library lists, such as ``torchvision://resnet50``."""
     scheme, name = filename.split("://", 1)
     if scheme == "mmcls":
-        url = mmengine_checkpoint.get_mmcls_models()[name]
-        checkpoint = load_from_http(url, map_location)
-        return mmengine_checkpoint._process_mmcls_checkpoint(checkpoint)
-    if scheme in ("torchvision", "modelzoo"):
-        url = mmengine_checkpoint.get_torchvision_models()[name]
+        urls = mmengine_checkpoint.get_mmcls_models()
+    elif scheme in ("torchvision", "modelzoo"):
+        urls = mmengine_checkpoint.get_torchvision_models()
     else:
         name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
-        url = mmengine_checkpoint.get_external_models()[name]
-    if "://" in url:
-        return load_from_http(url, map_location)
-    home = mmengine_checkpoint._get_mmengine_home()
-    return load_checkpoint_safely(os.path.join(home, url), map_location)
+        urls = mmengine_checkpoint.get_external_models()
+    if name not in urls:
+        near = difflib.get_close_matches(name, urls, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise CheckpointError(f"{filename}: {scheme} has no weights {name!r}{hint}")
+    if "://" in urls[name]:
+        checkpoint = load_from_http(urls[name], map_location)
+    else:
+        home = mmengine_checkpoint._get_mmengine_home()
+        checkpoint = load_checkpoint_safely(
+            os.path.join(home, urls[name]), map_location
+        )
+    if scheme == "mmcls":
+        return mmengine_checkpoint._process_mmcls_checkpoint(checkpoint)
+    return checkpoint
 
 
 def load_from_ceph(filename: str, map_location: MapLocation = None) -> Any:
     """Load a checkpoint from an object store, ``s3://`` or ``petrel://``."""
-    store = get_file_backend(filename, backend_args={"backend": "petrel"})
-    return load_checkpoint_safely(bytes(store.get(filename)), map_location)
+    with _fetching(filename):
+        store = get_file_backend(filename, backend_args={"backend": "petrel"})
+        return load_checkpoint_safely(bytes(store.get(filename)), map_location)
 
 
 _LISTS = ("modelzoo", "torchvision", "open-mmlab", "openmmlab", "mmcls")

@@ -192,13 +192,19 @@ def load_weights(
         Mapping: The classes and the palette that the checkpoint names; may be empty.
 
     Raises:
-        FileNotFoundError: If there is no such file.
         CheckpointError: If it cannot be read, or no weight of it fits.
     """
     source = os.fspath(checkpoint)
-    loaded = CheckpointLoader.load_checkpoint(
-        source, map_location="cpu", logger="silent"
-    )
+    try:
+        loaded = CheckpointLoader.load_checkpoint(
+            source, map_location="cpu", logger="silent"
+        )
+    except CheckpointError:
+        raise
+    except OSError as error:  # of MMEngine's own loaders, under torch < 2.6
+        raise CheckpointError(
+            f"the checkpoint {source} cannot be read: {error}"
+        ) from error
     weights, own = weights_of(loaded, source), detector.state_dict()
     fitting: OrderedDict[str, Any] = OrderedDict(
         (key, value)
@@ -216,14 +222,18 @@ def load_weights(
         result = detector.load_state_dict(fitting, strict=False)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{source} is of another architecture than the config: {error}"
+            f"{source} does not fit the detector: {one_line(error)}"
         ) from error
     check_fit(own, weights, source, result.missing_keys, result.unexpected_keys)
-    meta = loaded.get("meta") or {}
-    dataset_meta = meta.get("dataset_meta") or {}
+    meta = _mapping(loaded.get("meta"))
+    dataset_meta = _mapping(meta.get("dataset_meta"))
     if not dataset_meta and meta.get("CLASSES"):
         dataset_meta = {"classes": meta["CLASSES"], "palette": meta.get("PALETTE")}
     return {str(key).lower(): value for key, value in dataset_meta.items()}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def classes_and_palette(

@@ -40,6 +40,10 @@ class CheckpointError(VisError, RuntimeError):
     """A file is no checkpoint, is damaged, or its weights cannot be had."""
 
 
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such file; a FileNotFoundError too, as of any file."""
+
+
 class FeatureShapeError(VisError, ValueError):
     """A layer's output cannot be laid over an image."""
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from .errors import CheckpointError
+from .errors import CheckpointError, CheckpointNotFoundError
 
 MapLocation = str | torch.device | dict | Callable | None
 TORCH_TAKES_STAND_INS = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
@@ -191,24 +191,29 @@ def read_inertly(
         and the names of these classes.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        CheckpointNotFoundError: There is no such file.
         CheckpointError: The file is no checkpoint, is damaged, or needs torch >= 2.6.
     """
     name = "<bytes>" if isinstance(file, bytes) else os.path.expanduser(file)
     if not isinstance(file, bytes) and not os.path.isfile(name):
-        raise FileNotFoundError(f"{name} can not be found.")
+        raise CheckpointNotFoundError(f"there is no checkpoint {name}")
     if not TORCH_TAKES_STAND_INS:
         raise CheckpointError(
             f"{name} cannot be read without running it under torch "
             f"{torch.__version__}; use torch >= 2.6"
         )
-    if name.endswith(".safetensors"):
-        return _read_safetensors(name), []
-    with io.BytesIO(file) if isinstance(file, bytes) else open(name, "rb") as content:
-        problem = _foreign_format(content)
-        if problem:
-            raise CheckpointError(f"{name} is no checkpoint: {problem}")
-        return _read(name, content, map_location)
+    try:
+        with (
+            io.BytesIO(file) if isinstance(file, bytes) else open(name, "rb") as content
+        ):
+            problem = foreign_format(name, content)
+            if problem:
+                raise CheckpointError(f"{name} is no checkpoint: {problem}")
+            if name.endswith(".safetensors"):
+                return _read_safetensors(name), []
+            return _read(name, content, map_location)
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error}") from error
 
 
 def _read(name: str, content: Any, map_location: MapLocation) -> tuple[Any, list[str]]:
@@ -235,8 +240,10 @@ def _read(name: str, content: Any, map_location: MapLocation) -> tuple[Any, list
         ) from error
 
 
-def _foreign_format(content: Any) -> str:
-    """What a file is that is no checkpoint; empty for one."""
+def foreign_format(name: str, content: Any) -> str:
+    """What an open file is that is no checkpoint; empty for one."""
+    if name.endswith(".safetensors"):
+        return ""
     head = content.read(512)
     if head.startswith(b"PK\x03\x04"):
         if not zipfile.is_zipfile(content):

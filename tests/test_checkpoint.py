@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import io
 import pickle
 import struct
@@ -420,6 +421,10 @@ def test_a_run_does_not_go_on_with_weights_that_were_not_read(
     runner = toy_runner(tmp_path / "resume", toy_data, **settings)
     with pytest.raises(CheckpointError, match="not the state of a training"):
         runner.train()
+    settings["load_from"] = str(tmp_path / "gone.pth")
+    runner = toy_runner(tmp_path / "gone", toy_data, **settings)
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*gone"):
+        runner.train()
 
 
 def test_a_run_says_how_much_fits(
@@ -474,11 +479,52 @@ def test_downloads_are_kept_by_their_whole_address(
     assert loaded("https://host/b-01234567.pth") == 3
 
 
+def test_what_is_wrong_with_an_address_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a download that is no checkpoint is not kept."""
+    answers = [
+        b"<html>log in</html>",
+        WHOLE[: len(WHOLE) // 2],
+        OSError("no route"),
+        http.client.InvalidURL("a space"),
+        UnicodeEncodeError("ascii", "é", 0, 1, "not in range"),
+        WHOLE,
+    ]
+
+    def download(url: str, path: str, progress: bool = True) -> None:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        Path(path).write_bytes(answer)
+
+    def mistake(source: str) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            CheckpointLoader.load_checkpoint(source)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    url = "https://host/best.pth"
+    for reason in ("web page", "truncated zip", "no route", "a space", "not in range"):
+        message = mistake(url)
+        assert f"checkpoint {url} cannot be read" in message
+        assert reason in message
+        assert not [*(tmp_path / "checkpoints").iterdir()]
+    assert CheckpointLoader.load_checkpoint(url)["state_dict"]["w"].tolist() == [1, 1]
+
+    assert "did you mean resnet50" in mistake("torchvision://resnet5")
+    assert "mmcls has no weights 'none'" in mistake("mmcls://none")
+    assert "petrel_client" in mistake("s3://bucket/best.pth")
+
+
 def test_files_that_are_not_there_or_need_a_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
-        load_checkpoint_safely(tmp_path / "none.pth")
+    for kind in (FileNotFoundError, CheckpointError):
+        with pytest.raises(kind, match=r"there is no checkpoint .*none\.pth"):
+            load_checkpoint_safely(tmp_path / "none.pth")
     (tmp_path / "a.safetensors").write_bytes(b"\x08")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(CheckpointError, match="pip install safetensors"):

@@ -201,6 +201,8 @@ def test_weights_that_fit(tmp_path, said, prefix, wrapped):
     ("meta", "expected"),
     [
         (None, {}),
+        ("a note", {}),
+        (dict(dataset_meta=["a"]), {}),
         (dict(dataset_meta=dict(CLASSES=("a",))), dict(classes=("a",))),
         (dict(CLASSES=("a", "b")), dict(classes=("a", "b"), palette=None)),
         (
@@ -221,6 +223,11 @@ def test_classes_that_weights_name(tmp_path, meta, expected):
         (dict(state_dict=[torch.zeros(3)]), "holds no weights"),
         (dict(state_dict={}), "holds no weights"),
         (torch.zeros(3), "holds no weights"),
+        (dict(model=other_weights()), "holds no weights.*; save those of 'model'"),
+        (
+            {k: v.to("meta") for k, v in other_weights().items()},
+            "holds no weights",
+        ),
     ],
 )
 def test_what_holds_no_weights_of_the_detector(tmp_path, content, message):
@@ -229,6 +236,16 @@ def test_what_holds_no_weights_of_the_detector(tmp_path, content, message):
     with pytest.raises(CheckpointError, match=rf"a\.pth .*{message}"):
         load_weights(detector, save(tmp_path / "a.pth", content))
     assert same(detector, before)
+
+
+def test_tensors_of_no_plain_values_are_not_read(tmp_path, said):
+    weights = other_weights()
+    key = "backbone.0.weight"
+    weights[key] = weights[key].to_sparse()
+    load_weights(toy(), save(tmp_path / "a.pth", weights))
+    assert [line.partition(": ")[2] for line in said] == [
+        f"17 of 18 weights fit; missing {key}"
+    ]
 
 
 class Versioned(nn.Module):

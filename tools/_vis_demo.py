@@ -204,13 +204,7 @@ class Demo:
         metainfo: Any = {}
         if not self.args.preview_model:
             resolve_layers(detector, self.options.target_layers or ())
-            checkpoint = self.args.checkpoint
-            try:
-                metainfo = load_weights(detector, checkpoint)
-            except OSError as error:  # those of addresses derive from it, too
-                raise ToolError(
-                    f"the checkpoint {checkpoint} cannot be read: {error}"
-                ) from error
+            metainfo = load_weights(detector, self.args.checkpoint)
         self.class_names, self.palette = classes_and_palette(
             metainfo, self.dataset.metainfo
         )
