@@ -233,18 +233,19 @@ class ErrorVisHook(BaseVisHook):
         by_rank = all_gather_object(own)
         if not state.drawing or self._policy.ends_run:
             return
-        images = {name: counted for found in by_rank for name, counted in found.items()}
-        losses = ap_lost(list(images.values()))
-        worst = sorted(zip(images, losses), key=lambda pair: (-pair[1], pair[0]))
-        number = self.run_options.num_images
-        limit = None if number < 0 else number
-        chosen = [name for name, loss in worst if loss][:limit]
-        elsewhere = {name for found in by_rank[: get_rank()] for name in found}
-        here = own.keys() & set(chosen) - elsewhere
-        for image in self._everything[state.mode].images:
-            if image.image_id in here:
-                counted = own[image.image_id]
-                self._draw(state, image, partial(self._look, state, image, counted))
+        with self._policy.guard("choose the worst images"):
+            images = {name: one for found in by_rank for name, one in found.items()}
+            losses = ap_lost(list(images.values()))
+            worst = sorted(zip(images, losses), key=lambda pair: (-pair[1], pair[0]))
+            number = self.run_options.num_images
+            limit = None if number < 0 else number
+            chosen = [name for name, loss in worst if loss][:limit]
+            elsewhere = {name for found in by_rank[: get_rank()] for name in found}
+            here = own.keys() & set(chosen) - elsewhere
+            for image in self._everything[state.mode].images:
+                if image.image_id in here:
+                    look = partial(self._look, state, image, own[image.image_id])
+                    self._draw(state, image, look)
 
     def _look(self, state: VisLoop, image: SelectedImage, known: _Counted) -> Diagnosis:
         placed, maker = state.placed(image), _maker(state)

@@ -211,6 +211,15 @@ def test_what_cannot_be_found_out_of_missed_objects_leaves_the_counts(
     assert "Could not find out why objects of 1_image are missed" in log_of(tmp_path)
 
 
+def test_worst_images_that_cannot_be_chosen_do_not_end_the_run(
+    tmp_path, toy_data, monkeypatch
+):
+    monkeypatch.setattr(errors, "ap_lost", lambda images: 1 / 0)
+    runner = looked_at(tmp_path, toy_data, select="worst", on_error="log")
+    assert logged(runner, "errors")["hits"] > 0
+    assert "errors: Could not choose the worst images" in log_of(tmp_path)
+
+
 @LOOPS.register_module()
 class ShortLoop(loops.TestLoop):
     """Ends after the first batch."""
