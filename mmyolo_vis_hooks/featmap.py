@@ -158,7 +158,7 @@ def reduce_feature_map(
     values = maps.detach().to("cpu", wide).numpy().copy()
     ranges = []
     for tile in [values] if is_image else list(values):
-        on_image = tile[..., rows > 0, :][..., columns > 0]
+        on_image = tile[..., samplings[0].cells, samplings[1].cells]
         finite = on_image[np.isfinite(on_image)]
         low = float(finite.min()) if finite.size else np.nan
         high = float(finite.max()) if finite.size else np.nan

@@ -34,6 +34,12 @@ class AxisSampling:
     upper: np.ndarray
     upper_weight: np.ndarray
 
+    @property
+    def cells(self) -> slice:
+        """The cells on the image, also those that lie between two of its pixels."""
+        last = self.upper[-1] if self.upper_weight[-1] else self.lower[-1]
+        return slice(int(self.lower[0]), int(last) + 1)
+
     def cell_weights(self, num_cells: int) -> np.ndarray:
         """``(num_cells,)`` float64: what each cell counts in the sum of all pixels."""
         weights = np.zeros(num_cells)

@@ -125,6 +125,12 @@ class TestValues:
         assert [r.num_non_finite for r in found.value_ranges] == [1, 0, 0, 0, 0]
         assert torch.isfinite(found.maps).all()
 
+    def test_values_between_the_pixels_of_a_small_image_count(self):
+        feature_map = torch.zeros(1, 80, 80)
+        feature_map[0, 11, 11] = 3
+        found = reduced(feature_map, (8, 8), channel_reduction="squeeze_mean")
+        assert found.value_range == ValueRange(0.0, 3.0)
+
     def test_constant_map_stays_constant(self):
         frame = FrameTransform.stretch((7, 9), (1, 1))
         found = reduce_feature_map(torch.full((4, 1, 1), 0.3), frame)

@@ -141,11 +141,8 @@ def _inside(box_xyxy: np.ndarray, map_hw: tuple[int, ...]) -> tuple[slice, slice
 
 def saliency_range(saliency: np.ndarray, frame: FrameTransform) -> tuple[float, float]:
     """Smallest and largest value of a map ``(h, w)`` in the cells on the image."""
-    rows, columns = (
-        axis.cell_weights(size) > 0
-        for axis, size in zip(frame.axis_samplings(saliency.shape), saliency.shape)
-    )
-    on_image = saliency[rows][:, columns]
+    rows, columns = frame.axis_samplings(saliency.shape)
+    on_image = saliency[rows.cells, columns.cells]
     return float(on_image.min()), float(on_image.max())
 
 

@@ -116,6 +116,13 @@ def test_range_counts_the_cells_on_the_image():
     assert saliency_range(saliency, LETTERBOX) == (0.5, 0.75)
 
 
+def test_range_counts_the_cells_between_the_pixels_of_a_small_image():
+    saliency = np.zeros((80, 80), np.float32)
+    saliency[11, 11] = 3  # pixels 0 and 1 lie between the cells 4 and 5, 14 and 15
+    frame = FrameTransform.stretch((8, 8), (640, 640))
+    assert saliency_range(saliency, frame) == (0, 3)
+
+
 class TestBoxMap:
     BOX = np.array([30, 16, 80, 34], np.float32)
 
