@@ -362,9 +362,12 @@ def _boxes(
     """All boxes, of which only what the place is about is strong, if there is one."""
     right = COLORS["found"] if look.truth is not None else DETECTION
     boxes, point = boxes_of(diagnosis, right), spot.point_xy
-    strong = [own is not None and i == own.detection for i in range(len(boxes))]
-    for number, missed in enumerate(diagnosis.missed, len(diagnosis.detections)):
-        strong[number] = point is not None and _holds(missed.box_xyxy, point)
+    strong = [
+        point is not None and _holds(missed.box_xyxy, point)
+        for missed in diagnosis.missed
+    ]
+    found = range(len(diagnosis.detections))
+    strong += [own is not None and i == own.detection for i in found]
     boxes = [
         replace(box, faint=point is not None and not is_strong)
         for box, is_strong in zip(boxes, strong)
@@ -372,5 +375,5 @@ def _boxes(
     if own is not None and own.fate != DETECTED:
         xyxy = diagnosis.candidates.boxes_xyxy[own.candidate]
         name = _name_of(diagnosis, own.candidate)
-        boxes.append(LabeledBox(xyxy, name, "", COLORS["candidate"]))
+        boxes.insert(0, LabeledBox(xyxy, name, "", COLORS["candidate"]))
     return boxes

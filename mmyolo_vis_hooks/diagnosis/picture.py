@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from ..render.box_layout import crop_window
+from ..render.box_layout import crop_window, panel_size_hw
 from ..render.boxes import Color, LabeledBox, class_name, draw_boxes, outline_boxes
 from ..render.colorbar import ColorScale
 from ..render.heatmap import DIVERGING, diverge_heatmap, fade_heatmap
@@ -84,10 +84,12 @@ def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
     boxes = resized_labels(boxes_of(diagnosis), diagnosis.image_rgb.shape[:2], size_hw)
     picture = draw_boxes(resize_image(diagnosis.image_rgb, size_hw), boxes)
     hits, wrong = len(diagnosis.matches.hits), len(diagnosis.matches.false_alarms)
+    others = len(diagnosis.detections) - hits - wrong
     notes = [
         f"{hits} found (green)",
         f"{len(diagnosis.missed)} missed (amber)",
         f"{wrong} false (magenta)",
+        f"{others} on ignored objects (green, too)" if others else "",
         f"{num_panels} of these errors below" if num_panels < num_errors else "",
         diagnosis.note,
     ]
@@ -95,28 +97,28 @@ def _overview(diagnosis: Diagnosis, num_errors: int, num_panels: int) -> Cell:
 
 
 def boxes_of(diagnosis: Diagnosis, right: Color = _HIT) -> list[LabeledBox]:
-    """Detections by index, then missed objects; what is right is faint."""
+    """Missed objects, then detections by index; what is right is faint."""
     found = diagnosis.detections
     kinds = {alarm.detection: alarm.kind for alarm in diagnosis.matches.false_alarms}
-    boxes = []
+    boxes = [
+        LabeledBox(own.box_xyxy, own.class_name, f" {own.mechanism}", _MISSED)
+        for own in diagnosis.missed
+    ]
     for index, box in enumerate(found.boxes_xyxy):
         name = class_name(int(found.labels[index]), diagnosis.class_names)
         tail = f" {found.scores[index]:.2f} {kinds.get(index, '')}".rstrip()
         color, is_right = (_FALSE, False) if index in kinds else (right, True)
         boxes.append(LabeledBox(box, name, tail, color, is_right))
-    for missed in diagnosis.missed:
-        tail = f" {missed.mechanism}"
-        boxes.append(LabeledBox(missed.box_xyxy, missed.class_name, tail, _MISSED))
     return boxes
 
 
 def resized_labels(
     boxes: Sequence[LabeledBox], image_hw: Sequence[int], new_hw: Sequence[int]
 ) -> list[LabeledBox]:
-    """Boxes of an image on a resized copy, the last ones first, to be drawn last."""
+    """Boxes of an image on a resized copy."""
     corners = np.array([box.box_xyxy for box in boxes], np.float32).reshape(-1, 4)
     resized = resized_boxes(corners, image_hw, new_hw)
-    return [replace(box, box_xyxy=xyxy) for box, xyxy in zip(boxes, resized)][::-1]
+    return [replace(box, box_xyxy=xyxy) for box, xyxy in zip(boxes, resized)]
 
 
 def _overview_hw(diagnosis: Diagnosis) -> tuple[int, int]:
@@ -223,8 +225,8 @@ def _panel(
     x1, y1, x2, y2 = crop_window(around, image_hw)
     crop = image_rgb[y1:y2, x1:x2]
     # Three panels are as wide as the overview, but for its gutters.
-    longest = round(0.975 * _overview_hw(diagnosis)[1] / _COLUMNS)
-    size_hw = cell_size_hw(crop.shape[:2], longest, longest)
+    width = round(0.975 * _overview_hw(diagnosis)[1] / _COLUMNS)
+    size_hw = panel_size_hw(crop.shape[:2], (2 * width, width))
     picture = np.array(resize_image(crop, size_hw))
     if heat is not None:
         heat = cv2.resize(heat[y1:y2, x1:x2], size_hw[::-1])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
+from mmyolo_vis_hooks.diagnosis import picture
 from mmyolo_vis_hooks.diagnosis.contrast import ClassContrast
 from mmyolo_vis_hooks.diagnosis.maps import ErrorMap
 from mmyolo_vis_hooks.diagnosis.result import Diagnosis
@@ -59,11 +61,41 @@ def test_kept_by_class_and_by_kind(found):
         found.of_class("cta")
 
 
+def test_a_picture_counts_what_it_shows_and_labels_the_best_first(monkeypatch):
+    scored = zip((SQUARE, FAR, (50, 0, 80, 30)), (0.9, 0.8, 0.4))
+    rows = [(box, score, 0.0) for box, score in scored]
+    found = look(Scripted(*rows), (SQUARE, 0, "ignored"), ((0, 60, 30, 90), 1))
+    portrait = replace(found, image_rgb=np.zeros((200, 100, 3), np.uint8))
+    labels, cells = [], []
+    monkeypatch.setattr(
+        picture, "draw_boxes", lambda image, boxes: labels.extend(boxes) or image
+    )
+    monkeypatch.setattr(
+        picture, "montage", lambda own, *_, **__: cells.extend(own) or own[0].image_rgb
+    )
+    portrait.draw()
+    assert [label.name + label.tail for label in labels] == [
+        "cat not seen",
+        "dog 0.90",
+        "dog 0.80 background",
+        "dog 0.40 background",
+    ]
+    overview, *panels = cells
+    assert overview.note == (
+        "0 found (green) · 1 missed (amber) · 2 false (magenta) · 1 on ignored objects "
+        "(green, too)"
+    )
+    third = overview.image_rgb.shape[1] / 3
+    assert [panel.image_rgb.shape[1] for panel in panels] == pytest.approx(
+        [third] * 3, rel=0.05
+    )
+
+
 def test_a_folder_gets_picture_arrays_and_records(found, tmp_path):
     files = found.save(tmp_path / "new")
     assert [file.name for file in files] == ["image.jpg", "image.npz", "image.json"]
-    picture = cv2.imread(str(files[0]))[..., ::-1].astype(int)
-    assert np.abs(picture - found.draw()).mean() < 5
+    jpeg = cv2.imread(str(files[0]))[..., ::-1].astype(int)
+    assert np.abs(jpeg - found.draw()).mean() < 5
     with np.load(files[1]) as arrays:
         assert arrays["rows"].tolist() == arrays["difference_rows"].tolist() == [1]
         assert np.array_equal(arrays["saliency"], MAP[None])
