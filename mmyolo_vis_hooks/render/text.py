@@ -22,9 +22,9 @@ _WIDE_FONTS = re.compile(
     r"|arial ?unicode|unifont|notosans-regular",
     re.I,
 )
-# A line may end after these, but not within a number.
+# A line may end after these, but not within a number, nor before a full stop or comma.
 _BREAKS = re.compile(
-    r"(?<=[ _/:;)\]·])|(?<=\D[.,])|(?<=[.,])(?=\D)|(?<=[^\W\d]-)(?=[^\W\d])"
+    r"(?<=[ _/:;)\]·])(?![.,])|(?<=\D[.,])|(?<=[.,])(?=\D)|(?<=[^\W\d]-)(?=[^\W\d])"
 )
 
 _undrawable: set[str] = set()

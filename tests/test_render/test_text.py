@@ -126,6 +126,8 @@ def test_lines_end_after_punctuation_but_not_in_numbers():
     for width in range(60, 200, 7):
         lines = wrap_text("values -0.278 to -3.125e-05", width, 12)
         assert not any(line.endswith(("-", "0.", "3.")) for line in lines)
+    room = text_width("map at neck[2]", 14)
+    assert wrap_text("map at neck[2], 5%", room, 14) == ["map at", "neck[2], 5%"]
     assert wrap_text("", 100, 14) == []
     assert wrap_text("abc", 1, 14) == ["a", "b", "c"]
 
