@@ -7,6 +7,7 @@ import csv
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ from _quality_report import Case, main_value
 from mmyolo_vis_hooks import load
 from mmyolo_vis_hooks.detector import read_config
 from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.metrics.metric import METRICS
 from mmyolo_vis_hooks.options import BoxAMOptions
 from tests.toy_boxes import box_config
 
@@ -113,6 +115,32 @@ def test_tables_curves_and_cases(run, words, tmp_path, capsys):
     assert "other weights, settings" in capsys.readouterr().err
 
 
+OWN = """
+from mmyolo_vis_hooks.metrics.metric import register_metric
+
+@register_metric('peak', summary='the greatest value')
+def peak(saliency, subject):
+    return {'peak': saliency.max()}
+"""
+
+
+def test_a_metric_that_the_config_registers(run, words, tmp_path, monkeypatch):
+    (tmp_path / "own_metrics.py").write_text(OWN)
+    config, *others = words
+    imports = ["mmyolo.datasets", "tests.toy_boxes", "own_metrics"]
+    own = tmp_path / "own.py"
+    own.write_text(
+        f"_base_ = {str(config)!r}\ncustom_imports = dict(imports={imports})"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    call = ("--methods", "boxam", "--metrics", "peak", "--num-pictures", 0)
+    with mock.patch.dict(METRICS):
+        assert run(eval_boxam, own, *others, *call, "--num-detections", 1) == 0
+    table = json.loads((tmp_path / "maps" / "table.json").read_text())
+    found = {(v["map"], v["value"]): v["mean"] for v in table["values"]}
+    assert found["boxam", "peak"] == 1
+
+
 def test_halves_have_no_image_in_common(run, words, tmp_path):
     def images(*call: Any) -> set[str]:
         out = tmp_path / "-".join(map(str, call))
@@ -137,6 +165,7 @@ def test_halves_have_no_image_in_common(run, words, tmp_path):
         (("--against", "gaussian"), "--against gaussian: use one of boxam"),
         (("--methods", "boxam:stps=4"), "'stps=4' is no option"),
         (("--methods", "boxcam"), "did you mean 'boxam'"),
+        (("--metrics", "energi"), "did you mean 'energy'"),
         (("--score-thr", 1), "no detection hits an object"),
     ],
 )
