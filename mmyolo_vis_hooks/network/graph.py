@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import VisError
+from ..errors import VisError, one_line
 from ..geometry import FrameTransform
 from .maps import image_tensors
 from .nested import OutputIndex, OutputKey, flatten_tensors, map_tensors
@@ -86,7 +87,7 @@ class GraphForward:
     would cut the graph, and are undone after the head's own forward only:
 
     - Heads with objectness multiply scores in place in a view that autograd
-      protects. The product is then made out of place, with the same values.
+      protects. They get copies, with the same values.
     - MMDetection's dense heads detach their raw outputs. Where scores come out
       without a graph, the forward is repeated with ``detach`` as the identity.
 
@@ -148,7 +149,14 @@ class GraphForward:
             for path, head in self.heads.items():
                 hook = head.register_forward_hook(partial(keep_raw, path))
                 stack.enter_context(hook)
-            (output,) = prediction_of(self._detector, graph.inputs, metainfo)()
+            try:
+                (output,) = prediction_of(self._detector, graph.inputs, metainfo)()
+            except RuntimeError as error:
+                # Such as of post-processing in NumPy, which takes no graph.
+                raise NoGradientError(
+                    f"{type(self._detector).__name__} cannot predict while gradients "
+                    f"are kept: {one_line(error)}; use method='drise', which needs none"
+                ) from error
         graph.predictions = output.pred_instances
         silent = {t.layer: t.module for t in self.taps if not taps_ran[t.layer]}
         if silent:
@@ -286,27 +294,29 @@ class _KeepGraph(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        given: Any = args[0] if args else None
         if self._keep_detached and func is torch.Tensor.detach:
-            return args[0]
-        if func in _SIGMOIDS and args[0].ndim == 4:
-            self._squashed.append(args[0])
-        if func in _OUT_OF_PLACE and isinstance(args[0], torch.Tensor):
-            target = args[0]
-            if target.requires_grad and target._is_view():
-                try:
-                    return func(*args, **kwargs)
-                except RuntimeError:  # a view that autograd protects
-                    return _OUT_OF_PLACE[func](*args, **kwargs)
-        return func(*args, **kwargs)
+            return given
+        if func is torch.Tensor.__deepcopy__ and not given.is_leaf:
+            return given.clone()
+        if func in _ROOTS and args:
+            # The slope at zero is infinite: NaN even where nothing depends on it.
+            args = torch.where(given > 0, given, given.detach()), *args[1:]
+        result = func(*args, **kwargs)
+        if func in _SIGMOIDS and result.ndim == 4:
+            self._squashed.append(given)
+        if func in _VIEWS:
+            return tuple(view.clone() for view in result)
+        return result.clone() if func in _SCORES else result
 
 
+_ROOTS = (torch.sqrt, torch.Tensor.sqrt)
 _SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid)
-_OUT_OF_PLACE: dict[Any, Callable] = {
-    torch.Tensor.mul_: torch.mul,
-    torch.Tensor.__imul__: torch.mul,
-    torch.Tensor.add_: torch.add,
-    torch.Tensor.__iadd__: torch.add,
-    torch.Tensor.div_: torch.div,
-    torch.Tensor.__itruediv__: torch.div,
-    torch.Tensor.sigmoid_: torch.sigmoid,
-}
+# Autograd keeps these for the way back, and lets nobody write into them,
+_SCORES = (*_SIGMOIDS, torch.softmax, torch.Tensor.softmax, F.softmax)
+# nor into one of several views.
+_VIEWS = frozenset(
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("unbind", "split", "chunk", "tensor_split")
+)
