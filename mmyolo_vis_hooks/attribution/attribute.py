@@ -29,7 +29,7 @@ from ..network.replay import ReplayEngine
 from ..network.state import frozen
 from ..network.trace import trace_forward
 from ..records import BoxExplanation, LayerMap, name_of
-from .anchors import locate_anchors
+from .anchors import Anchor, locate_anchors, say_it_all
 from .attention import DecoderAttention, looked_at
 from .augment import Choose, smoothed
 from .blackbox import MaskedImage, final_scores
@@ -94,6 +94,7 @@ class BoxAttributor:
         self._forward: GraphForward | None = None
         self._pyramid: Pyramid | None = None
         self._said_note = False
+        self._at_anchors: set[str] = set()  # targets that anchors say everything of
         self._recorded: Callable[[], Any] = contextlib.nullcontext
         if self._method.kind == "attention":
             self._recorded = DecoderAttention(detector).recorded
@@ -238,12 +239,23 @@ class BoxAttributor:
         for target in self.targets():
             given = target.function(boxes)
             scalars = shaped(given, (len(indices),), f"target={target.name!r}")
-            raw = graph.head_outputs
-            anchors = None
-            if raw and target.at_anchor:
-                anchors = locate_anchors(scalars, boxes.labels, raw)
+            anchors = self._anchors(target, scalars, boxes)
             cases.append(Case(boxes, target, scalars, anchors, forward, trace))
         return cases
+
+    def _anchors(
+        self, target: Target, scalars: torch.Tensor, boxes: ChosenBoxes
+    ) -> list[Anchor] | None:
+        """Where they were decided, if that is all there is to them; found out once."""
+        graph = boxes.graph
+        if not graph.head_outputs or not target.at_anchor:
+            return None
+        anchors = locate_anchors(scalars, boxes.labels, graph)
+        if target.name not in self._at_anchors and any(a.entries for a in anchors):
+            if not say_it_all(anchors, scalars, graph):
+                return None
+            self._at_anchors.add(target.name)
+        return anchors
 
     # The layer.
 

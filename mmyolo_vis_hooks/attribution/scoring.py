@@ -29,8 +29,8 @@ def score_link(anchor: Anchor, score: float) -> ScoreLink | None:
     """
     if not anchor.entries:
         return None
-    labels = [[int(p[-1]) for p in e.places.tolist()] for e in anchor.entries]
-    own = labels[0]
+    sizes = {len(entries.values) for entries in anchor.entries}
+    own = int(anchor.entries[0].gradient.argmax())  # of a softmax, only this raises it
 
     def product(raw: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat([v.sigmoid() for v in raw], dim=1).prod(dim=1)
@@ -40,10 +40,10 @@ def score_link(anchor: Anchor, score: float) -> ScoreLink | None:
 
     def softmax(raw: Sequence[torch.Tensor]) -> torch.Tensor:
         mean = torch.stack(list(raw)).mean(dim=0)
-        return mean.softmax(dim=-1)[:, own.index(anchor.label)]
+        return mean.softmax(dim=-1)[:, own]
 
     forms = [product, root]
-    if len(own) > 1 and anchor.label in own and all(row == own for row in labels):
+    if len(sizes) == 1 and sizes != {1}:
         forms.insert(0, softmax)
     return next((form for form in forms if _is_link(form, anchor, score)), None)
 
@@ -92,9 +92,9 @@ class Scorer:
     ) -> None:
         if case.anchors is None:
             raise VisError(
-                f"method={options.method!r} scores a box at its own anchor and needs a "
-                f"module called 'bbox_head' for it, which {case.boxes.detector} has "
-                "not; use a gradient method"
+                f"method={options.method!r} scores a box at its own anchor, which is "
+                "known where a module called 'bbox_head' alone makes the score, and "
+                f"{case.boxes.detector} has none that does; use a gradient method"
             )
         anchors = [case.anchors[k] for k in members]
         if case.target.name == "score":

@@ -22,7 +22,7 @@ from ..network.nested import OutputKey
 from ..network.trace import CallTrace
 from ..network.windows import Window
 from ..records import LayerMap
-from .anchors import Anchor, wanted_outputs
+from .anchors import Anchor, through_head, wanted_outputs
 from .targets import BOX_SIDES, ChosenBoxes, Target
 
 PIXELS = "image"
@@ -55,9 +55,9 @@ def tapped_views(graph: PredictionGraph, taps: Iterable[OutputKey]) -> list[View
 class Case:
     """One image and one target while it is being explained.
 
-    ``scalars`` are ``(K,)`` with a graph; ``anchors`` are None without a head that can
-    be asked; ``forward`` runs ``predict`` on the image, and ``trace`` gives what it
-    computed.
+    ``scalars`` are ``(K,)`` with a graph; ``anchors`` are None without a head that
+    alone decides them; ``forward`` runs ``predict`` on the image, and ``trace`` gives
+    what it computed.
     """
 
     boxes: ChosenBoxes
@@ -75,7 +75,7 @@ class Case:
         """Those of one box, through the head alone where its anchor is known."""
         if self.anchors is None or not self.anchors[k].entries:
             return gradients(self.scalars[k], tensors)
-        return _through_head(self.graph, self.anchors[k], tensors)
+        return through_head(self.graph, [self.anchors[k]], tensors)
 
 
 @dataclass
@@ -186,7 +186,7 @@ def _gradients_in_windows(
             slopes |= _through_windows(case, part, pyramid)
     for number, anchor, spot, window in placed:
         if number not in slopes:
-            (slope,) = _through_head(case.graph, anchor, [spot.view.tensor])
+            (slope,) = through_head(case.graph, [anchor], [spot.view.tensor])
             slope = torch.zeros_like(spot.view.tensor) if slope is None else slope
             if slope.count_nonzero() > window.cut(slope).count_nonzero():
                 window = Window(0, 0, *slope.shape[-2:])
@@ -242,17 +242,6 @@ def _through_windows(
         if slope is not None
         for box, part in zip(boxes, slope)
     }
-
-
-def _through_head(
-    graph: PredictionGraph, anchor: Anchor, tensors: Sequence[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    """Gradients of a scalar, which to first order is its anchor's elements."""
-    outputs = [graph.head_outputs[key] for key in anchor.keys]
-    slopes = [torch.zeros_like(output) for output in outputs]
-    for slope, entries in zip(slopes, anchor.entries):
-        slope[tuple(entries.places.t())] = entries.gradient
-    return gradients(outputs, tensors, slopes=slopes)
 
 
 def derivatives(

@@ -63,7 +63,7 @@ class ChosenBoxes:
                 f"module called 'bbox_head', and {self.detector} has none; use "
                 "target='score' and a gradient method"
             )
-        return locate_anchors(self.scores, self.labels, self.graph.head_outputs)
+        return locate_anchors(self.scores, self.labels, self.graph)
 
     @property
     def mask_logits(self) -> torch.Tensor:
@@ -186,9 +186,9 @@ def mask(boxes: ChosenBoxes) -> torch.Tensor:
 def class_logits(anchor: Anchor, label: int | None = None) -> list[RawPlace]:
     """Places of the raw class logits of a detection, one per stage of a cascade.
 
-    Heads give their class scores before everything else, and their class axis has
-    the number of the label, or the only element that the score depends on. There may
-    be several anchors in a cell, one after the other, with all classes each.
+    Heads give their class scores before everything else. Of those of a softmax, which
+    all take part, only the own one raises the score. There may be several anchors in a
+    cell, one after the other, with all classes each.
 
     Args:
         anchor (Anchor): Where the score of the detection was decided.
@@ -198,16 +198,15 @@ def class_logits(anchor: Anchor, label: int | None = None) -> list[RawPlace]:
     step = 0 if label is None else label - anchor.label
     logits = []
     for entries in _class_entries(anchor):
-        places = [tuple(place) for place in entries.places.tolist()]
+        places = entries.places.tolist()
         if len(places) > 1:
-            # A softmax: every class of the row takes part.
-            places = [place for place in places if place[-1] == anchor.label]
+            places = entries.places[entries.gradient > 0].tolist()
         if len(places) != 1:
             raise VisError(
                 "the class logit of a detection cannot be told from the other raw "
                 f"outputs of {entries.key.layer}; use target='score'"
             )
-        place, axis = list(places[0]), 1 if len(entries.shape) == 4 else -1
+        place, axis = places[0], 1 if entries.is_map else -1
         place[axis] += step
         if not 0 <= place[axis] < entries.shape[axis]:
             raise VisError(f"{entries.key.layer} gives no score for class {label}")

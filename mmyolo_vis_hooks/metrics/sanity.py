@@ -97,14 +97,15 @@ class SanityCheck:
     ) -> None:
         """Look at some detections of an image ``(1, C, H, W)``."""
         graphs = {name: self._run(name, inputs, metainfo) for name in self._detectors}
-        predictions, raw = graphs[""].predictions, graphs[""].head_outputs
-        labels = predictions.labels[list(chosen)].tolist()
-        scores = predictions.scores[list(chosen)]
-        for anchor in locate_anchors(scores, labels, raw):
+        plain = graphs[""]
+        labels = plain.predictions.labels[list(chosen)].tolist()
+        scores = plain.predictions.scores[list(chosen)]
+        for anchor in locate_anchors(scores, labels, plain):
             if not anchor.entries:
                 continue
             key, place = class_logits(anchor)[0]
-            slopes = gradients(raw[key][place], list(graphs[""].taps.values()))
+            logit = plain.head_outputs[key][place]
+            slopes = gradients(logit, list(plain.taps.values()))
             sizes = [0.0 if s is None else float(s.abs().sum()) for s in slopes]
             level = int(np.argmax(sizes))
             for method in self._methods:

@@ -112,6 +112,17 @@ def views_of(
     return views
 
 
+def lies_over(tensor: torch.Tensor, network_hw: tuple[int, int]) -> bool:
+    """Whether a tensor is ``(1, C, h, w)`` in the proportions of the network's input.
+
+    Outputs for queries, ``(layers, 1, Q, C)``, are not, up to the rounding of a cell.
+    """
+    if tensor.ndim != 4 or len(tensor) != 1:
+        return False
+    (height, width), (rows, columns) = network_hw, tensor.shape[-2:]
+    return abs(rows * width - columns * height) <= max(network_hw)
+
+
 def token_slices(
     tokens: torch.Tensor, network_hw: tuple[int, int], layer: str
 ) -> list[tuple[int, int, int]]:

@@ -188,7 +188,7 @@ def test_drise_scores_at_the_own_anchor(monkeypatch):
         assert np.abs(difference).max() < 1e-4 * expected.max()
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn", "detr"])
+@pytest.mark.parametrize("name", ["faster_rcnn", "detr", "deformable_detr"])
 def test_drise_of_regions_and_queries_goes_by_final_detections(name, caplog):
     family = build_family(name)
     own = attributor(family, method="drise", num_masks=4, topk=2)

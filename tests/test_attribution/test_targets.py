@@ -14,6 +14,7 @@ from mmyolo_vis_hooks.attribution.targets import (
     objectness_logits,
 )
 from mmyolo_vis_hooks.errors import VisError
+from mmyolo_vis_hooks.network.graph import PredictionGraph
 from mmyolo_vis_hooks.network.nested import OutputKey
 
 CLS, BOX, OBJ = (OutputKey("head", 0, (i, 0)) for i in range(3))
@@ -34,6 +35,11 @@ def raw() -> dict:
     }
 
 
+def located(scalars: torch.Tensor, labels: list[int], raw: dict) -> list[Anchor]:
+    graph = PredictionGraph(torch.zeros(1, 3, 32, 40), head_outputs=raw)
+    return locate_anchors(scalars, labels, graph)
+
+
 def scores_at(raw: dict, places: list[tuple[int, int, int]]) -> torch.Tensor:
     """Scores of (label, row, column), as a head with objectness makes them."""
     everything = raw[CLS].sigmoid() * raw[OBJ].sigmoid()
@@ -48,18 +54,18 @@ def test_what_two_boxes_share_is_not_given_to_a_third(raw):
     sides = raw[BOX].sigmoid()
     places = [(0, 1, 1), (0, 2, 3), (0, 1, 1)]
     scalars = torch.stack([sides[0, c, y, x] for c, y, x in places])
-    anchors = locate_anchors(scalars, [0, 0, 1], raw)
+    anchors = located(scalars, [0, 0, 1], raw)
     assert [a.cell for a in anchors] == [(1, 1), (2, 3), (1, 1)]
     saturated = torch.stack([scalars[0], (raw[BOX][0, 0, 2, 3] * 0 + 200).sigmoid(),
                              scalars[2]])  # fmt: skip
-    anchors = locate_anchors(saturated, [0, 0, 1], raw)
+    anchors = located(saturated, [0, 0, 1], raw)
     assert [a.cell for a in anchors] == [(1, 1), None, (1, 1)]
 
 
 def test_a_saturated_score_has_an_anchor_without_entries(raw):
     scores = scores_at(raw, PLACES)
     saturated = (raw[CLS][0, 0, 0, 1] * 0 + 200).sigmoid()
-    anchors = locate_anchors(torch.cat([scores, saturated[None]]), [0] * 5, raw)
+    anchors = located(torch.cat([scores, saturated[None]]), [0] * 5, raw)
     assert anchors[-1].entries == ()
     assert anchors[-1].cell is None
     assert all(anchor.entries for anchor in anchors[:-1])
@@ -73,7 +79,7 @@ def softmax_anchor(num_stages: int) -> tuple[dict, Anchor, float]:
     keys = [OutputKey(f"roi_head.bbox_head.{i}", 0, (0,)) for i in range(num_stages)]
     raw = {key: torch.randn(8, 4, requires_grad=True) for key in keys}
     score = torch.stack(list(raw.values())).mean(dim=0).softmax(dim=-1)[5, 1]
-    (anchor,) = locate_anchors(score[None], [1], raw)
+    (anchor,) = located(score[None], [1], raw)
     return raw, anchor, float(score)
 
 
@@ -94,10 +100,35 @@ def test_softmax_link(num_stages):
     assert link(changed).tolist() == pytest.approx([float(e) for e in expected])
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "place"),
+    [
+        ((1, 8, 4, 5), 1, (0, 5, 2, 3)),  # two anchors of three classes and another
+        ((1, 1, 30, 4), 3, (0, 0, 23, 1)),  # of queries
+        ((6, 1, 30, 4), 3, (5, 0, 23, 1)),
+    ],
+)
+@pytest.mark.parametrize("softmax", [True, False])
+def test_other_classes_of_maps_and_of_queries(shape, axis, place, softmax):
+    torch.manual_seed(0)
+    raw = {CLS: torch.randn(shape, requires_grad=True)}
+    classes = raw[CLS].unflatten(axis, (-1, 4))
+    scores = classes.softmax(axis + 1) if softmax else classes.sigmoid()
+    score = scores.flatten(axis, axis + 1)[place]
+    (anchor,) = located(score[None], [1], raw)
+    assert anchor.cell == ((2, 3) if axis == 1 else None)
+    assert class_logits(anchor) == [(CLS, place)]
+    other = [p + (n == axis) for n, p in enumerate(place)]
+    assert class_logits(anchor, 2) == [(CLS, tuple(other))]
+    link = score_link(anchor, float(score))
+    values = [entries.values[None] for entries in anchor.entries]
+    assert float(link(values)) == pytest.approx(float(score), rel=1e-5)
+
+
 def test_product_and_root_links(raw):
     product = scores_at(raw, [(2, 1, 3)])
     for score in (product, product.sqrt(), raw[CLS].sigmoid()[0, 2, 1, 3][None]):
-        (anchor,) = locate_anchors(score, [2], raw)
+        (anchor,) = located(score, [2], raw)
         link = score_link(anchor, float(score))
         values = [entries.values[None] for entries in anchor.entries]
         assert float(link(values)) == pytest.approx(float(score), rel=1e-5)
@@ -110,5 +141,5 @@ def test_product_and_root_links(raw):
 
 def test_an_unknown_way_to_make_scores_is_not_guessed(raw):
     score = (raw[CLS][0, 2, 1, 3].sigmoid() ** 3)[None]
-    (anchor,) = locate_anchors(score, [2], raw)
+    (anchor,) = located(score, [2], raw)
     assert score_link(anchor, float(score)) is None
