@@ -43,7 +43,7 @@ class ImageSelector:
         image_indices (Sequence[int], optional): Explicit indices instead.
 
     Raises:
-        VisConfigError: If an index lies outside the dataset.
+        VisConfigError: If an index lies outside the dataset, or images have no name.
     """
 
     def __init__(
@@ -57,12 +57,18 @@ class ImageSelector:
                 f"image_indices={list(image_indices)} but the dataset has "
                 f"{len(dataset)} images; remove {outside}"
             )
-        self._by_key: dict[tuple[Any, Any], SelectedImage] = {}
+        self._by_key: dict[tuple[Any, str | None], SelectedImage] = {}
         taken: set[str] = set()
         for index in image_indices:
             leaf, leaf_index = resolve_index(dataset, index)
             info = leaf.get_data_info(leaf_index)
             key = _key_of(info)
+            if key == (None, None):
+                raise VisConfigError(
+                    f"the dataset {type(leaf).__name__} names its images neither by "
+                    "'img_id' nor by 'img_path', so none can be found again; give one "
+                    "of them in get_data_info(idx)"
+                )
             if key in self._by_key:  # an image that a wrapper repeats
                 continue
             img_id, img_path = info.get("img_id"), info.get("img_path")
@@ -83,21 +89,23 @@ class ImageSelector:
             metainfo (Mapping): With ``img_path`` and ``img_id``, or one of them.
         """
         wanted = _key_of(metainfo)
-        if "img_id" in metainfo and "img_path" in metainfo:
+        if None not in wanted:
             return self._by_key.get(wanted)
-        known = self._by_key.items()
-        for position, name in enumerate(("img_id", "img_path")):
-            if name in metainfo:
-                alike = [i for key, i in known if key[position] == wanted[position]]
-                # Joined data sets may count alike; a wrong image is worse than none.
-                return alike[0] if len(alike) == 1 else None
-        return None
+        if wanted == (None, None):
+            return None
+        alike = [
+            image
+            for key, image in self._by_key.items()
+            if all(w in (None, known) for w, known in zip(wanted, key))
+        ]
+        # Joined data sets may count alike; a wrong image is worse than none.
+        return alike[0] if len(alike) == 1 else None
 
 
-def _key_of(info: Mapping[str, Any]) -> tuple[Any, Any]:
+def _key_of(info: Mapping[str, Any]) -> tuple[Any, str | None]:
     path = info.get("img_path")
-    # Multispectral images have a list of files.
-    return info.get("img_id"), tuple(path) if isinstance(path, list) else path
+    # Multispectral images have several files, in a list or by name.
+    return info.get("img_id"), None if path is None else str(path)
 
 
 def spread_indices(num_total: int, num_images: int) -> list[int]:
@@ -154,6 +162,8 @@ def make_image_id(img_id: Any, img_path: Any, index: int) -> str:
 
     Other characters are replaced, and a short hash then keeps the name unique.
     """
+    if isinstance(img_path, Mapping):
+        img_path = list(img_path.values())
     if isinstance(img_path, (list, tuple)):
         img_path = img_path[0] if img_path else None
     parts = [

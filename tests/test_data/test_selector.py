@@ -100,17 +100,35 @@ def test_image_ids_are_safe_and_unique():
         )
 
 
-def test_images_of_several_files(root):
+@pytest.mark.parametrize("paths", [list, lambda paths: dict(zip("ab", paths))])
+def test_images_of_several_files(root, paths):
     class Bands(CocoDataset):
         def get_data_info(self, idx):
             info = super().get_data_info(idx)
-            return {**info, "img_path": [info["img_path"], "nir.tif"]}
+            return {**info, "img_path": paths([info["img_path"], "nir.tif"])}
 
     data = coco(root, kind=Bands)
     (first, _) = ImageSelector(data, 2, None).images
     assert first.image_id == "1_image"
-    metainfo = dict(img_id=1, img_path=list(first.img_path))
+    metainfo = dict(img_id=1, img_path=type(first.img_path)(first.img_path))
     assert ImageSelector(data, 2, None).find(metainfo) == first
+
+
+def test_an_image_that_is_loaded_from_memory_is_found_by_its_id(root):
+    """Where ``LoadImageFromNDArray`` puts None for the path."""
+    selector = ImageSelector(coco(root), 2, None)
+    first, _ = selector.images
+    assert selector.find(dict(img_id=first.img_id, img_path=None)) == first
+    assert selector.find(dict(img_id=None, img_path=None)) is None
+
+
+def test_images_without_a_name_are_refused(root):
+    class Nameless(CocoDataset):
+        def get_data_info(self, idx):
+            return {**super().get_data_info(idx), "img_id": None, "img_path": None}
+
+    with pytest.raises(VisConfigError, match="Nameless names its images neither"):
+        ImageSelector(coco(root, kind=Nameless), 2, None)
 
 
 def test_dataset_without_data_info_is_named():
