@@ -296,6 +296,31 @@ def test_what_a_data_preprocessor_does_in_silence_is_noticed():
         choose_alignment("resize", pipeline, [blank], detector)
 
 
+def test_what_a_step_does_to_portraits_alone_is_noticed():
+    def lay_down(results):
+        if results["img"].shape[0] > results["img"].shape[1]:
+            results["img"] = np.ascontiguousarray(np.rot90(results["img"]))
+        return results
+
+    config = family_config("yolov8")
+    detector = make_detector(config)
+    spots = np.random.RandomState(0).randint(0, 256, (40, 50, 3)).astype(np.uint8)
+    landscape = cv2.resize(spots, (800, 640))
+
+    def choose(alignment):
+        pipeline = build_pipeline(config, read_dataset(config))
+        pipeline.steps.insert(1, lay_down)
+        loads = [landscape, landscape, landscape.transpose(1, 0, 2)]
+        images = map(pipeline.load, loads)
+        return choose_alignment(alignment, pipeline, images, detector)
+
+    placement = choose(None)
+    assert (placement.alignment, placement.proven) == ("network", False)
+    for alignment in ("letterbox", "resize"):
+        with pytest.raises(VisConfigError, match=f"{alignment}.*cannot work"):
+            choose(alignment)
+
+
 def test_a_picture_of_another_size_than_was_packed_is_refused():
     config = family_config("yolov8")
     pipeline = build_pipeline(config, read_dataset(config))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice, tee
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -94,26 +94,24 @@ def choose_alignment(
         wanted (str, optional): One of ``ALIGNMENTS``; None takes ``'resize'`` where
             picture and input agree, and ``'network'`` elsewhere.
         pipeline (ImagePipeline): The test pipeline.
-        images (Iterable[Loaded]): At least one; more are taken only where one tells
-            too little.
+        images (Iterable[Loaded]): At least one; of more the first four are taken.
         detector (nn.Module): Without wrappers; it does not run.
         dataset: The data set, which may name the network's largest stride.
 
     Raises:
         VisConfigError: If an alignment that is wanted by name cannot be right.
     """
-    for_resize, for_own, peek = tee(islice(images, _MAX_IMAGES), 3)
-    first = next(peek)
+    firsts = list(islice(images, _MAX_IMAGES))
     reason = ""
     if wanted in (None, "resize"):
         try:
             resized = pipeline.resize_only(
-                first,
+                firsts[0],
                 divisor=network_divisor(detector),
                 stride=network_stride(detector, dataset),
             )
             placement = Placement("resize", resized, True)
-            reason = _disagreement(placement, for_resize, detector)
+            reason = _disagreement(placement, firsts, detector)
         except UnsupportedPipelineError as error:
             reason = str(error)
         except Exception as error:  # a step may need what a replaced one gave
@@ -125,7 +123,7 @@ def choose_alignment(
             return placement
         if wanted is not None:
             raise UnsupportedPipelineError(_refusal("resize", reason))
-    own = own_placement(pipeline, for_own, detector)
+    own = own_placement(pipeline, firsts, detector)
     if wanted == "letterbox":
         if not own.proven:
             raise UnsupportedPipelineError(_refusal("letterbox", own.reason))
@@ -215,9 +213,12 @@ def _disagreement(
             frame = placement.frame(image_hw, network_hw, metainfo)
         except VisConfigError as error:
             return str(error)
-        total += compare_with_input(loaded.image_rgb, inputs[0], frame)
-        if total.is_clear:
+        found = compare_with_input(loaded.image_rgb, inputs[0], frame)
+        # Some steps move only portraits, or only what is large.
+        if found.is_clear and not found.holds:
+            total = found
             break
+        total += found
     if total.holds:
         return ""
     return (
