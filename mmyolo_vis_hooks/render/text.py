@@ -148,7 +148,7 @@ def wrap_text(text: str, max_width: int, size: int, bold: bool = False) -> list[
     """Break a text into lines, after punctuation where there is some.
 
     No line is wider than ``max_width``, unless a single character is. A separating
-    ``·`` at the end of a line is left out.
+    ``·`` at an end of a line is left out.
     """
     text = clean_text(text).strip()
     if text.strip(" ·") and text_width(text, size, bold) <= max_width:
@@ -161,7 +161,7 @@ def wrap_text(text: str, max_width: int, size: int, bold: bool = False) -> list[
             if lines[-1] and text_width(longer, size, bold) > max_width:
                 lines.append("")
             lines[-1] += part
-    lines = [line.strip() for line in lines if line.strip(" ·")]
+    lines = [line.strip().removeprefix("· ") for line in lines if line.strip(" ·")]
     return [line.removesuffix(" ·") for line in lines[:-1]] + lines[-1:]
 
 
