@@ -154,9 +154,8 @@ class TensorboardAdapter(BackendAdapter):
         return True
 
     def reopen(self) -> None:
-        """Open its file now, and not from two threads at a time."""
-        super().reopen()
-        _ = self.backend.experiment
+        """Open its file now, not from two threads at a time, and once for all hooks."""
+        self.backend.experiment._get_file_writer()
 
 
 class WandbAdapter(BackendAdapter):

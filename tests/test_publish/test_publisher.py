@@ -94,6 +94,7 @@ def test_a_training_and_a_test_lose_nothing(tmp_path, toy_data):
     assert set(pictures(tmp_path)) == expected
     events = {f"{mode}/{t}" for mode in ("val", "test") for t in tags}
     assert set(tensorboard_images(tmp_path)) == events
+    assert len(list(tmp_path.rglob("events.out.tfevents*"))) == 2  # one for each run
 
 
 def assert_boxes_lie_on_objects(work_dir: Path, row: dict, tags: list[str]) -> None:
