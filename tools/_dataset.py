@@ -21,7 +21,7 @@ from mmyolo_vis_hooks.data.alignment import (
     first_loaded,
     own_placement,
 )
-from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
+from mmyolo_vis_hooks.data.pipeline import ImagePipeline
 from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
 from mmyolo_vis_hooks.detector import (
     build_detector,
@@ -76,13 +76,12 @@ def build_dataset(config: Config, split: str, option: str = "--split") -> Any:
 
 def objects_of(image: SelectedImage) -> GroundTruth:
     """The objects of an image of a data set that must have some."""
-    info = image.dataset.get_data_info(image.index)
-    if "instances" not in info:
+    if "instances" not in image.info:
         raise ToolError(
             f"the data set {type(image.dataset).__name__} has no annotated objects "
             f"(image {image.image_id}); --split val or --cfg-options name one"
         )
-    return GroundTruth.of(info["instances"])
+    return GroundTruth.of(image.info["instances"])
 
 
 class DetectorOnDataset:
@@ -122,14 +121,14 @@ class DetectorOnDataset:
         placement = self._placements.get(id(image.dataset))
         if placement is None:
             placement = self._placements[id(image.dataset)] = self._place(image.dataset)
-        loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+        loaded = image.through(placement.pipeline.load)
         return PlacedImage(name, loaded, placement)
 
     def _place(self, dataset: Any) -> Placement:
         """Find out on its first images whether maps of a data set lie right."""
         pipeline = ImagePipeline(dataset.pipeline, channels=self._channels)
         own = [image for image in self.images.values() if image.dataset is dataset]
-        loads = [partial(prepare_data, dataset, i.index, pipeline.load) for i in own]
+        loads = [partial(image.through, pipeline.load) for image in own]
         placement = own_placement(pipeline, first_loaded(loads), self.detector)
         if not placement.proven:
             self.on_unproven(placement.reason)

@@ -156,7 +156,7 @@ class Evaluation(DetectorOnDataset):
             return picture, []
         found = detections_of(look.predictions)
         image = self.images[name]
-        instances = image.dataset.get_data_info(image.index)["instances"]
+        instances = image.info["instances"]
         explained = []
         score = self._score_of(look, chosen)
         subjects = subjects_with_objects(

@@ -22,7 +22,7 @@ from mmyolo_vis_hooks.data.alignment import (
     first_loaded,
     own_placement,
 )
-from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded, prepare_data
+from mmyolo_vis_hooks.data.pipeline import ImagePipeline, Loaded
 from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
 from mmyolo_vis_hooks.data.sources import ImageSource
 from mmyolo_vis_hooks.detector import build_pipeline, read_dataset
@@ -101,9 +101,8 @@ def photos_of_dataset(
         if id(own) not in pipelines:
             pipelines[id(own)] = ImagePipeline(own.pipeline, channels=channels)
         pipeline = pipelines[id(own)]
-        load = partial(prepare_data, own, image.index, pipeline.load)
-        info = own.get_data_info(image.index)
-        truth = partial(objects_of, image) if "instances" in info else None
+        load = partial(image.through, pipeline.load)
+        truth = partial(objects_of, image) if "instances" in image.info else None
         return Photo(image.image_id, load, pipeline, truth)
 
     images = ImageSelector(dataset, -1, None).images

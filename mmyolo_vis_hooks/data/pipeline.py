@@ -268,18 +268,6 @@ def moves_pixels(step: Callable, results: Mapping[str, Any]) -> bool:
     return False
 
 
-def prepare_data(dataset: Any, index: int, pipeline: Callable) -> Any:
-    """Send one image of a data set, below all wrappers, through another pipeline.
-
-    The data set itself is not changed, and its workers see nothing of it.
-    """
-    # Not copy.copy: BaseDataset's own copying leaves out the annotations.
-    view = object.__new__(type(dataset))
-    view.__dict__.update(vars(dataset))
-    view.pipeline = pipeline
-    return view.prepare_data(index)
-
-
 def flatten_steps(pipeline: Any, *, flips: bool = True) -> list[Any]:
     """Transforms of a pipeline in a row; of an augmented one those of the first view.
 

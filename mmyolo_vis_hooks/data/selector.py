@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -32,6 +32,22 @@ class SelectedImage:
     img_path: Any
     dataset: Any
     index: int
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the data set knows of it."""
+        return self.dataset.get_data_info(self.index)
+
+    def through(self, pipeline: Callable) -> Any:
+        """Send it through another pipeline than that of its data set.
+
+        The data set itself is not changed, and its workers see nothing of it.
+        """
+        # Not copy.copy: BaseDataset's own copying leaves out the annotations.
+        view = object.__new__(type(self.dataset))
+        view.__dict__.update(vars(self.dataset))
+        view.pipeline = pipeline
+        return view.prepare_data(self.index)
 
 
 class ImageSelector:

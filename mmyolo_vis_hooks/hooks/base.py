@@ -20,7 +20,7 @@ from ..data.alignment import (
     choose_alignment,
     first_loaded,
 )
-from ..data.pipeline import ImagePipeline, flatten_steps, prepare_data
+from ..data.pipeline import ImagePipeline, flatten_steps
 from ..data.selector import ImageSelector, SelectedImage, leaf_datasets
 from ..declare import Options, read_options
 from ..detector import classes_and_palette, unwrap_detector
@@ -208,7 +208,7 @@ class BaseVisHook(Hook):
         leaf = images[0].dataset
         pipeline = ImagePipeline(leaf.pipeline, channels=self.options.image_channels)
         state.placements[id(leaf)] = Placement("network", pipeline, proven=False)
-        loads = [partial(prepare_data, leaf, i.index, pipeline.load) for i in images]
+        loads = [partial(image.through, pipeline.load) for image in images]
         _, model = predicting_model(self._detector)
         first = None
         look = f"look at the first {state.mode} image"

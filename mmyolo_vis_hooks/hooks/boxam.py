@@ -63,7 +63,7 @@ class BoxAMVisHook(BaseVisHook):
         if not metrics or look is None:
             return
         _, model = predicting_model(self._detector)
-        instances = image.dataset.get_data_info(image.index).get("instances") or ()
+        instances = image.info.get("instances") or ()
         chosen = [explanation.index for explanation in sample.explanations]
         height, width = look.inputs.shape[-2:]
         whole = FrameTransform.identity((height, width))

@@ -36,7 +36,7 @@ def boxed_image(
 
     truth, metainfo = None, dict[str, Any]()
     placement = state.placements[id(image.dataset)]
-    instances = image.dataset.get_data_info(image.index).get("instances")
+    instances = image.info.get("instances")
     on_input = placement.alignment == "network"
     if on_input:  # that of the drawn view: augmented ones were merged in another
         _, metainfo = state.recorded.given(position)

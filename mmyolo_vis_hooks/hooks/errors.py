@@ -13,7 +13,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..data.alignment import Placement, first_loaded, own_placement
-from ..data.pipeline import ImagePipeline, prepare_data
+from ..data.pipeline import ImagePipeline
 from ..data.samples import detections_of
 from ..data.selector import ImageSelector, SelectedImage
 from ..declare import takes_options
@@ -144,14 +144,14 @@ class ErrorVisHook(BaseVisHook):
     ) -> None:
         """Draw on the loaded image; boxes are where the evaluation has them."""
         leaf = images[0].dataset
-        if "instances" not in leaf.get_data_info(images[0].index):
+        if "instances" not in images[0].info:
             raise VisConfigError(
                 f"the {state.mode} data set {type(leaf).__name__} has no annotated "
                 "objects; take ErrorVisHook out of a test run without annotations"
             )
         pipeline = ImagePipeline(leaf.pipeline, channels=self.options.image_channels)
         placement = Placement("letterbox", pipeline, proven=False, reason="not tried")
-        loads = [partial(prepare_data, leaf, i.index, pipeline.load) for i in images]
+        loads = [partial(image.through, pipeline.load) for image in images]
         _, model = predicting_model(self._detector)
         with self._policy.guard(f"look at the first {state.mode} image"):
             placement = own_placement(pipeline, first_loaded(loads), model)
@@ -193,7 +193,7 @@ class ErrorVisHook(BaseVisHook):
         image = self._everything[state.mode].find(output.metainfo)
         if image is None:
             return
-        truth = GroundTruth.of(image.dataset.get_data_info(image.index)["instances"])
+        truth = GroundTruth.of(image.info["instances"])
         found = detections_of(output)
         found = found.take(found.scores > self.options.score_thr)
         matches = match(found, truth, iou_thr=self.options.iou_thr)

@@ -15,7 +15,6 @@ from mmengine.runner.amp import autocast
 from torch import nn
 
 from ..data.alignment import PlacedImage, Placement
-from ..data.pipeline import prepare_data
 from ..data.selector import ImageSelector, SelectedImage, leaf_datasets
 from ..errors import VisConfigError, VisError
 from ..network.recorder import ForwardRecord
@@ -222,7 +221,7 @@ class VisLoop:
         """Load an image, unless it is drawn on the network's own input."""
         placement, loaded = self.placements[id(image.dataset)], None
         if placement.alignment != "network":
-            loaded = prepare_data(image.dataset, image.index, placement.pipeline.load)
+            loaded = image.through(placement.pipeline.load)
         return PlacedImage(self.picture_id(image), loaded, placement)
 
     def make_sample(self, image: SelectedImage, position: int, output: Any) -> Any:

@@ -14,8 +14,9 @@ from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
 from mmyolo.datasets import YOLOv5CocoDataset
 
-from mmyolo_vis_hooks.data.pipeline import ImagePipeline, prepare_data
+from mmyolo_vis_hooks.data.pipeline import ImagePipeline
 from mmyolo_vis_hooks.data.resize import AlignedResize
+from mmyolo_vis_hooks.data.selector import SelectedImage
 from mmyolo_vis_hooks.errors import (
     UnsupportedPipelineError,
     VisConfigError,
@@ -117,7 +118,7 @@ def test_batch_shapes_do_not_matter(tmp_path):
     assert tuple(data[0]["inputs"].shape[1:]) != (96, 128)
     pipeline = ImagePipeline(data.pipeline)
     for i in range(len(data)):
-        loaded = prepare_data(data, i, pipeline.load)
+        loaded = SelectedImage("", None, None, data, i).through(pipeline.load)
         aligned = pipeline.resize_only(loaded, divisor=1, stride=32)
         height, width = loaded.image_rgb.shape[:2]
         scale = 128 / max(height, width)
