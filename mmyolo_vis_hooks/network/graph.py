@@ -152,6 +152,8 @@ class GraphForward:
             try:
                 (output,) = prediction_of(self._detector, graph.inputs, metainfo)()
             except RuntimeError as error:
+                if not heads_ran:  # the network failed by itself
+                    raise
                 # Such as of post-processing in NumPy, which takes no graph.
                 raise NoGradientError(
                     f"{type(self._detector).__name__} cannot predict while gradients "
