@@ -254,7 +254,9 @@ class _Scene:
         meta: Any = getattr(self.detector, "dataset_meta", None) or {}
         self.class_names, self.palette = classes_and_palette(meta, self.info.metainfo)
         self.pipeline = build_pipeline(config, self.info, channels=channels)
-        self.several = isinstance(images, (list, tuple, Iterator))
+        # An open file is an iterator of its lines.
+        is_iterator = isinstance(images, Iterator) and not hasattr(images, "read")
+        self.several = isinstance(images, (list, tuple)) or is_iterator
         self._images = list(images) if self.several else [images]
         self.paths = [_path_of(image) for image in self._images]
 

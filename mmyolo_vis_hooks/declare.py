@@ -46,13 +46,16 @@ def register_once(registry: dict[str, Any], kind: str, entry: Any) -> None:
         entry: The new one.
 
     Raises:
-        VisConfigError: If the name belongs to another function.
+        VisConfigError: If the name is none, or belongs to another function.
     """
 
     def place(own: Any) -> str:
         function = getattr(own.function, "func", own.function)  # of a partial
-        return f"{function.__module__}.{function.__qualname__}"
+        named = function if hasattr(function, "__qualname__") else type(function)
+        return f"{named.__module__}.{named.__qualname__}"
 
+    if not isinstance(entry.name, str) or not entry.name:
+        raise refuse(kind, entry.name, "give it a name that users can write")
     known = registry.get(entry.name)
     if known is not None and place(known) != place(entry):
         raise VisConfigError(

@@ -331,7 +331,8 @@ class FeatureMaps(_Result):
         return {feature_map.layer: feature_map.values for feature_map in self}
 
     def _words(self) -> list[str]:
-        return [f"{m.layer} {' x '.join(map(str, m.values.shape))}" for m in self]
+        shapes = [f"{m.layer} {' x '.join(map(str, m.values.shape))}" for m in self]
+        return shapes or ["no map"]
 
 
 class Gallery(list):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,8 @@ def test_results_print_in_one_line_without_numbers_of_maps(detector, photo) -> N
     assert repr(result).startswith("Explanations(image, ")
     assert repr(result[0]).startswith("Explanation(square 0.")
     assert repr(maps[0]).startswith("FeatureMap(neck[0], 9 x ")
+    assert repr(result[:0]).endswith("px: no box)")
+    assert repr(maps[:0]).endswith("px: no map)")
 
 
 def test_feature_maps_are_what_the_layer_puts_out(detector, photo) -> None:
@@ -263,6 +266,7 @@ def test_a_detector_without_a_config_is_given_one(detector, config, photo) -> No
         (lambda d, p: explain(d, p.with_name("none.png")), "none.png"),
         (lambda d, p: explain(d, __file__), r"test_api\.py is no image"),
         (lambda d, p: explain(d, {p}), "an image of type set"),
+        (lambda d, p: explain(d, BytesIO(p.read_bytes())), "an image of type BytesIO"),
         (lambda d, p: explain(str(p), p), "detector=str is no detector"),
         (lambda d, p: load(d.cfg, "gone.pth"), "there is no checkpoint gone.pth"),
         (lambda d, p: explain(d, [p]).save("all.png"), "several results need a folder"),

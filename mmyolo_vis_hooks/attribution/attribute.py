@@ -20,6 +20,7 @@ from rich import get_console
 from torch import nn
 
 from ..data.samples import labels_of
+from ..declare import one_of
 from ..errors import VisConfigError, VisError
 from ..network.graph import GraphForward, PredictionGraph, TapPoint, prediction_of
 from ..network.layer_path import layer_of_map, named_maps, resolve_layers
@@ -223,7 +224,7 @@ class BoxAttributor:
     def targets(self) -> list[Target]:
         """What is explained of them; of several, the maps are joined."""
         names = self._method.targets or (self.options.target,)
-        return [TARGETS[name] for name in names]
+        return [TARGETS[one_of("target", name, TARGETS)] for name in names]
 
     # The anchors.
 

@@ -263,7 +263,7 @@ def rectified(maps: torch.Tensor, name: str) -> torch.Tensor:
             f"method={name!r} gives no finite map for these activations and gradients; "
             "choose another method, such as 'boxam'"
         )
-    return maps.float().clamp(min=0)
+    return maps.detach().float().clamp(min=0)
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:

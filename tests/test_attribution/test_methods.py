@@ -294,3 +294,6 @@ def test_a_name_belongs_to_one_function_but_a_cell_may_be_run_again():
         with pytest.raises(VisConfigError, match=f"={name!r} is registered already"):
             register(other)
     assert METHODS["mine"].function(ones, ones).max() == 6
+    for name in (3, "", None):
+        with pytest.raises(VisConfigError, match=f"method={name!r} cannot work"):
+            register_method(name, kind="gradient", summary="", formula="")(other)

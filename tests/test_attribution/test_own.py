@@ -198,6 +198,35 @@ def test_a_method_that_gives_no_maps_is_named(registry, kind, function, match):
         explain(build_family("yolox"), method="mine")
 
 
+class Learned(nn.Module):
+    """A weight for each channel."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.arange(count) / count)
+
+    def forward(self, activations: torch.Tensor, gradients: torch.Tensor) -> Any:
+        return torch.einsum("c,kchw->khw", self.weights, activations * gradients)
+
+
+def test_a_method_may_be_a_module_with_weights(registry):
+    family = build_family("yolox")
+    count = family.detector.neck.out_channels
+    for _ in range(2):  # a cell that is run again
+        register_method("mine", kind="gradient", summary="", formula="")(Learned(count))
+    _, explanations = explain(family, method="mine")
+    for explanation, maps in zip(explanations, references(family, 3)):
+        activation, gradient = most_influential(maps)
+        weights = (torch.arange(count) / count)[:, None, None]
+        expected = (weights * activation * gradient).sum(dim=0).relu().numpy()
+        assert agrees(explanation.maps[0].saliency, expected)
+    register_method(
+        "joined", kind="gradient", summary="", formula="", targets=("score", "nope")
+    )(lambda a, g: (g * a).sum(1))
+    with pytest.raises(VisConfigError, match="target='nope' is unknown"):
+        explain(family, method="joined")
+
+
 def test_a_target_gives_a_number_for_each_box_of_what_the_network_gave(registry):
     register_target("mine", summary="")(lambda boxes: boxes.scores.sum())
     with pytest.raises(VisError, match=r"target='mine' gives a tensor of shape \(\)"):
