@@ -19,8 +19,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from .checkpoint import check_fit, weights_of
+from .data.detections import class_names_of, palette_of
 from .data.pipeline import ImagePipeline
-from .data.samples import class_names_of, palette_of
 from .errors import CheckpointError, VisConfigError, one_line
 
 

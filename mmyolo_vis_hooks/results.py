@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .checks import class_list
-from .data.samples import labels_of
+from .data.detections import labels_of
 from .declare import read_options
 from .errors import VisConfigError
 from .publish.files import RESULT_SUFFIXES, encode, write_result

@@ -15,8 +15,8 @@ from torch import nn
 
 from .attribution.attribute import BoxAttributor
 from .data.alignment import PlacedImage, Placement, network_input
+from .data.detections import detections_of
 from .data.pictures import network_picture
-from .data.samples import detections_of
 from .geometry import FrameTransform
 from .network.graph import head_modules, prediction_of
 from .network.layer_path import resolve_layers

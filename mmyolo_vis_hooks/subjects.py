@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from torch import nn
 
-from .data.samples import detections_of
+from .data.detections import detections_of
 from .diagnosis.matching import GroundTruth, match
 from .geometry import FrameTransform
 from .metrics.faithfulness import Score, subjects_of

@@ -27,8 +27,8 @@ from mmyolo_vis_hooks.checks import count
 from mmyolo_vis_hooks.data.alignment import (
     network_input,
 )
+from mmyolo_vis_hooks.data.detections import detections_of
 from mmyolo_vis_hooks.data.pictures import network_picture
-from mmyolo_vis_hooks.data.samples import detections_of
 from mmyolo_vis_hooks.diagnosis.matching import match
 from mmyolo_vis_hooks.errors import VisError
 from mmyolo_vis_hooks.geometry import FrameTransform

@@ -19,7 +19,7 @@ from mmengine.structures import InstanceData
 from rich import get_console
 from torch import nn
 
-from ..data.samples import labels_of
+from ..data.detections import labels_of
 from ..declare import one_of
 from ..errors import VisConfigError, VisError
 from ..network.graph import GraphForward, PredictionGraph, TapPoint, prediction_of

@@ -19,7 +19,7 @@ from mmengine.structures import InstanceData
 from rich.progress import track
 from torch import nn
 
-from ..data.samples import detections_of
+from ..data.detections import detections_of
 from ..records import Detections
 from .methods import register_method, require_finite
 

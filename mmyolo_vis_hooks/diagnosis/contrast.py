@@ -15,7 +15,7 @@ from torch import nn
 from ..attribution.attribute import BoxAttributor
 from ..attribution.saliency import raw_saliency
 from ..attribution.targets import ChosenBoxes, Target
-from ..data.samples import detections_of
+from ..data.detections import detections_of
 from ..options import BoxAMOptions
 from ..records import Detections
 from ..render.boxes import class_name

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..data.alignment import PlacedImage, network_input
-from ..data.samples import detections_of
+from ..data.detections import detections_of
 from ..errors import VisError
 from ..network.graph import prediction_of
 from ..network.recorder import ForwardRecord

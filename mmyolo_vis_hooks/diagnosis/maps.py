@@ -15,7 +15,7 @@ from torch import nn
 
 from ..attribution.attribute import BoxAttributor
 from ..attribution.saliency import normalize_saliency, raw_saliency
-from ..data.samples import detections_of
+from ..data.detections import detections_of
 from ..geometry import FrameTransform, cells_per_pixel
 from ..metrics.pointing_game import energy_inside
 from ..options import BoxAMOptions

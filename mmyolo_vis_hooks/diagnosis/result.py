@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..checks import class_list
-from ..data.samples import labels_of
+from ..data.detections import labels_of
 from ..declare import one_of
 from ..publish.files import encode, write_result
 from ..records import Detections

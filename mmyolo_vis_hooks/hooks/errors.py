@@ -13,8 +13,8 @@ from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..data.alignment import Placement, first_loaded, own_placement
+from ..data.detections import detections_of
 from ..data.pipeline import ImagePipeline
-from ..data.samples import detections_of
 from ..data.selector import ImageSelector, SelectedImage
 from ..declare import takes_options
 from ..diagnosis.cost import ErrorCost, ap_lost

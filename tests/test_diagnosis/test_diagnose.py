@@ -23,7 +23,7 @@ from torch import nn
 
 from mmyolo_vis_hooks import diagnose, load
 from mmyolo_vis_hooks.data.alignment import PlacedImage
-from mmyolo_vis_hooks.data.samples import detections_of
+from mmyolo_vis_hooks.data.detections import detections_of
 from mmyolo_vis_hooks.diagnosis.candidates import Closing, opened
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser
 from mmyolo_vis_hooks.diagnosis.result import Diagnosis

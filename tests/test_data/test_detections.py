@@ -9,7 +9,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.structures import InstanceData
 
-from mmyolo_vis_hooks.data.samples import (
+from mmyolo_vis_hooks.data.detections import (
     class_names_of,
     detections_of,
     palette_of,
