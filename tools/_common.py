@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
 from typing import Any
@@ -27,6 +27,7 @@ from mmengine.runner import Runner, autocast
 from packaging.version import parse
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
+from rich.table import Table
 
 from _cpu_ranks import cpu_ranks
 
@@ -277,6 +278,18 @@ def print_layers(
     inputs, metainfo = network_input(detector, pipeline.pack(loaded))
     rows = survey_layers(detector, inputs, metainfo)
     print_table(layer_tree(rows, depth=depth, all_layers=all_layers))
+
+
+def table_of(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1
+) -> Table:
+    """Make a table whose first columns are words, and the others numbers."""
+    table = Table(title=title, box=None)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < words else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def print_table(table: RenderableType) -> None:

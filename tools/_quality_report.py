@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from _common import table_of
 from _evaluation import Explained
 from mmyolo_vis_hooks.diagnosis.report import csv_text
 from mmyolo_vis_hooks.metrics.baselines import BASELINES
@@ -59,12 +60,7 @@ class TextTable:
     rows: list[list[str]]
 
     def rich(self) -> Table:
-        table = Table(title=self.title)
-        for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+        return table_of(self.title, self.columns, self.rows)
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]

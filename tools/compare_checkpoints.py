@@ -16,10 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from _common import ToolError, config_mistakes, run_tool
+from _common import ToolError, config_mistakes, print_table, run_tool, table_of
 from _dataset import add_config
 from _errors import (
     Errors,
@@ -95,12 +92,10 @@ def print_report(summary: dict[str, Any]) -> None:
         f"false positives: {false['both']} of both, {false['only A']} only of A, "
         f"{false['only B']} only of B"
     )
-    table = Table(title=f"AP {a['ap']:.3f} → {b['ap']:.3f}")
-    for column in ("kind", "A", "B", "mended", "new"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
-    for kind, counts in summary["kinds"].items():
-        table.add_row(kind, *map(str, counts.values()))
-    Console(width=100).print(table)
+    title = f"AP {a['ap']:.3f} → {b['ap']:.3f}"
+    kinds = summary["kinds"].items()
+    rows = [[kind, *map(str, counts.values())] for kind, counts in kinds]
+    print_table(table_of(title, ["kind", "A", "B", "mended", "new"], rows))
 
 
 def changes_csv(changes: list[Change]) -> str:

@@ -250,6 +250,7 @@ def main() -> None:
     tables = tables_of(cases, args.against)
     for table in (tables.overview, tables.by_size[value]):
         print_table(table.rich())
+        print()
     write_whole(out_dir / "table.csv", tables.csv().encode())
     write_whole(out_dir / "table.json", tables.json(settings).encode())
     write_whole(out_dir / "table.md", tables.markdown().encode())

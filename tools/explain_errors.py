@@ -18,10 +18,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from _common import config_mistakes, run_tool
+from _common import config_mistakes, print_table, run_tool, table_of
 from _dataset import add_config
 from _errors import Errors, add_shared_arguments, commonest, read_checked
 from _kept import Kept, open_out_dir, progress
@@ -67,33 +65,31 @@ def parse_args() -> argparse.Namespace:
 
 def print_report(report: ErrorReport) -> None:
     summary = report.summary()
-    table = Table(
-        title=f"{summary['images']} images, {summary['hits']} objects found, "
+    title = (
+        f"{summary['images']} images, {summary['hits']} objects found, "
         f"AP {summary['ap']:.3f}"
     )
-    for column in ("", "kind", "count", *SIZES, "AP if\nmended", *SIZES):
-        table.add_column(column, justify="left" if column in ("", "kind") else "right")
-    for group, kind, counts, gains in report.table():
-        table.add_row(group, kind, *map(str, counts), *(f"+{own:.3f}" for own in gains))
-    console = Console(width=100)
-    console.print(table)
+    columns = ["", "kind", "count", *SIZES, "AP if\nmended", *SIZES]
+    rows = [
+        [group, kind, *map(str, counts), *(f"+{own:.3f}" for own in gains)]
+        for group, kind, counts, gains in report.table()
+    ]
+    print_table(table_of(title, columns, rows, words=2))
 
-    rows = report.classes()
-    most = rows[:_MOST_CLASSES]
-    table = Table(title=f"The {len(most)} of {len(rows)} classes that lose most")
-    table.add_column("class")
-    for column in ("objects", "found", "AP", "missed", "false", "AP if mended"):
-        table.add_column(column, justify="right")
-    for row in most:
-        kind = max((MISSED, *FALSE_KINDS), key=lambda kind: row[f"dap {kind}"])
-        false = sum(row[kind] for kind in FALSE_KINDS)
-        ap = f"{row['ap']:.3f}"
-        numbers = (row["objects"], row["hits"], ap, row[MISSED], false)
-        table.add_row(
-            row["class"], *map(str, numbers), f"+{row[f'dap {kind}']:.3f} {kind}"
-        )
+    classes = report.classes()
+    most = classes[:_MOST_CLASSES]
+    title = f"The {len(most)} of {len(classes)} classes that lose most"
+    columns = ["class", "objects", "found", "AP", "missed", "false", "AP if mended"]
+    rows = []
+    for own in most:
+        kind = max((MISSED, *FALSE_KINDS), key=lambda kind: own[f"dap {kind}"])
+        false = sum(own[kind] for kind in FALSE_KINDS)
+        numbers = own["objects"], own["hits"], f"{own['ap']:.3f}", own[MISSED], false
+        gain = f"+{own[f'dap {kind}']:.3f} {kind}"
+        rows.append([own["class"], *map(str, numbers), gain])
     if most:
-        console.print(table)
+        print()
+        print_table(table_of(title, columns, rows))
 
 
 def draw(
