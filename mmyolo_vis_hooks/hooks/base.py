@@ -67,6 +67,7 @@ class BaseVisHook(Hook):
         self.options = drawn
         self.run_options = run
         self.name = run.name or self.default_name
+        self._runner: Runner | None = None
         self._loops: dict[str, VisLoop] = {}
         self._training = False
         # Of the current run, by the name of the pass and of the image.
@@ -101,7 +102,7 @@ class BaseVisHook(Hook):
         if not self.run_options.draw:
             return
         self._training = False
-        if not self._loops:
+        if self._runner is not runner:
             self._set_up(runner)
         elif any(isinstance(hook, LoggerHook) for hook in runner.hooks):
             # At the end of the run before, it closed the visualizer's backends.
@@ -114,7 +115,8 @@ class BaseVisHook(Hook):
                 self._loops[mode] = self._prepare_loop(runner, mode, loop)
 
     def _set_up(self, runner: Runner) -> None:
-        """Prepare what all loops share."""
+        """Prepare what all loops of a Runner share."""
+        self._loops = {}
         show = self.run_options.show
         problem = why_no_window() if show else None
         # A visualizer of the user's own may show pictures elsewhere.
@@ -160,6 +162,7 @@ class BaseVisHook(Hook):
         # MMEngine's logger says the same of a second hook once.
         for notice in self._publisher.notices() if is_main_process() else ():
             runner.logger.warning(notice)
+        self._runner = runner
 
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
         dataset = loop.dataloader.dataset

@@ -120,6 +120,10 @@ class ErrorVisHook(BaseVisHook):
     def _selector(self, dataset: Any) -> ImageSelector:
         return super()._selector(dataset) if not self._worst else _all_of(dataset)
 
+    def _set_up(self, runner: Runner) -> None:
+        super()._set_up(runner)
+        self._watches.clear()
+
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
         dataset = loop.dataloader.dataset
         self._everything[mode] = _all_of(dataset)

@@ -172,7 +172,9 @@ class WandbAdapter(BackendAdapter):
         self._row: dict[str, Any] = {}
         self._boxed: dict[str, Any] = {}
         self._tables: dict[str, list[list[Any]]] = {}
-        self._run_id: str | None = None
+        # A Runner has opened it already; it may be closed before there is a picture.
+        run = getattr(getattr(backend, "_wandb", None), "run", None)
+        self._run_id: str | None = getattr(run, "id", None)
 
     def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
         """Write the picture to W&B's media folder, and keep its handle."""
@@ -271,7 +273,9 @@ class MLflowAdapter(BackendAdapter):
 
     def __init__(self, backend: Any) -> None:
         super().__init__(backend)
-        self._run_id: str | None = None
+        mlflow = getattr(backend, "_mlflow", None)  # a Runner has opened it already
+        run = mlflow.active_run() if mlflow is not None else None
+        self._run_id: str | None = run.info.run_id if run else None
 
     def add(self, tag: str, image_rgb: np.ndarray, step: int) -> bool:
         """Log the picture, and wait for that, so that a failure is seen."""

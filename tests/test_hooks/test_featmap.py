@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.model import BaseTTAModel
-from mmengine.registry import DATA_SAMPLERS, MODELS
+from mmengine.registry import DATA_SAMPLERS, HOOKS, MODELS
 from mmengine.runner import Runner
 
 from mmyolo_vis_hooks.attribution.saliency import box_saliency
@@ -303,6 +303,16 @@ def test_three_hooks_in_a_second_test(tmp_path, toy_data):
             for run in (0, 1)
         )
     )
+
+
+def test_one_hook_in_two_runners_draws_for_each(tmp_path, toy_data):
+    shared = HOOKS.build(spy(num_images=1))
+    for name in ("first", "second"):
+        cfg = toy_config(tmp_path / name, [], data_root=toy_data)
+        runner = Runner.from_cfg(cfg)
+        runner.register_hook(shared)
+        runner.test()
+        assert list(pictures(tmp_path / name)) == ["test.featmap.1_image_0.png"]
 
 
 def test_train_then_test_in_one_runner(tmp_path, toy_data):

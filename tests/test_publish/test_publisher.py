@@ -97,6 +97,25 @@ def test_a_training_and_a_test_lose_nothing(tmp_path, toy_data):
     assert len(list(tmp_path.rglob("events.out.tfevents*"))) == 2  # one for each run
 
 
+def test_a_test_goes_on_in_the_run_of_a_training_without_validation(tmp_path, toy_data):
+    cfg = box_config(
+        tmp_path,
+        [spy(image_indices=[0])],
+        data_root=toy_data,
+        vis_backends=BACKENDS,
+        max_epochs=1,
+        **dict.fromkeys(("val_cfg", "val_dataloader", "val_evaluator")),
+    )
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    (first,) = tmp_path.rglob("*.wandb")
+    runner.test()
+    (second,) = set(tmp_path.rglob("*.wandb")) - {first}
+    assert first.name == second.name  # the id of the run
+    (row,) = wandb_file.history_rows(second.parent)
+    assert "test/featmap/1_image" in wandb_file.images(row)
+
+
 def assert_boxes_lie_on_objects(work_dir: Path, row: dict, tags: list[str]) -> None:
     """The pixels say where the image's bright square is."""
     (file,) = work_dir.rglob("*.wandb")
