@@ -241,8 +241,10 @@ def _captions(
     cells: Sequence[Cell], widths: Sequence[int], largest_hw: tuple[int, int]
 ) -> list[np.ndarray]:
     """``(h, column width, 3)`` picture of each caption; ``h`` is 0 without text."""
-    # Tall, narrow pictures leave little room for a line.
-    size = int(np.clip(round(min(max(largest_hw), 2 * max(widths)) / 44), 14, 24))
+    # Tall, narrow pictures leave little room for a line; a wide grid is seen from afar.
+    by_cell = min(max(largest_hw), 2 * max(widths)) / 44
+    by_grid = min(sum(widths) / 100, max(widths) / 22)
+    size = int(np.clip(round(max(by_cell, by_grid)), 14, 24))
     in_column = [(cell, widths[i % len(widths)]) for i, cell in enumerate(cells)]
     titles = _common_size([(c.title, w) for c, w in in_column], size, True)
     notes = _common_size([(c.note, w) for c, w in in_column], round(size * 0.85), False)

@@ -32,6 +32,15 @@ def positions(panel: np.ndarray, color) -> tuple[int, int, int, int]:
     return tuple(int(v) for v in box)
 
 
+def test_captions_of_a_wide_grid_are_larger_where_columns_have_room():
+    def picture_top(columns: int, width: int) -> int:
+        cells = [Cell(plain(90, width, color_of(0)), "title")] * columns
+        panel = montage(cells, columns, gutter=9)
+        return np.nonzero(pixels_of(panel, color_of(0)))[0].min()
+
+    assert picture_top(4, 500) > picture_top(1, 500) == picture_top(8, 200)
+
+
 @pytest.mark.parametrize(
     ("image_hw", "expected"),
     [
