@@ -234,7 +234,10 @@ def _place_labels(
     for index, box in enumerate(boxes):
         height, padding = line_height(box.font_size), 2 * _padding(box.font_size)
         tail_w = text_width(box.label.tail, box.font_size)
-        name = shorten_text(box.label.name, image_w - padding - tail_w, box.font_size)
+        # Longer than its box, a name must not run through the whole image.
+        box_w = box.corners[2] - box.corners[0]
+        most = min(image_w, max(box_w, image_w // 2, 20 * box.font_size))
+        name = shorten_text(box.label.name, most - padding - tail_w, box.font_size)
         text = (name + box.label.tail).strip()
         width = text_width(text, box.font_size) + padding
         if width * height > room:

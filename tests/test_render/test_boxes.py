@@ -113,6 +113,14 @@ class TestLabels:
         drawn = draw_detections(grey(*shape), found, class_names=names)
         assert drawn.shape == (*shape, 3)
 
+    @pytest.mark.parametrize(("x2", "widest"), [(60, 320), (560, 540)])
+    def test_a_long_name_leaves_half_of_the_image_or_stays_in_its_box(self, x2, widest):
+        found = detections([20, 200, x2, 300])
+        given = dict(class_names=["long name " * 20], palette=[RED])
+        drawn = draw_detections(plain(480, 640, 100), found, **given)
+        above = np.nonzero(pixels_of(drawn[:200], RED))[1]
+        assert 0.8 * widest < np.ptp(above) + 1 <= widest
+
 
 class TestPlaces:
     @staticmethod
