@@ -67,7 +67,7 @@ class BaseVisHook(Hook):
         self.options = drawn
         self.run_options = run
         self.name = run.name or self.default_name
-        self._runner: Runner | None = None
+        self._runner: Any = None
         self._loops: dict[str, VisLoop] = {}
         self._training = False
         # Of the current run, by the name of the pass and of the image.
