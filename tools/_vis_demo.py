@@ -173,7 +173,7 @@ class Demo:
         self.options = options_from(args, kind)
         self.source = ImageSource(args.img, exclude=args.out_dir)
         if args.out_file is not None:
-            _check_out_file(args.out_file, self.source, args.img)
+            _check_out_file(args.out_file, self.source)
         problem = why_no_window() if args.show else None
         if problem:
             raise ToolError(
@@ -382,7 +382,7 @@ def load_image(pipeline: ImagePipeline, number: int, image: SourceImage) -> Load
     return pipeline.load(image.content, img_id=number, img_path=image.title)
 
 
-def _check_out_file(file: str, source: ImageSource, images: Sequence[str]) -> None:
+def _check_out_file(file: str, source: ImageSource) -> None:
     if len(source) > 1 or source.has_videos:
         raise ToolError(
             f"--out-file {file} is for one image, and there are {len(source)}; use "
@@ -395,7 +395,8 @@ def _check_out_file(file: str, source: ImageSource, images: Sequence[str]) -> No
         )
     if os.path.isdir(file):
         raise ToolError(f"--out-file {file} is a folder; use --out-dir for one")
-    if os.path.realpath(file) in map(os.path.realpath, images):
+    (image,) = (str(image.content) for image in source)
+    if all(map(os.path.isfile, (file, image))) and os.path.samefile(file, image):
         raise ToolError(f"--out-file {file} is the image itself; give another file")
 
 

@@ -261,8 +261,9 @@ def test_nothing_is_overwritten_that_was_an_input(run, real, mistake):
     for image in ("dog.jpg", "."):
         args = (image, *real.detector, "--out-dir", ".")
         assert "give another folder" in mistake(featmap_tool, *args)
-    args = ("dog.jpg", *real.detector, "--out-file", "./dog.jpg")
-    assert "is the image itself" in mistake(featmap_tool, *args)
+    for image in ("dog.jpg", "."):
+        args = (image, *real.detector, "--out-file", "./dog.jpg")
+        assert "is the image itself" in mistake(featmap_tool, *args)
     assert os.listdir() == ["dog.jpg"]
     assert Path("dog.jpg").read_bytes() == content
 
