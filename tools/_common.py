@@ -65,9 +65,15 @@ class ToolError(Exception):
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool; a mistake of the caller ends it with one line and status 2."""
+    """Run a tool; a mistake of the caller ends it with one line and status 2.
+
+    Ctrl-C ends it with one word.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # as shells report it
     except (ToolError, VisError) as error:
         if os.environ.get(_TRACEBACK):
             traceback.print_exc()

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from _common import ToolError, add_cfg_options, read_merged, run_tool
 from mmyolo_vis_hooks.detector import build_detector
 from mmyolo_vis_hooks.inert import InertObject, read_inertly, some
+from mmyolo_vis_hooks.publish.files import write_whole
 
 # Where the layers of the models of Ultralytics are in MMYOLO's. Layers that are not
 # named have no weights.
@@ -80,9 +83,9 @@ def main() -> None:
     folder = os.path.dirname(args.output) or "."
     if not os.path.isdir(folder):
         raise ToolError(f"OUT: there is no folder {folder}")
+    model = read_model(args.input)
     if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
         raise ToolError("OUT is the same file as IN; give it another name")
-    model = read_model(args.input)
     detector = build_detector(config, "cpu")
     saved = dict(tensors_of(model))
     weights = rename(saved, args.input)
@@ -93,7 +96,9 @@ def main() -> None:
     if is_v5:
         check_anchors(saved["model.24.anchors"], detector)
     meta = {"dataset_meta": {"classes": names}}
-    torch.save({"state_dict": weights, "meta": meta}, args.output)
+    content = io.BytesIO()
+    torch.save({"state_dict": weights, "meta": meta}, content)
+    write_whole(Path(args.output), content.getvalue())
     print(
         f"{args.output}: {len(weights)} tensors, all fit {args.config}; "
         f"{len(names)} classes: {some(names)}"

@@ -253,3 +253,7 @@ def test_places_that_cannot_be_written(tmp_path, mistake) -> None:
     assert "OUT is the same file as IN" in refused
     nowhere = tmp_path / "no" / "out.pth"
     assert "there is no folder" in mistake(tool, source, nowhere, "--config", V8)
+    gone = mistake(tool, tmp_path / "none.pt", source, "--config", V8)
+    assert "there is no checkpoint" in gone
+    full = mistake(tool, source, tmp_path, "--config", V8, *OPTIONS)
+    assert "was not written" in full

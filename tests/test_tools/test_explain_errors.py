@@ -124,7 +124,15 @@ def test_maps_of_a_confused_box_are_those_of_both_classes():
     assert (maps[2][1] == -given).all()
 
 
-def test_a_call_goes_on_where_it_was(call, monkeypatch):
+def test_a_call_goes_on_where_it_was(call, monkeypatch, capsys):
+    def interrupted(self, name, *, maps):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(explain_errors.Errors, "diagnose", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            call("--num-pictures", 0)
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     out_dir = call("--num-pictures", 0)
     before = (out_dir / "errors.json").read_text()
     assert not list(out_dir.glob("*.jpg"))
