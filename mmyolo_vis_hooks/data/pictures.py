@@ -26,8 +26,8 @@ def picture_of(
 
     Args:
         image (np.ndarray): ``(H, W)`` or ``(H, W, C)``, any real dtype, BGR.
-        channels (Sequence[int], optional): The one that is shown grey, or the three
-            that are shown as red, green and blue.
+        channels (Sequence[int], optional): The three that are shown as red, green and
+            blue.
 
     Raises:
         VisConfigError: If ``channels`` names one that is not there.
@@ -77,23 +77,18 @@ def network_picture(
 def _choose(
     num_channels: int, channels: Sequence[int] | None
 ) -> tuple[list[int], list[str]]:
-    if channels is not None:
-        if max(channels) >= num_channels:
-            raise VisConfigError(
-                f"image_channels={list(channels)} cannot work: the images have "
-                f"{num_channels} channels, counted from 0; name those that there are"
-            )
-        shown = list(channels)
-        if shown == [2, 1, 0] and num_channels == 3:
-            return shown, []
-        names = ", ".join(map(str, shown))
-        kind = "grey" if len(shown) == 1 else "red, green, blue"
-        return shown, [f"channels {names} of {num_channels} as {kind}"]
-    if num_channels == 3:
-        return [2, 1, 0], []
-    if num_channels < 3:
+    if channels is None and num_channels < 3:
         return [0], ["one channel" if num_channels == 1 else "channel 0 of 2"]
-    return [2, 1, 0], [f"channels 2, 1, 0 of {num_channels} as red, green, blue"]
+    shown = list(channels or (2, 1, 0))
+    if max(shown) >= num_channels:
+        raise VisConfigError(
+            f"image_channels={shown} cannot work: the images have {num_channels} "
+            "channels, counted from 0; name those that there are"
+        )
+    if shown == [2, 1, 0] and num_channels == 3:
+        return shown, []
+    names = ", ".join(map(str, shown))
+    return shown, [f"channels {names} of {num_channels} as red, green, blue"]
 
 
 def _has_8_bits(pixels: np.ndarray) -> bool:
