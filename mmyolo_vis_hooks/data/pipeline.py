@@ -407,9 +407,9 @@ def _texture_like(image: np.ndarray) -> np.ndarray:
     grey = ((grey - low) / max(high - low, 1e-6)).clip(0, 1)
     values = image[np.isfinite(image)].astype(np.float64)
     darkest, brightest = np.percentile(values, (1, 99)) if values.size else (0, 0)
-    # An image of one colour says nothing about the range.
-    span = brightest - darkest if brightest - darkest > 1e-6 else 255.0
-    texture = (grey * span + darkest).astype(image.dtype)
+    if brightest - darkest < 1e-6:  # one colour says nothing about the range
+        darkest, brightest = 0, 255
+    texture = (grey * (brightest - darkest) + darkest).astype(image.dtype)
     if image.ndim == 2:
         return texture
     return texture[..., None].repeat(image.shape[2], axis=2)

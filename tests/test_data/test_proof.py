@@ -156,6 +156,26 @@ def test_an_offset_and_an_unequal_scale_are_followed():
         assert not compare_with_input(image, tensor, wrong).holds
 
 
+@pytest.mark.parametrize("size_hw", [(48, 60), (64, 64), (32, 320)])
+def test_steps_are_tried_on_small_images_too(size_hw):
+    for name in {*STAYING} - {"16 bits"}:
+        assert not moves_pixels(step_of(STAYING[name]), like(size_hw=size_hw))
+    for name in {*MOVING} - {"2 % smaller"}:
+        assert moves_pixels(step_of(MOVING[name]), like(size_hw=size_hw))
+
+
+def test_an_image_of_one_colour_stands_for_all_of_them():
+    results = dict(img=np.full((240, 320, 3), 90, np.uint8))
+    seen = []
+
+    def solarize(image):
+        seen.extend((image.min(), image.max()))
+        return STAYING["solarize"](image)
+
+    assert not moves_pixels(step_of(solarize), results)
+    assert set(seen) == {0, 255}
+
+
 @pytest.mark.parametrize(
     "picture",
     [
