@@ -33,7 +33,7 @@ HINT = (
     "**Click a box** to see what made it. **Click any other place** to see what the "
     "detector considered there, and why it became no box."
 )
-DECIDED = "where the box was decided"
+DECIDED = "where it was decided"
 EVERY = "every class"
 CSS = """
 main { max-width: 1400px !important; width: 100%; }
@@ -41,7 +41,8 @@ main { max-width: 1400px !important; width: 100%; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
   margin-right: .4em; vertical-align: -.05em; box-shadow: 0 0 0 1px #94a3b8; }
 .bar { align-items: flex-end; }
-.bar button { height: 42px; margin-bottom: 1px; }
+.bar button { height: 42px; margin-bottom: 1px; padding: 0 12px;
+  white-space: nowrap; }
 .picture img { cursor: crosshair; }
 .said { font-size: 1.05em; }
 .here label { width: 100%; }
@@ -81,7 +82,7 @@ class Page:
                     "Next error" if len(self._views) == 1 else "Next error of A",
                     variant="primary",
                     elem_id="next-error",
-                    min_width=120,
+                    min_width=160,
                     visible=knows,
                 )
             sides = self._sides()

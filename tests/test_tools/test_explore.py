@@ -54,8 +54,8 @@ class Live:
             self.page, self.url = explore.start(explore.parse_args())
         self.browser = browser
 
-    def open(self) -> None:
-        self.browser.open(self.url, (1400, 900))
+    def open(self, width: int = 1400) -> None:
+        self.browser.open(self.url, (width, 900))
         self.wait(lambda: self.said() != [""] and self.sources() and self.drawn())
 
     def said(self, which: int = 0) -> list[str]:
@@ -259,6 +259,16 @@ def test_the_next_error(live):
     live.wait(lambda: "There is no such error" in live.browser.texts("body")[0])
     live.browser.click("#next")
     shows("2_cat")
+
+
+def test_a_narrow_window_cuts_no_button(live):
+    live.open(1200)
+    cut = live.browser.run(
+        "return [...document.querySelectorAll('.bar button')]"
+        ".filter(e => e.scrollWidth > e.clientWidth || e.scrollHeight > e.clientHeight)"
+        ".map(e => e.textContent)"
+    )
+    assert cut == []
 
 
 def test_two_checkpoints_and_configs_side_by_side(gradio, chromium, tmp_path):
