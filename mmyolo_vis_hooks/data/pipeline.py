@@ -68,11 +68,11 @@ class ImagePipeline:
         channels: Sequence[int] | None = None,
         annotations: bool = True,
     ) -> None:
-        self.steps = [
-            step
-            for step in flatten_steps(pipeline, flips=False)
-            if annotations or not _loads_annotations(step)
-        ]
+        self.steps = flatten_steps(pipeline, flips=False)
+        if not annotations:
+            self.steps = [
+                _reading_files(s) for s in self.steps if not _loads_annotations(s)
+            ]
         self._annotations = annotations
         self._channels = channels
         # Known after the first image: only then can be seen which steps load.
@@ -170,7 +170,7 @@ class ImagePipeline:
     def _read_file(self, path: str, img_id: Any) -> dict[str, Any]:
         info = dict(img_path=path, img_id=img_id, instances=[])
         # Not of the storage that the data set lies in.
-        steps = [_reading_files(step) for step in self.steps]
+        steps = [_reading_here(step) for step in self.steps]
         if path.startswith(("http://", "https://")):
             with _fetched(path) as file:
                 try:
@@ -353,6 +353,14 @@ def _brings_image(
 
 
 def _reading_files(step: Any) -> Any:
+    """A loader of files for one of arrays, which ``inference_detector`` left behind."""
+    if step_name(step) != "LoadImageFromNDArray":
+        return step
+    names = ("to_float32", "color_type", "imdecode_backend", "backend_args")
+    return LoadImageFromFile(**{name: getattr(step, name) for name in names})
+
+
+def _reading_here(step: Any) -> Any:
     """A loader that reads this machine's files, like one that reads elsewhere."""
     if not getattr(step, "backend_args", None):
         return step

@@ -326,6 +326,21 @@ def test_what_only_a_data_set_has_is_left_out(tmp_path):
         assert "inputs" in pipeline.pack(pipeline.load(image))
 
 
+def test_files_are_read_also_where_a_loader_of_arrays_was_left_behind(tmp_path):
+    """As ``mmdet.apis.inference_detector`` does with the config of its detector."""
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), PICTURE[..., ::-1])
+    loader = dict(type="LoadImageFromNDArray", to_float32=True)
+    steps = [loader, *make_pipeline(FASTER)[1:]]
+    for image in (path, PICTURE, PICTURE[..., 0]):
+        pipeline = ImagePipeline(build(steps), annotations=False)
+        loaded = pipeline.load(image)
+        expected = PICTURE if image is path or image is PICTURE else PICTURE[..., :1]
+        assert (loaded.image_rgb == expected).all()
+        assert loaded.results["img"].dtype == np.float32
+        assert len(pipeline.pack(loaded)["inputs"]) == 3
+
+
 def test_a_pipeline_that_loads_no_image():
     pipeline = ImagePipeline(build(make_pipeline(FASTER)[1:]))
     with pytest.raises(VisConfigError, match="no step that loads an image"):
