@@ -78,7 +78,7 @@ def one_of(name: str, value: Any, values: Iterable[str | None]) -> Any:
 
 def refuse(name: str, value: Any, remedy: str) -> VisConfigError:
     """The error for a value that cannot work."""
-    text = repr(value)
+    text = " ".join(repr(value).split())  # a module prints lines of it
     shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
     return VisConfigError(f"{name}={shown} cannot work: {remedy}")
 

@@ -43,6 +43,9 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __repr__(self) -> str:
+        return f"Detections({len(self)} boxes)"
+
     def take(self, which: Any) -> Detections:
         """Some of them, by indices or ``(N,)`` bool."""
         return Detections(

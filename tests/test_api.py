@@ -123,7 +123,7 @@ def test_results_filter_by_class_and_slice(detector, photo) -> None:
 def test_results_print_in_one_line_without_numbers_of_maps(detector, photo) -> None:
     result = explain(detector, photo, score_thr=0.0, topk=1)
     maps = feature_maps(detector, photo, layers=LAYER)
-    for shown in (repr(result), repr(result[0]), repr(maps), repr(maps[0])):
+    for shown in map(repr, (result, result[0], result.detections, maps, maps[0])):
         assert "\n" not in shown
         assert "array" not in shown
     assert repr(result).startswith("Explanations(image, ")
@@ -262,6 +262,7 @@ def test_a_detector_without_a_config_is_given_one(detector, config, photo) -> No
         (lambda d, p: explain(d, p, layers="neck", target_layers="neck"), "one option"),
         (lambda d, p: explain(d, p, classes=["dog"]), "'dog' is no class"),
         (lambda d, p: feature_maps(d, p, layers=[]), "target_layers="),
+        (lambda d, p: explain(d, p, layers=[d.neck]), r"^[^\n]{,300}by their paths"),
         (lambda d, p: explain(d, np.zeros((4, 4, 3, 1))), r"\(4, 4, 3, 1\)"),
         (lambda d, p: explain(d, p.with_name("none.png")), "none.png"),
         (lambda d, p: explain(d, __file__), r"test_api\.py is no image"),

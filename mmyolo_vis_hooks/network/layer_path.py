@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from ..declare import refuse
 from ..errors import FeatureShapeError, LayerNotFoundError, VisConfigError
 from .maps import View
 
@@ -15,6 +16,9 @@ _PATH = re.compile(r"\w+(\.\w+|\[-?\d+\])*")
 _PART = re.compile(r"\[(-?\d+)\]|(\w+)")
 # What a caption may say behind the layer that a path cannot: keys and calls.
 _CAPTION = re.compile(r"(\[\w+\])*( \(call \d+\))?$")
+_PATHS = (
+    "write names joined by dots and indices in brackets, as in 'neck.out_layers[2]'"
+)
 _MAX_SUGGESTIONS = 8
 
 
@@ -29,10 +33,12 @@ def parse_layer_path(path: str) -> tuple[str | int, ...]:
     Raises:
         VisConfigError: If ``path`` is not of that form.
     """
-    if not isinstance(path, str) or not _PATH.fullmatch(path):
+    if not isinstance(path, str):
+        raise refuse("target_layers", path, "name modules by their paths; " + _PATHS)
+    if not _PATH.fullmatch(path):
         raise VisConfigError(
             f"target_layers: cannot read {path!r} as the path of a module; "
-            + _remedy(str(path))
+            + _remedy(path)
         )
     parts = (index or name for index, name in _PART.findall(path))
     return tuple(int(p) if p.lstrip("-").isdecimal() else p for p in parts)
@@ -45,9 +51,7 @@ def _remedy(path: str) -> str:
     layer = _CAPTION.sub("", path)
     if layer != path and re.fullmatch(r"[\w.\[\]]+", layer):
         return f"write {layer!r}, which gives every map of the layer"
-    return (
-        "write names joined by dots and indices in brackets, as in 'neck.out_layers[2]'"
-    )
+    return _PATHS
 
 
 def resolve_layer(model: nn.Module, path: str) -> nn.Module:
