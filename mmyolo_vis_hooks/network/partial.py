@@ -153,10 +153,8 @@ class PartialRun:
         if key == target.call and target.side == "output":
             output = map_tensors(trace.outputs[key], self._replaced)
         elif end <= self._target or (follows and self._is_recorded(key, args, kwargs)):
-            output = map_tensors(trace.outputs[key], self._recorded)
-            if key in self._held:
-                # A head may reshape it by the number of its rows.
-                output = map_tensors(output, lambda _, t: _rows(t, len(self._batch)))
+            given = self._repeated if key in self._held else self._recorded
+            output = map_tensors(trace.outputs[key], given)
         else:
             self._next += 1
             if key == target.call:
@@ -194,11 +192,18 @@ class PartialRun:
 
     def _recorded(self, _: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
         """What the network gets of a recorded tensor, which nothing must change."""
-        # What is modified in place after its call would be so again.
-        was_modified = tensor._version != self._job.trace.versions[id(tensor)]
-        own = tensor.clone() if was_modified else tensor
+        own = tensor.clone() if self._was_modified(tensor) else tensor
         self._given[id(own)] = own, tensor
         return own
+
+    def _repeated(self, _: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
+        """The same for each value: a head may reshape it by the number of its rows."""
+        rows = _rows(tensor, len(self._batch))
+        return rows.clone() if self._was_modified(tensor) else rows
+
+    def _was_modified(self, tensor: torch.Tensor) -> bool:
+        """Whether it was modified in place after its call, and would be so again."""
+        return tensor._version != self._job.trace.versions[id(tensor)]
 
     def _replaced(self, place: OutputIndex, tensor: torch.Tensor) -> torch.Tensor:
         if place == self._job.target.place:

@@ -142,6 +142,25 @@ def test_ways_that_are_followed(kind):
     assert not any(path.startswith(("stem", "body")) for path in ran)
 
 
+def test_a_branch_beside_the_way_is_written_into():
+    """As DAB-DETR's head writes into boxes, which no score depends on."""
+
+    def middle(net: Any, x: Tensor) -> Tensor:
+        beside = net.extra(x)
+        beside[..., :2] += x[..., :2]
+        return x * x
+
+    place = toy(middle)
+    replay, messages = toy_replay(place)
+    for count in (1, 3):
+        values = torch.rand(count, 4, 8, 8, requires_grad=True)
+        (found,) = replay.run(values)
+        (slope,) = torch.autograd.grad(found.sum(), values)
+        assert_near([slope], [4 * values.detach()])
+    assert replay.batch_size() > 1
+    assert not messages
+
+
 def test_a_choice_stays_as_it_was_recorded():
     """What picks rows by their rank gives a score at the box's own row."""
 
