@@ -21,6 +21,7 @@ from torch import nn
 from .checkpoint import check_fit, weights_of
 from .data.detections import class_names_of, palette_of
 from .data.pipeline import ImagePipeline
+from .declare import refuse
 from .errors import CheckpointError, VisConfigError, one_line
 
 
@@ -44,6 +45,18 @@ def default_scope(config: Config) -> Iterator[None]:
     """Look names up in the registries of the config's ``default_scope``."""
     with DefaultScope.overwrite_default_scope(config.get("default_scope", "mmdet")):
         yield
+
+
+@contextlib.contextmanager
+def _building(what: str, config: Config) -> Iterator[None]:
+    try:
+        with default_scope(config):
+            yield
+    except (KeyError, TypeError, AttributeError, ImportError, AssertionError) as error:
+        raise VisConfigError(
+            f"{what} cannot be built: {one_line(error)}; mend the config, or install "
+            "the package that it needs"
+        ) from error
 
 
 def read_dataset(config: Config) -> DatasetInfo:
@@ -101,8 +114,11 @@ def build_pipeline(
 
     It takes files and decoded images; annotations are not loaded. ``channels`` are
     those that a picture shows.
+
+    Raises:
+        VisConfigError: If the config has a step that cannot be built.
     """
-    with default_scope(config):
+    with _building("the test pipeline", config):
         steps = Compose(list(info.pipeline))
     return ImagePipeline(steps, channels=channels, annotations=False)
 
@@ -140,6 +156,8 @@ def read_config(config: Config | str | os.PathLike) -> Config:
     """
     if isinstance(config, Config):
         return config
+    if not isinstance(config, (str, os.PathLike)):
+        raise refuse("config", config, "give the path of a config, or a Config")
     name = os.fspath(config)
     is_file = os.path.isfile(name)
     if not is_file and "::" not in name:
@@ -170,14 +188,8 @@ def build_detector(
         raise VisConfigError(
             "the config has no model=dict(type=...); give the config of a detector"
         )
-    try:
-        with default_scope(config):
-            detector = MODELS.build(config.model)
-    except (KeyError, TypeError, AttributeError, ImportError) as error:
-        raise VisConfigError(
-            f"model={config.model.get('type')!r} cannot be built: {error}; mend the "
-            "config, or install the package that it needs"
-        ) from error
+    with _building(f"model={config.model.get('type')!r}", config):
+        detector = MODELS.build(config.model)
     if device.type == "cpu":
         detector = revert_sync_batchnorm(detector)
     return detector.to(device).eval()
@@ -194,6 +206,8 @@ def load_weights(
     Raises:
         CheckpointError: If it cannot be read, or no weight of it fits.
     """
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise refuse("checkpoint", checkpoint, "give the path or address of weights")
     source = os.fspath(checkpoint)
     try:
         loaded = CheckpointLoader.load_checkpoint(

@@ -249,6 +249,13 @@ def test_a_detector_without_a_config_is_given_one(detector, config, photo) -> No
     assert len(explain(detector, photo, config=config, score_thr=0.0))
 
 
+def with_step(config: Config) -> Config:
+    """A config whose test pipeline begins with a step that there is not."""
+    changed = copy.deepcopy(config)
+    changed.test_dataloader.dataset.pipeline.insert(0, dict(type="Z"))
+    return changed
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -270,6 +277,9 @@ def test_a_detector_without_a_config_is_given_one(detector, config, photo) -> No
         (lambda d, p: explain(d, BytesIO(p.read_bytes())), "an image of type BytesIO"),
         (lambda d, p: explain(str(p), p), "detector=str is no detector"),
         (lambda d, p: load(d.cfg, "gone.pth"), "there is no checkpoint gone.pth"),
+        (lambda d, p: load(d.cfg, None), "checkpoint=None cannot work"),
+        (lambda d, p: load(None, p), "config=None cannot work"),
+        (lambda d, p: explain(d, p, config=with_step(d.cfg)), "pipeline cannot be .*Z"),
         (lambda d, p: explain(d, [p]).save("all.png"), "several results need a folder"),
     ],
 )
