@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ try:
     from mmyolo_vis_hooks.errors import VisError, one_line
     from mmyolo_vis_hooks.hooks.loading import check_checkpoint_fits
     from mmyolo_vis_hooks.network.layer_table import survey_layers
+    from mmyolo_vis_hooks.publish.files import make_writable
     from mmyolo_vis_hooks.render.layer_tree import layer_tree
 except RuntimeError as unusable_mmcv:
     sys.exit(f"error: {unusable_mmcv}")
@@ -221,6 +223,7 @@ def innermost_dataset(loader: ConfigDict) -> ConfigDict:
 def build_runner(config: Config) -> Runner:
     """Build the Runner, or the one that the config's ``runner_type`` names."""
     check_mlflow(config)
+    make_writable(Path(config.work_dir))
     with cpu_ranks(config):
         if "runner_type" not in config:
             runner = Runner.from_cfg(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
@@ -18,6 +19,7 @@ from _common import (
     run_tool,
 )
 from _cpu_ranks import leave_group
+from mmyolo_vis_hooks.publish.files import make_writable
 from mmyolo_vis_hooks.publish.window import why_no_window
 
 
@@ -61,6 +63,8 @@ def main() -> None:
     problem = why_no_window() if args.show else None
     if problem:
         raise ToolError(f"--show opens windows, and {problem}; use --show-dir")
+    for file in filter(None, (args.out, args.json_prefix)):
+        make_writable(Path(file).parent)  # or it is noticed when all is done
     with config_mistakes(args.config):
         runner = build_runner(prepare(args))
     if args.out:

@@ -223,6 +223,12 @@ def test_mistakes_are_named_in_one_line(
     assert "no test_dataloader" in test(tmp_path / "empty.py", weights)
     assert "there is no checkpoint gone.pth" in test(CONFIG, "gone.pth")
     assert "call it .pkl, not a.json" in test(CONFIG, weights, "--out", "a.json")
+    nowhere = tmp_path / "empty.py" / "sub"  # below a file
+    for option in ("--out", "--json-prefix"):
+        words = (CONFIG, weights, option, nowhere / "a.pkl")
+        assert f"cannot write to the folder {nowhere}" in test(*words)
+    refused = train(CONFIG, "--work-dir", nowhere)
+    assert f"cannot write to the folder {nowhere}" in refused
     assert "base_batch_size" in train(CONFIG, "--auto-scale-lr")
     resume = CONFIG, "--resume"
     torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pth")
