@@ -39,19 +39,18 @@ class Kept:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
-        self.known: dict[str, Any] = {}
-        first, *lines = [""]
+        wanted, lines = json.dumps(settings), [""]
         if path.exists():
-            first, *lines = path.read_text(encoding="utf-8").split("\n")
-        if first and json.loads(first) != settings:
-            raise ToolError(
-                f"{path.parent} holds results of another call, with other weights, "
-                "settings or objects than this one; name another --out-dir, or remove "
-                "it"
-            )
+            first, *lines = path.read_text("utf-8", errors="replace").split("\n")
+            if first != wanted:
+                raise ToolError(
+                    f"{path.parent} holds results of another call, with other weights, "
+                    "settings or objects than this one; name another --out-dir, or "
+                    "remove it"
+                )
         whole = lines[:-1]  # what follows the last line break was cut off, or is empty
-        self.known = dict(map(json.loads, whole))
-        text = "".join(f"{line}\n" for line in (json.dumps(settings), *whole))
+        self.known: dict[str, Any] = dict(map(json.loads, whole))
+        text = "".join(f"{line}\n" for line in (wanted, *whole))
         write_whole(path, text.encode())
 
     def __contains__(self, name: str) -> bool:

@@ -176,6 +176,11 @@ def test_what_cannot_work_ends_in_one_line(call, capsys):
     assert "--num-pictures -2" in error("--num-pictures", -2)
     out_dir = call("--num-pictures", 0)
     assert "holds results of another call" in error("--score-thr", 0.5)
+    summary = (out_dir / "summary.json").read_text()
+    for notes in ("", "my notes", "[1, 2]\n", "\xff"):  # of the user's
+        (out_dir / "images.jsonl").write_text(notes, "latin-1")
+        assert "holds results of another call" in error("--num-pictures", 1)
+        assert (out_dir / "summary.json").read_text() == summary
     (out_dir / "images.jsonl").unlink()
     assert "not of an earlier call" in error()
 
