@@ -41,8 +41,9 @@ def array_bgr(image: Any) -> np.ndarray:
             f"an image of shape {array.shape} and {array.dtype} cannot work: use "
             "(H, W, 3) RGB, (H, W) or (H, W, C) numbers, a Pillow image or a path"
         )
-    if array.dtype.name not in _CV_DTYPES:
-        array = array.astype(np.float32)
+    # OpenCV takes no note of another order of bytes, as of FITS files.
+    native = array.dtype.name if array.dtype.name in _CV_DTYPES else "float32"
+    array = array.astype(native, copy=False)
     if array.ndim == 3 and array.shape[2] == 3:
         array = array[..., ::-1]
     elif getattr(image, "mode", None) == "RGBA":

@@ -82,6 +82,9 @@ def test_what_no_file_would_give_is_refused(image, remedy):
 def test_an_unchanged_image_keeps_its_bits_and_bands():
     bands = np.zeros((4, 5, 7), np.uint16) + 40_000
     np.testing.assert_array_equal(as_decoded(bands, "unchanged", False), bands)
+    swapped = as_decoded(bands.astype(">u2"), "unchanged", False)
+    np.testing.assert_array_equal(swapped, bands)
+    assert swapped.dtype.isnative
 
 
 def test_transparency_stays_with_a_loader_that_keeps_it(tmp_path):
