@@ -161,6 +161,12 @@ def test_how_each_tracker_goes_on_after_it_was_closed():
     mlflow = reopened("MLflowVisBackend").experiment
     (run,) = mlflow.start_run.call_args_list
     assert set(run.kwargs) == {"run_id"}
+    unused = stand_in("MLflowVisBackend")  # by a training without validation
+    adapter = adapter_for(unused)
+    unused.experiment.active_run.return_value = None
+    adapter.reopen()
+    opened = unused._mlflow.active_run.return_value.info.run_id
+    unused.experiment.start_run.assert_called_once_with(run_id=opened)
     for kind, going_on in {
         "DVCLiveVisBackend": {"resume": True},
         "ClearMLVisBackend": {"reuse_last_task_id": False},
