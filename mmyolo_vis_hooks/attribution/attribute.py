@@ -22,7 +22,13 @@ from torch import nn
 from ..data.detections import labels_of
 from ..declare import one_of
 from ..errors import VisConfigError, VisError
-from ..network.graph import GraphForward, PredictionGraph, TapPoint, prediction_of
+from ..network.graph import (
+    GraphForward,
+    PredictionGraph,
+    TapPoint,
+    instances_of,
+    prediction_of,
+)
 from ..network.layer_path import layer_of_map, named_maps, resolve_layers
 from ..network.levels import Pyramid, last_maps, survey
 from ..network.maps import View
@@ -280,7 +286,7 @@ class BoxAttributor:
             except VisError:
                 with torch.no_grad():
                     (output,) = prediction_of(self._detector, inputs, metainfo)()
-                predictions, scorer = output.pred_instances, None
+                predictions, scorer = instances_of(output, self._detector), None
                 chosen = self.choose(predictions)
             if not chosen:
                 return predictions, []

@@ -16,6 +16,7 @@ from functools import cached_property, partial
 
 import torch
 
+from ..data.detections import upright
 from ..declare import register_once
 from ..errors import VisConfigError, VisError
 from ..network.graph import PredictionGraph
@@ -40,9 +41,8 @@ class ChosenBoxes:
 
     @property
     def boxes_xyxy(self) -> torch.Tensor:
-        """``(K, 4)``, the final boxes in pixels of the original image."""
-        boxes = self.graph.predictions.bboxes
-        boxes = getattr(boxes, "tensor", boxes)[self.indices]
+        """``(K, 4)``, the final boxes in pixels of the original image, upright."""
+        boxes = upright(self.graph.predictions.bboxes)[self.indices]
         if not boxes.requires_grad:
             raise VisError(
                 f"the boxes of {self.detector} carry no gradients; use target='score'"

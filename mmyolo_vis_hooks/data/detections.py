@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import VisConfigError, did_you_mean
 from ..records import Detections
@@ -14,28 +15,31 @@ from ..records import Detections
 def detections_of(found: Any) -> Detections:
     """Read final detections, or those of a data sample if it has any.
 
-    Rotated boxes ``(cx, cy, w, h, radian)`` give the upright boxes around them.
+    Boxes are :func:`upright`.
     """
     instances = getattr(found, "pred_instances", found)
     if "bboxes" not in instances:
         return Detections()
-    boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
     return Detections(
-        _boxes_xyxy(boxes.detach().float().cpu().numpy()),
+        upright(instances.bboxes.detach()).float().cpu().numpy(),
         instances.scores.detach().float().cpu().numpy(),
         instances.labels.detach().cpu().numpy(),
     )
 
 
-def _boxes_xyxy(boxes: np.ndarray) -> np.ndarray:
+def upright(boxes: Any) -> torch.Tensor:
+    """Boxes ``(N, 4)`` xyxy, with their graph, of a tensor or of MMDetection.
+
+    Rotated ones ``(cx, cy, w, h, radian)`` give the upright boxes around them.
+    """
+    boxes = getattr(boxes, "tensor", boxes)
     boxes = boxes.reshape(-1, boxes.shape[-1])
     if boxes.shape[1] != 5:
         return boxes[:, :4]
-    centres, sizes, angles = boxes[:, :2], boxes[:, 2:4], boxes[:, 4]
-    cos, sin = np.abs(np.cos(angles)), np.abs(np.sin(angles))
-    width, height = sizes[:, 0], sizes[:, 1]
-    reach = np.stack([width * cos + height * sin, width * sin + height * cos], 1) / 2
-    return np.concatenate([centres - reach, centres + reach], axis=1)
+    centres, sizes, angles = boxes.split((2, 2, 1), dim=1)
+    cos, sin = angles.cos().abs(), angles.sin().abs()
+    reach = (sizes * cos + sizes.flip(1) * sin) / 2
+    return torch.cat([centres - reach, centres + reach], dim=1)
 
 
 def class_names_of(metainfo: Mapping[str, Any]) -> tuple[str, ...]:

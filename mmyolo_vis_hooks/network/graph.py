@@ -17,6 +17,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..data.detections import detections_of
 from ..errors import VisError, one_line
 from ..geometry import FrameTransform
 from .maps import image_tensors
@@ -159,7 +160,7 @@ class GraphForward:
                     f"{type(self._detector).__name__} cannot predict while gradients "
                     f"are kept: {one_line(error)}; use method='drise', which needs none"
                 ) from error
-        graph.predictions = output.pred_instances
+        graph.predictions = instances_of(output, self._detector)
         silent = {t.layer: t.module for t in self.taps if not taps_ran[t.layer]}
         if silent:
             raise did_not_run(self._detector, silent)
@@ -168,8 +169,19 @@ class GraphForward:
 
 def network_boxes(predictions: InstanceData, frame: FrameTransform) -> np.ndarray:
     """Final boxes ``(N, 4)`` float32 in pixels of the network's input."""
-    boxes = getattr(predictions.bboxes, "tensor", predictions.bboxes)
-    return frame.boxes_to_network(boxes.detach().float().cpu().numpy())
+    return frame.boxes_to_network(detections_of(predictions).boxes_xyxy)
+
+
+def instances_of(output: Any, detector: nn.Module) -> InstanceData:
+    """The detections of a data sample; a ``VisError`` if there are none to explain."""
+    found = getattr(output, "pred_instances", {})
+    missing = [name for name in ("bboxes", "scores", "labels") if name not in found]
+    if missing:
+        raise VisError(
+            f"{type(detector).__name__} gives no {', '.join(missing)} as "
+            "pred_instances, so there is no box to explain"
+        )
+    return found
 
 
 def prediction_of(

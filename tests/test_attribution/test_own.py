@@ -36,7 +36,7 @@ from tests.toy_boxes import ToyBoxDetector
 
 def test_augmented_maps_are_the_mean_over_mirrors_and_brightnesses():
     """Padding beside the image stays where it is."""
-    left = 0
+    left = 16
     family = bright_squares(left)
     meta = family.data_samples[0].metainfo
     part = slice(left, left + 144)  # of the 160 columns
@@ -147,6 +147,10 @@ def test_a_detector_of_another_make():
         with pytest.raises(VisError, match=match):
             run(method=method, target=target)
     assert run(method="drise", num_masks=4)
+    detector.forward = lambda inputs, samples, mode: samples  # a panoptic one's
+    for method in ("boxam", "drise"):
+        with pytest.raises(VisError, match="Unheaded gives no bboxes, scores, labels"):
+            run(method=method)
 
 
 def test_a_method_and_a_target_of_ones_own(registry):

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from mmengine.structures import InstanceData
 
 from mmyolo_vis_hooks.attribution.anchors import Anchor, locate_anchors
 from mmyolo_vis_hooks.attribution.scoring import score_link
 from mmyolo_vis_hooks.attribution.targets import (
+    ChosenBoxes,
     class_logits,
     objectness_logits,
 )
@@ -98,6 +100,20 @@ def test_softmax_link(num_stages):
     mean = torch.stack([raw[key][5] for key in raw]).mean(dim=0)
     expected = [mean.softmax(0)[1], (mean + torch.tensor([0, 1.0, 0, 0])).softmax(0)[1]]
     assert link(changed).tolist() == pytest.approx([float(e) for e in expected])
+
+
+def test_sides_of_rotated_boxes_are_those_of_the_upright_ones():
+    boxes = torch.tensor([[0.0] * 5, [50, 40, 20, 10, 0.5]], requires_grad=True)
+    found = InstanceData(bboxes=boxes, scores=torch.ones(2), labels=torch.zeros(2))
+    meta = dict(ori_shape=(64, 80), img_shape=(32, 40), scale_factor=(0.5, 0.5))
+    graph = PredictionGraph(torch.zeros(1, 3, 32, 40), meta, predictions=found)
+    sides = ChosenBoxes(graph, [1], "Rotated").boxes_xyxy
+    cos, sin = math.cos(0.5), math.sin(0.5)
+    assert sides[0, 0].item() == pytest.approx(50 - 10 * cos - 5 * sin)
+    (slope,) = torch.autograd.grad(sides[0, 0], boxes)
+    expected = [1, 0, -cos / 2, -sin / 2, 10 * sin - 5 * cos]
+    assert slope[1].tolist() == pytest.approx(expected)
+    assert graph.network_boxes()[1] == pytest.approx(sides[0].detach().numpy() / 2)
 
 
 @pytest.mark.parametrize(
