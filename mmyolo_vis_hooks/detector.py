@@ -143,6 +143,13 @@ def check_device(device: torch.device | str) -> torch.device:
                 f"device={device!r} is not there: this machine has {there}; use "
                 + ("one of them" if count else "'cpu'")
             )
+    else:
+        try:
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise VisConfigError(
+                f"device={device!r} is not there: this torch has none; use 'cpu'"
+            ) from error
     return found
 
 

@@ -115,6 +115,7 @@ class ImagePipeline:
 
         Raises:
             VisError: If they give nothing.
+            VisConfigError: If they do not pack it.
         """
         results: Any = _copied_results(loaded.results)
         path = results.get("img_path")
@@ -122,6 +123,11 @@ class ImagePipeline:
             results = step(results)
             if results is None:
                 raise _gave_nothing(step, path)
+        if "ori_shape" in results:  # which a sample holds, with its inputs beside it
+            raise VisConfigError(
+                f"the test pipeline does not pack what it loads, but has "
+                f"{', '.join(map(step_name, self.steps))}; end it with PackDetInputs"
+            )
         return results
 
     def resize_only(

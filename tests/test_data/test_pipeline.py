@@ -341,6 +341,13 @@ def test_files_are_read_also_where_a_loader_of_arrays_was_left_behind(tmp_path):
         assert len(pipeline.pack(loaded)["inputs"]) == 3
 
 
+def test_a_pipeline_that_does_not_pack():
+    pipeline = ImagePipeline(build(make_pipeline(FASTER)[:-1]))
+    loaded = pipeline.load(PICTURE)
+    with pytest.raises(VisConfigError, match="end it with PackDetInputs"):
+        pipeline.pack(loaded)
+
+
 def test_a_pipeline_that_loads_no_image():
     pipeline = ImagePipeline(build(make_pipeline(FASTER)[1:]))
     with pytest.raises(VisConfigError, match="no step that loads an image"):
