@@ -117,12 +117,9 @@ class ImagePipeline:
             VisError: If they give nothing.
             VisConfigError: If they do not pack it.
         """
-        results: Any = _copied_results(loaded.results)
-        path = results.get("img_path")
+        results = _copied_results(loaded.results)
         for step in self.steps[self._num_loading or 0 :]:
-            results = step(results)
-            if results is None:
-                raise _gave_nothing(step, path)
+            results = _run(step, results)
         if "ori_shape" in results:  # which a sample holds, with its inputs beside it
             raise VisConfigError(
                 f"the test pipeline does not pack what it loads, but has "
@@ -297,18 +294,16 @@ def _run(step: Callable, results: dict[str, Any]) -> dict[str, Any]:
         after = step(results)
     except Exception as error:  # each loader and storage has errors of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise VisError(
-            f"{path} is no image that {step_name(step)} can read: {reason}"
-        ) from error
+        what = f"{path} is no image that {step_name(step)} can read"
+        if "img" in results:
+            size = results["img"].shape
+            what = f"{step_name(step)} fails for {path or 'an image'} of shape {size}"
+        raise VisError(f"{what}: {reason}") from error
     if after is None:
-        raise _gave_nothing(step, path)
+        raise VisError(
+            f"the test pipeline gave nothing for {path}, at its step {step_name(step)}"
+        )
     return after
-
-
-def _gave_nothing(step: Any, path: Any) -> VisError:
-    return VisError(
-        f"the test pipeline gave nothing for {path}, at its step {step_name(step)}"
-    )
 
 
 def _no_loader(steps: Sequence[Any]) -> VisConfigError:
