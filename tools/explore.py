@@ -13,6 +13,7 @@ import argparse
 import getpass
 import os
 import platform
+import socket
 import webbrowser
 from dataclasses import replace
 from typing import Any
@@ -123,6 +124,7 @@ def start(args: argparse.Namespace) -> tuple[Any, str]:
         check_checkpoint(args.compare, "--compare")
     elif args.compare_config:
         raise ToolError("--compare-config is of the weights of --compare: name them")
+    check_place(args.host, args.port)
     # Read when Gradio is imported: it shall ask nobody for anything.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     try:
@@ -153,6 +155,19 @@ def start(args: argparse.Namespace) -> tuple[Any, str]:
     except OSError as error:
         raise ToolError(f"--host {args.host} --port {args.port}: {error}") from error
     return page, url
+
+
+def check_place(host: str, port: int | None) -> None:
+    """Refuse where nothing can listen; Gradio would try a hundred ports there."""
+    if port is not None and not 0 < port < 65536:
+        raise ToolError(f"--port {port}: use 1 to 65535")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except OSError as error:
+        raise ToolError(f"--host {host}: {error}") from error
 
 
 def main() -> None:

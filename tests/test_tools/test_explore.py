@@ -345,6 +345,8 @@ def test_what_cannot_work_ends_in_one_line(mistake, monkeypatch, tmp_path):
     assert "there is no checkpoint" in mistake(explore, CONFIG, tmp_path / "none.pth")
     assert "--compare: there is no" in mistake(*line, "--compare", tmp_path / "no.pth")
     assert "of --compare: name them" in mistake(*line, "--compare-config", CONFIG)
+    assert "--port 65536: use 1 to" in mistake(*line, "--port", 65536)
+    assert "--host 192.0.2.1: " in mistake(*line, "--host", "192.0.2.1")
     weights = torch.load(WEIGHTS, weights_only=True)
     weights["meta"] = dict(dataset_meta=dict(classes=("cat", *NAMES[1:])))
     torch.save(weights, tmp_path / "other.pth")
