@@ -139,7 +139,7 @@ def check_fit(
     missing: Iterable[str] | None = None,
     unknown: Iterable[str] | None = None,
 ) -> None:
-    """Warn if a model does not get all of its weights from a checkpoint.
+    """Warn if a model does not get all of its weights from a checkpoint, or bad ones.
 
     Args:
         own: State dict of the model, without wrappers.
@@ -174,6 +174,13 @@ def check_fit(
         )
     if details:
         _warn(f"{source}: {fitting} of {len(counted)} weights fit; {details}")
+    read = [key for key in counted if key in weights and key not in wrong]
+    bad = [key for key in read if not weights[key].isfinite().all()]
+    if bad:
+        _warn(
+            f"{source}: {len(bad)} of {len(counted)} weights hold NaN or infinity, as "
+            f"after a training that diverged: {some(bad)}"
+        )
 
 
 # Loaders. MMEngine logs a loader's name after 'load_from_'.

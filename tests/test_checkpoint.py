@@ -434,12 +434,17 @@ def test_a_run_says_how_much_fits(
     weights = load_checkpoint_safely(trained / "epoch_2.pth")["state_dict"]
     kept = {f"module.{k}": v for k, v in weights.items() if k.startswith("backbone")}
     kept["module.head.weight"] = torch.zeros(3, 8, 1, 1)
+    kept["module.backbone.1.bias"] = torch.full((8,), torch.nan)
     hooks = [HOOK, dict(type="EMAHook")]
     source = saved(tmp_path / "a.pth", state_dict=kept)
     settings = dict(custom_hooks=hooks, load_from=source)
     runner = toy_runner(tmp_path / "run", toy_data, **settings)
     runner.test()
-    [line] = said
+    line, other = said
+    assert other == (
+        f"{source}: 1 of 18 weights hold NaN or infinity, as after a training that "
+        "diverged: backbone.1.bias"
+    )
     assert line == (
         f"{source}: 10 of 18 weights fit; missing neck.out_layers.0.weight, "
         "neck.out_layers.0.bias, neck.out_layers.1.weight and 4 more; shapes "
