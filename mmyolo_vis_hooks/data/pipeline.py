@@ -31,7 +31,7 @@ from .resize import FRAMING_STEPS, RESIZING_STEPS, AlignedResize, step_name
 
 # A step may do something only now and then.
 _NUM_TRIES = 3
-_MAX_TRIED_SIDE = 1000
+_MIN_TRIED_SIDE, _MAX_TRIED_SIDE = 160, 1000
 _STOCK = ("mmcv", "mmdet", "mmyolo", "mmengine")
 
 
@@ -247,16 +247,18 @@ class ImagePipeline:
 def moves_pixels(step: Callable, results: Mapping[str, Any]) -> bool:
     """Whether a transform changes where things are, found out by trying.
 
-    The step runs on a texture like the image in ``results``, with channels that are
-    alike: so whatever it does to colours, contrast or noise, the edges stay unless it
-    moves them. True also if it cannot be tried.
+    The step runs on a texture like the image in ``results``, or larger, with channels
+    that are alike: so whatever it does to colours, contrast or noise, the edges stay
+    unless it moves them. True also if it cannot be tried.
     """
     if "img" not in results:
         return False
     texture = _texture_like(results["img"])
+    size = {"img_shape": texture.shape[:2]} if "img_shape" in results else {}
     for _ in range(_NUM_TRIES):
+        given = {**_copied_results(results), **size, "img": texture.copy()}
         try:
-            after = step({**_copied_results(results), "img": texture.copy()})
+            after = step(given)
         except Exception:  # nobody knows, so the picture must not rely on it
             return True
         if not after or "img" not in after:
@@ -403,7 +405,10 @@ def _copied(value: Any) -> Any:
 
 def _texture_like(image: np.ndarray) -> np.ndarray:
     """Blobs of many sizes, at places that are alike in no other way of looking."""
-    height, width = image.shape[:2]
+    sides = image.shape[:2]
+    # A small one has too few edges to tell what a threshold leaves from what moves.
+    grow = min(_MIN_TRIED_SIDE / min(sides), _MAX_TRIED_SIDE / max(sides))
+    height, width = (round(side * max(1.0, grow)) for side in sides)
     shrink = min(1.0, _MAX_TRIED_SIDE / max(height, width))
     size_hw = (max(1, round(height * shrink)), max(1, round(width * shrink)))
     rng = np.random.RandomState(0)

@@ -71,11 +71,6 @@ def compare_places(first: np.ndarray, second: np.ndarray) -> Agreement:
             cv2.resize(grey, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
             for grey in greys
         ]
-    elif min(first.shape[:2]) < 2 * (_SEARCH + _MIN_TILE):  # for more than one tile
-        greys = [
-            cv2.resize(grey, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
-            for grey in greys
-        ]
     edges = [_edges(grey) for grey in greys]
     tiles = [
         fits
