@@ -175,12 +175,18 @@ def check_fit(
     if details:
         _warn(f"{source}: {fitting} of {len(counted)} weights fit; {details}")
     read = [key for key in counted if key in weights and key not in wrong]
-    bad = [key for key in read if not weights[key].isfinite().all()]
+    bad = [key for key in read if not _is_finite(weights[key])]
     if bad:
         _warn(
             f"{source}: {len(bad)} of {len(counted)} weights hold NaN or infinity, as "
             f"after a training that diverged: {some(bad)}"
         )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    # Torch cannot tell it of every float of one byte.
+    known = value.float() if value.element_size() == 1 else value
+    return bool(known.isfinite().all())
 
 
 # Loaders. MMEngine logs a loader's name after 'load_from_'.

@@ -430,6 +430,7 @@ def test_a_run_says_how_much_fits(
     kept = {f"module.{k}": v for k, v in weights.items() if k.startswith("backbone")}
     kept["module.head.weight"] = torch.zeros(3, 8, 1, 1)
     kept["module.backbone.1.bias"] = torch.full((8,), torch.nan)
+    kept["module.backbone.1.weight"] = torch.ones(8).to(torch.float8_e4m3fn)
     hooks = [HOOK, dict(type="EMAHook")]
     source = saved(tmp_path / "a.pth", state_dict=kept)
     settings = dict(custom_hooks=hooks, load_from=source)

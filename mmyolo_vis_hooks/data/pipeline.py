@@ -120,7 +120,7 @@ class ImagePipeline:
         results = _copied_results(loaded.results)
         for step in self.steps[self._num_loading or 0 :]:
             results = _run(step, results)
-        if "ori_shape" in results:  # which a sample holds, with its inputs beside it
+        if "inputs" not in results and "ori_shape" in results:  # which a sample holds
             raise VisConfigError(
                 f"the test pipeline does not pack what it loads, but has "
                 f"{', '.join(map(step_name, self.steps))}; end it with PackDetInputs"

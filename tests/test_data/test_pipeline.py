@@ -346,6 +346,8 @@ def test_a_pipeline_that_does_not_pack():
     loaded = pipeline.load(PICTURE)
     with pytest.raises(VisConfigError, match="end it with PackDetInputs"):
         pipeline.pack(loaded)
+    pipeline.steps.append(lambda results: dict(results, inputs="packed otherwise"))
+    assert pipeline.pack(loaded)["inputs"] == "packed otherwise"
 
 
 def test_a_pipeline_that_loads_no_image():
