@@ -6,9 +6,13 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 
 from _explore import (
     DETECTION,
@@ -27,6 +31,7 @@ from mmyolo_vis_hooks.diagnosis.candidates import FLOOR
 from mmyolo_vis_hooks.diagnosis.picture import ROLE_COLORS as COLORS
 from mmyolo_vis_hooks.network.layer_table import survey_layers
 from mmyolo_vis_hooks.options import DiagnosisOptions
+from mmyolo_vis_hooks.publish.files import write_image
 
 TITLE = "Why did it find that, and why not that?"
 HINT = (
@@ -193,7 +198,7 @@ class Page:
             here = gr.Radio(
                 choices=side.choices, value=side.chosen, visible=bool(side.choices)
             )
-            shown += [side.picture_rgb, "\n\n".join(side.lines), here]
+            shown += [stored(side.picture_rgb), "\n\n".join(side.lines), here]
         return shown
 
     def choose_again(self, spot: Spot, *controls: Any) -> list[Any]:
@@ -244,9 +249,20 @@ class Page:
         return choose
 
 
+def stored(picture_rgb: np.ndarray) -> str:
+    """The file of a picture among Gradio's, which is written once.
+
+    Gradio names files after what they hold. A picture given as an array it would write
+    again whenever it is shown again, also while a browser is reading it.
+    """
+    with TemporaryDirectory() as folder:
+        file = os.path.join(folder, "picture.jpg")
+        write_image(file, picture_rgb)
+        return save_file_to_cache(file, get_upload_folder())
+
+
 def _picture() -> gr.Image:
     return gr.Image(
-        format="jpeg",
         interactive=False,
         show_label=False,
         buttons=[],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -312,6 +313,19 @@ def test_of_files_no_box_is_right_or_wrong(gradio, chromium, tmp_path):
     assert live.browser.texts(".key") == ["detection", "chosen candidate"]
     check(live)
     live.page.close()
+
+
+def test_a_picture_that_is_shown_again_stays_whole(gradio):
+    from _explore_page import stored
+
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    file = Path(stored(noise))
+    size = file.stat().st_size
+    again = threading.Thread(target=lambda: [stored(noise) for _ in range(50)])
+    again.start()
+    while again.is_alive():
+        assert file.stat().st_size == size
+    assert stored(noise) == str(file)
 
 
 def test_a_machine_without_display_says_how_to_come_to_it(monkeypatch, capsys):
