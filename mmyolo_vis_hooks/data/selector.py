@@ -156,7 +156,7 @@ def resolve_index(dataset: Any, index: int) -> tuple[Any, int]:
             f"the dataset {type(dataset).__name__} has no get_data_info(idx); derive "
             "it from mmengine.dataset.BaseDataset, so that its images can be named"
         )
-    return dataset, int(index)
+    return _itself(dataset), int(index)
 
 
 def leaf_datasets(dataset: Any) -> list[Any]:
@@ -168,9 +168,17 @@ def leaf_datasets(dataset: Any) -> list[Any]:
     elif hasattr(dataset, "dataset"):
         children = [dataset.dataset]
     else:
-        return [dataset]
+        return [_itself(dataset)]
     leaves = [leaf for child in children for leaf in leaf_datasets(child)]
     return list({id(leaf): leaf for leaf in leaves}.values())
+
+
+def _itself(dataset: Any) -> Any:
+    """The data set behind one that only passes its attributes on.
+
+    MMEngine puts such a one around it where a loader has ``num_batch_per_epoch``.
+    """
+    return getattr(getattr(dataset, "get_data_info", None), "__self__", dataset)
 
 
 def make_image_id(img_id: Any, img_path: Any, index: int) -> str:

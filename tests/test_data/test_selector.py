@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from mmdet.datasets import CocoDataset
 from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
+from mmengine.runner.runner import _SlicedDataset
 from torch.utils.data import ConcatDataset as TorchConcatDataset
 from torch.utils.data import Subset
 
@@ -75,6 +76,9 @@ def test_wrappers_lead_to_the_dataset_that_loads_the_image(root, tmp_path_factor
     balanced = ClassBalancedDataset(one, oversample_thr=1e-3)
     assert resolve_index(balanced, 2) == (one, 2)
     assert leaf_datasets(concat) == [one, two]
+    # What a loader with num_batch_per_epoch has around its data set.
+    assert resolve_index(_SlicedDataset(one, 3), 2) == (one, 2)
+    assert leaf_datasets(_SlicedDataset(concat, 3)) == [one, two]
     # Equal ids and equal file names in two datasets, and repeated images.
     selector = ImageSelector(concat, -1, None)
     images = selector.images
