@@ -125,8 +125,15 @@ class BaseVisHook(Hook):
                 f"show=True cannot work: {problem}; leave show=False to publish the "
                 "pictures through the visualizer's backends"
             )
-        # Two hooks of one name get different tags.
         earlier = runner.hooks[: runner.hooks.index(self)]
+        loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)]
+        if self._logs and loggers and all(hook in earlier for hook in loggers):
+            raise VisConfigError(
+                f"priority={self.priority!r} puts {type(self).__name__} behind "
+                "LoggerHook, which would log none of its scalars; leave it out, or "
+                "take a higher one than LoggerHook's, such as 'NORMAL'"
+            )
+        # Two hooks of one name get different tags.
         visual = [h for h in earlier if isinstance(h, BaseVisHook)]
         others = [hook for hook in visual if hook.run_options.draw]
         taken = {other.name for other in others}
@@ -342,6 +349,11 @@ class BaseVisHook(Hook):
                 f"{self.name}: {len(missing)} selected image(s) never came through the "
                 f"{mode} loop: {', '.join(missing[:5])}"
             )
+
+    @property
+    def _logs(self) -> bool:
+        """Whether the hook logs scalars beside the metrics."""
+        return False
 
     def _measure(self, state: VisLoop, sample: Any, image: SelectedImage) -> None:
         """Take what is logged of a sample beside its picture."""

@@ -58,6 +58,10 @@ class BoxAMVisHook(BaseVisHook):
     panel_kind = BoxAMPanel
     run_kind = BoxRunOptions
 
+    @property
+    def _logs(self) -> bool:
+        return bool(self.run_options.metrics)
+
     def _measure(self, state: VisLoop, sample: BoxSample, image: SelectedImage) -> None:
         look, metrics = sample.look, self.run_options.metrics
         if not metrics or look is None:
@@ -89,7 +93,7 @@ class BoxAMVisHook(BaseVisHook):
         self._measured.setdefault(state.pass_name, {})[image.image_id] = found
 
     def _after_epoch(self, runner: Runner, mode: str = "train") -> None:
-        if self.run_options.metrics and self._drawn(mode) is not None:
+        if self._logs and self._drawn(mode) is not None:
             for name, found in of_all_ranks(self._measured).items():
                 means = mean_values(own for boxes in found.values() for own in boxes)
                 self._log_scalars(runner, mode, name, means)

@@ -101,6 +101,10 @@ class ErrorVisHook(BaseVisHook):
         return self.run_options.select == "worst"
 
     @property
+    def _logs(self) -> bool:
+        return True
+
+    @property
     def _mechanisms(self) -> bool:
         return self.run_options.mechanisms == "all"
 
@@ -264,8 +268,15 @@ class ErrorVisHook(BaseVisHook):
                 for name, found in (everything or {"": {}}).items():
                     self._warn_of_gaps(runner, mode, found)
                     self._log(runner, mode, name, found, shares.get(name, {}))
-            if self._drawn(mode) is None:
+            state = self._drawn(mode)
+            if state is None:
                 self._policy.share()
+            elif self._worst and state.batch < _num_batches(state.loop) - 1:
+                runner.logger.warning(
+                    f"{self.name}: the {mode} loop ended before its last batch, in "
+                    "which select='worst' draws, so no picture is drawn; leave "
+                    "select='fixed'"
+                )
         super()._after_epoch(runner, mode)
 
     def _warn_of_gaps(self, runner: Runner, mode: str, counted: Container) -> None:

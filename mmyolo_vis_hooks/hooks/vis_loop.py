@@ -45,6 +45,7 @@ class VisLoop:
         seen: Names of the pictures and images that the current run has met.
         record_all: Whether the forward of every image is recorded, drawn or not.
         record: Of the forward of the current batch, where a placement needs it.
+        batch: Index of the batch that came last in the current pass.
     """
 
     mode: str
@@ -62,9 +63,9 @@ class VisLoop:
     seen: set[str] = field(default_factory=set)
     record_all: bool = False
     record: ForwardRecord | None = None
+    batch: int = -1
     _makers: dict[str, SampleMaker] = field(default_factory=dict)
     _pass_number: int = 1
-    _batch: int = -1
     _attached: ExitStack = field(default_factory=ExitStack)
 
     def run_resized(self) -> None:
@@ -107,14 +108,14 @@ class VisLoop:
         # A validation after a training must not overwrite the training's last.
         self.step = max(at, self.step + 1)
         self.seen.clear()
-        self._pass_number, self._batch = 1, -1
+        self._pass_number, self.batch = 1, -1
 
     def begin_batch(self, idx: int, data_batch: Any) -> None:
         """Begin an iteration; its forward is recorded where an image needs that."""
         self._attached.close()
         self.record = None
-        self._pass_number += idx <= self._batch
-        self._batch = idx
+        self._pass_number += idx <= self.batch
+        self.batch = idx
         if all(p.alignment == "resize" for p in self.placements.values()):
             return
         samples = data_batch["data_samples"]

@@ -236,6 +236,8 @@ def test_images_that_are_not_counted_are_named(tmp_path, toy_data):
     Runner.from_cfg(cfg).test()
     gap = "2 of the 6 images of the test loop are not counted: 5_image, 6_image"
     assert gap in log_of(tmp_path)
+    assert not pictures(tmp_path)
+    assert "so no picture is drawn; leave select='fixed'" in log_of(tmp_path)
 
 
 def test_no_count_of_an_earlier_run_is_logged_again(tmp_path, toy_data, monkeypatch):
@@ -270,6 +272,8 @@ def test_what_cannot_work_is_refused_before_the_run(tmp_path, toy_data, monkeypa
         runner(override_loop_pipeline=True)
     with pytest.raises(VisConfigError, match="select='worst' and image_indices"):
         runner(select="worst", image_indices=[0])
+    with pytest.raises(VisConfigError, match="priority='LOW' puts ErrorVisHook behind"):
+        runner(priority="LOW").test()
     with monkeypatch.context() as patch:
         patch.setattr(errors, "all_gather_object", lambda number: [number, 0])
         with pytest.raises(VisConfigError, match="has none for one of the ranks"):

@@ -143,7 +143,11 @@ def test_nothing_is_logged_that_was_not_asked_for_or_of_no_box(tmp_path, toy_dat
     assert logged(measured(tmp_path / "no_box", toy_data, score_thr=1.0), "boxam") == {}
 
 
-def test_what_is_unknown_is_refused_before_the_run(tmp_path, toy_data):
+def test_what_cannot_work_is_refused_before_the_run(tmp_path, toy_data):
+    hook = box_spy(metrics=["energy"], priority="VERY_LOW")
+    cfg = box_config(tmp_path, [hook], data_root=toy_data)
+    with pytest.raises(VisConfigError, match="priority='VERY_LOW' puts BoxSpyHook"):
+        Runner.from_cfg(cfg).train()
     for wrong in (["energie"], 3, [None]):
         cfg = box_config(tmp_path, [box_spy(metrics=wrong)], data_root=toy_data)
         with pytest.raises(VisConfigError, match="metrics"):
