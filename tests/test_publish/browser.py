@@ -58,7 +58,7 @@ class Browser:
         )
 
     def wait_for(self, condition: str) -> None:
-        wait = WebDriverWait(self.driver, 20, poll_frequency=0.05)
+        wait = WebDriverWait(self.driver, 60, poll_frequency=0.05)
         wait.until(lambda _: self.run(f"return {condition}"), condition)
 
     def press(self, *keys: str) -> None:
