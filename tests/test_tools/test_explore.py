@@ -131,7 +131,9 @@ class Live:
 
 def check(live: Live) -> None:
     """It asked this machine alone, and said nothing in the console."""
-    assert live.browser.driver.get_log("browser") == []
+    log = live.browser.driver.get_log("browser")
+    # Gradio logs that it ends its stream when a page is left.
+    assert [entry for entry in log if "AbortError" not in entry["message"]] == []
     asked = live.browser.requests("http")
     assert live.url in asked
     assert [url for url in asked if not url.startswith((live.url, "data:"))] == []
