@@ -33,7 +33,8 @@ class GroundTruth:
         boxes_xyxy: ``(M, 4)`` float32, pixels of the original image.
         labels: ``(M,)`` int64, indices into the classes.
         ignored: ``(M,)`` bool: crowds and objects that count neither as found nor as
-            missed; a detection that lies on one of its class is no false alarm.
+            missed; a detection that lies on one of its class, or of a negative label,
+            is no false alarm.
         masks: Outlines of the objects, as COCO writes them or ``(H, W)`` bool, None
             for one without; empty where there are none.
     """
@@ -261,12 +262,14 @@ def _xywh(boxes_xyxy: np.ndarray) -> np.ndarray:
 def _lies_on(
     detections: Detections, truth: GroundTruth, same: np.ndarray, iou_thr: float
 ) -> np.ndarray:
-    """Which detections lie on an ignored object of their class."""
+    """Which detections lie on an ignored object of their class, or of none."""
     ignored = truth.ignored
     share = box_iou(
         detections.boxes_xyxy, truth.boxes_xyxy[ignored], [True] * int(ignored.sum())
     )
-    return ((share > iou_thr) & same[:, ignored]).any(axis=1)
+    # CrowdHuman labels such regions -1.
+    fits = same[:, ignored] | (truth.labels[ignored] < 0)
+    return ((share > iou_thr) & fits).any(axis=1)
 
 
 def _kind_of(

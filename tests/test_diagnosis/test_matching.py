@@ -56,6 +56,15 @@ def test_on_a_crowd_of_its_class_a_detection_is_excused():
     assert found.missed == ()
 
 
+def test_on_an_ignored_region_of_no_class_all_are_excused():
+    region = (0, 0, 100, 100)  # which CrowdHuman labels -1
+    found = match(
+        detections((SQUARE, 0.9, 0), (SQUARE, 0.8, 1)), truth((region, -1, "ignored"))
+    )
+    assert found.excused == (0, 1)
+    assert found.false_alarms == found.missed == ()
+
+
 @pytest.mark.parametrize(
     "given",
     [
