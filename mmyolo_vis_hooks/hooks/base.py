@@ -172,7 +172,7 @@ class BaseVisHook(Hook):
         self._runner = runner
 
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
-        dataset = loop.dataloader.dataset
+        dataset = dataset_of(loop)
         names, palette = classes_and_palette(getattr(dataset, "metainfo", None) or {})
         state = VisLoop(
             mode,
@@ -405,6 +405,22 @@ class BaseVisHook(Hook):
         return state if state is not None and state.drawing else None
 
 
+def dataset_of(loop: BaseLoop) -> Any:
+    """The data set of a loop.
+
+    Raises:
+        VisConfigError: If it has none, or several.
+    """
+    dataset = getattr(getattr(loop, "dataloader", None), "dataset", None)
+    if dataset is None:
+        raise VisConfigError(
+            f"{type(loop).__name__} has no data set in 'dataloader', so nobody knows "
+            "which images it will bring; set draw=False, or take a loop of one data "
+            "loader"
+        )
+    return dataset
+
+
 def of_all_ranks(own: dict[str, dict]) -> dict[str, dict]:
     """Samplers repeat images so that all ranks have equally many; each counts once."""
     everything: dict[str, dict] = {}
@@ -420,9 +436,15 @@ def _validation(loop: BaseLoop) -> tuple[int, int]:
     Counted by the loop, so that a resumed training goes on as it would have.
     """
     now = loop.iter if isinstance(loop, IterBasedTrainLoop) else loop.epoch
-    interval = getattr(loop, "val_interval", 1)
-    before_begin = (max(getattr(loop, "val_begin", 1), 1) - 1) // interval
-    return (now - 1) // interval - before_begin, now
+    begin = max(getattr(loop, "val_begin", 1), 1)
+    # MMEngine asks for the interval of the epoch that comes next.
+    starts = [start - 1 for start in getattr(loop, "dynamic_milestones", [1])]
+    intervals = getattr(loop, "dynamic_intervals", [getattr(loop, "val_interval", 1)])
+    number = 0
+    for start, end, interval in zip(starts, [*starts[1:], now], intervals):
+        first, last = max(start, begin), min(end, now)
+        number += max((last - 1) // interval - (first - 1) // interval, 0)
+    return number, now
 
 
 def _check_packed_keys(dataset: Any, alignment: str | None) -> None:

@@ -28,7 +28,7 @@ from ..network.state import preserve_rng_state
 from ..options import DiagnosisOptions, ErrorRunOptions
 from ..records import Detections
 from ..samples import SampleMaker
-from .base import BaseVisHook, of_all_ranks
+from .base import BaseVisHook, dataset_of, of_all_ranks
 from .vis_loop import Panel, VisLoop, predicting_model
 
 
@@ -129,7 +129,7 @@ class ErrorVisHook(BaseVisHook):
         self._watches.clear()
 
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
-        dataset = loop.dataloader.dataset
+        dataset = dataset_of(loop)
         self._everything[mode] = _all_of(dataset)
         state = super()._prepare_loop(runner, mode, loop)
         state.record_all = self._mechanisms

@@ -271,12 +271,22 @@ def test_a_resumed_training_draws_what_an_uninterrupted_one_would(tmp_path, toy_
     )
 
 
-def test_iterations_are_the_step_of_an_iteration_based_training(tmp_path, toy_data):
+@pytest.mark.parametrize(
+    ("interval", "settings"),
+    [
+        (1, dict(max_iters=4, val_interval=2)),
+        # Of 2, 3, 4 and 5 every second.
+        (2, dict(max_iters=5, val_interval=2, dynamic_intervals=[(4, 1)])),
+    ],
+)
+def test_iterations_are_the_step_of_an_iteration_based_training(
+    tmp_path, toy_data, interval, settings
+):
     cfg = toy_config(
         tmp_path,
-        [spy(num_images=1)],
+        [spy(num_images=1, interval=interval)],
         data_root=toy_data,
-        train_cfg=dict(by_epoch=False, max_iters=4, val_interval=2),
+        train_cfg=dict(by_epoch=False, **settings),
         log_processor=dict(by_epoch=False),
     )
     cfg.train_dataloader.sampler = dict(type="InfiniteSampler")

@@ -9,7 +9,7 @@ import torch
 from mmcv.transforms import TRANSFORMS, BaseTransform
 from mmengine.model import BaseModel
 from mmengine.registry import LOOPS, MODELS
-from mmengine.runner import Runner, ValLoop
+from mmengine.runner import BaseLoop, Runner, ValLoop
 
 from mmyolo_vis_hooks.errors import VisConfigError
 from tests.test_hooks.helpers import log_of, pictures, spy, vis_hooks
@@ -102,6 +102,28 @@ def test_passes_of_which_nobody_tells(tmp_path, toy_data):
     Runner.from_cfg(cfg).val()
     names = ["val.featmap.1_image_0.png", "val.featmap.1_image_pass2_0.png"]
     assert sorted(pictures(tmp_path)) == names
+
+
+@LOOPS.register_module()
+class SeveralLoop(BaseLoop):
+    """Validates on several data sets, one after the other."""
+
+    def __init__(self, runner, dataloader, evaluator):
+        self._runner = runner
+        self.dataloaders = [dataloader]
+
+    def run(self):
+        """Nothing."""
+
+
+@pytest.mark.parametrize("hook", ["FeatMapVisHook", "ErrorVisHook"])
+def test_a_loop_of_no_single_data_set_is_refused(tmp_path, toy_data, hook):
+    cfg = toy_config(tmp_path, [dict(type=hook)], data_root=toy_data)
+    cfg.val_cfg = dict(type="SeveralLoop")
+    with pytest.raises(VisConfigError, match="SeveralLoop has no data set"):
+        Runner.from_cfg(cfg).val()
+    cfg.custom_hooks[0].draw = False
+    Runner.from_cfg(cfg).val()
 
 
 @pytest.mark.parametrize("outcome", [None, RuntimeError, KeyboardInterrupt])
