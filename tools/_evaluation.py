@@ -36,7 +36,7 @@ from mmyolo_vis_hooks.metrics.baselines import BASELINES
 from mmyolo_vis_hooks.metrics.faithfulness import Score
 from mmyolo_vis_hooks.metrics.metric import Metric, Subject
 from mmyolo_vis_hooks.metrics.search import greedy_cells, ridge_cells
-from mmyolo_vis_hooks.network.graph import prediction_of
+from mmyolo_vis_hooks.network.graph import instances_of, prediction_of
 from mmyolo_vis_hooks.network.state import frozen
 from mmyolo_vis_hooks.options import BoxAMOptions
 from mmyolo_vis_hooks.records import Look
@@ -139,13 +139,14 @@ class Evaluation(DetectorOnDataset):
         inputs, metainfo = network_input(self.detector, self.placed(name).packed())
         with torch.no_grad():
             (output,) = prediction_of(self.detector, inputs, metainfo)()
-        found = detections_of(output)
+        predictions = instances_of(output, self.detector)
+        found = detections_of(predictions)
         hits = [
             hit.detection
             for hit in match(found, self.truths[name]).hits
             if found.scores[hit.detection] > self._score_thr
         ]
-        return Look(inputs, metainfo, output.pred_instances), hits[: self._per_image]
+        return Look(inputs, metainfo, predictions), hits[: self._per_image]
 
     def explain(self, name: str) -> tuple[np.ndarray, list[Explained]]:
         """The network's input as an RGB picture, and its detections with their maps."""

@@ -13,7 +13,7 @@ from torch import nn
 from ..data.alignment import PlacedImage, network_input
 from ..data.detections import detections_of
 from ..errors import VisError
-from ..network.graph import prediction_of
+from ..network.graph import instances_of, prediction_of
 from ..network.recorder import ForwardRecord
 from ..network.state import frozen
 from ..options import DiagnosisOptions
@@ -94,7 +94,8 @@ class Diagnoser(SampleMaker):
         assert image.loaded is not None
         truth = GroundTruth.of(image.loaded.results["instances"])
         given = record.given(position)
-        return self.diagnose(self._look(image, truth, *given, detections_of(output)))
+        found = detections_of(instances_of(output, self._detector))
+        return self.diagnose(self._look(image, truth, *given, found))
 
     def candidates(
         self, final: Detections, inputs: torch.Tensor, metainfo: Mapping[str, Any]
@@ -158,7 +159,7 @@ class Diagnoser(SampleMaker):
     def _predict(self, inputs: torch.Tensor, metainfo: Mapping[str, Any]) -> Detections:
         with frozen(self._detector), torch.no_grad():
             (output,) = prediction_of(self._detector, inputs, metainfo)()
-        return detections_of(output)
+        return detections_of(instances_of(output, self._detector))
 
     def _wanted(self, diagnosis: Diagnosis) -> tuple[list[int], list[int], list[Pair]]:
         """Candidates and detections that get a map, and classes to compare."""

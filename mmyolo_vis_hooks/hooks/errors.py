@@ -24,6 +24,7 @@ from ..diagnosis.matching import GroundTruth, Matches, match
 from ..diagnosis.mechanisms import MissedObject, why_missed
 from ..diagnosis.result import Diagnosis
 from ..errors import VisConfigError
+from ..network.graph import instances_of
 from ..network.state import preserve_rng_state
 from ..options import DiagnosisOptions, ErrorRunOptions
 from ..records import Detections
@@ -202,7 +203,7 @@ class ErrorVisHook(BaseVisHook):
         if image is None:
             return
         truth = GroundTruth.of(image.info["instances"])
-        found = detections_of(output)
+        found = detections_of(instances_of(output, self._detector))
         found = found.take(found.scores > self.options.score_thr)
         matches = match(found, truth, iou_thr=self.options.iou_thr)
         counted = _Counted(matches, found, truth)

@@ -17,14 +17,14 @@ from mmengine.runner import Runner, loops
 
 from mmyolo_vis_hooks import diagnose
 from mmyolo_vis_hooks.diagnosis.result import Diagnosis
-from mmyolo_vis_hooks.errors import VisConfigError
+from mmyolo_vis_hooks.errors import VisConfigError, VisError
 from mmyolo_vis_hooks.hooks import base, errors
 from mmyolo_vis_hooks.hooks.vis_loop import VisLoop
 from tests.test_hooks.helpers import log_of, logged, pictures, ran_test
 from tests.test_hooks.test_featmap import augmented
 from tests.test_hooks.test_loops import teacher_student
 from tests.toy import SIZES
-from tests.toy_boxes import box_config
+from tests.toy_boxes import ToyBoxDetector, box_config
 
 
 def hook(**options: Any) -> dict:
@@ -238,6 +238,32 @@ def test_images_that_are_not_counted_are_named(tmp_path, toy_data):
     assert gap in log_of(tmp_path)
     assert not pictures(tmp_path)
     assert "so no picture is drawn; leave select='fixed'" in log_of(tmp_path)
+
+
+@MODELS.register_module()
+class ToySegmentor(ToyBoxDetector):
+    """Gives no boxes, as panoptic detectors do."""
+
+    def forward(
+        self, inputs: torch.Tensor, data_samples: Any = None, mode: str = "tensor"
+    ) -> Any:
+        output = super().forward(inputs, data_samples, mode)
+        if mode == "predict":
+            for sample in output:
+                del sample.pred_instances
+        return output
+
+
+def test_without_boxes_nothing_is_called_missed(tmp_path, toy_data):
+    cfg = box_config(tmp_path, [hook(on_error="log")], data_root=toy_data)
+    cfg.model.type, cfg.test_evaluator = "ToySegmentor", []
+    runner = Runner.from_cfg(cfg)
+    runner.test()
+    assert logged(runner, "errors")["missed"] == 0
+    assert "6 of the 6 images of the test loop are not counted" in log_of(tmp_path)
+    assert "ToySegmentor gives no bboxes, scores, labels" in log_of(tmp_path)
+    with pytest.raises(VisError, match="ToySegmentor gives no bboxes"):
+        by_itself(runner)
 
 
 def test_no_count_of_an_earlier_run_is_logged_again(tmp_path, toy_data, monkeypatch):
