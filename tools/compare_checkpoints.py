@@ -9,6 +9,8 @@ by side. An interrupted call goes on where it was.
 
 from __future__ import annotations
 
+import _interrupt  # noqa: F401
+
 import argparse
 import json
 from collections import Counter

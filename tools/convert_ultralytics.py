@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import _interrupt  # noqa: F401
+
 import argparse
 import io
 import os

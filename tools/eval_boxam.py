@@ -11,6 +11,8 @@ forwards gain, and pictures of the best and worst cases. What was measured stays
 
 from __future__ import annotations
 
+import _interrupt  # noqa: F401
+
 import argparse
 import math
 from collections.abc import Iterator, Sequence

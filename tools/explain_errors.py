@@ -9,6 +9,8 @@ all errors, and pictures of the images that lose most. What was diagnosed stays 
 
 from __future__ import annotations
 
+import _interrupt  # noqa: F401
+
 import argparse
 import json
 from collections import Counter

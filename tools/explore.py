@@ -9,6 +9,8 @@ found, missed and invented, and serves this machine alone: it asks nobody for an
 
 from __future__ import annotations
 
+import _interrupt  # noqa: F401
+
 import argparse
 import getpass
 import os

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _interrupt  # noqa: F401
+
 import argparse
 
 from _vis_demo import look, make_demo_parser, run_demo

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _interrupt  # noqa: F401
+
 import argparse
 import logging
 
