@@ -15,6 +15,7 @@ import inspect
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from .errors import CheckpointError
+from .fetch import fetch
 from .inert import (
     TORCH_TAKES_STAND_INS,
     InertObject,
@@ -245,12 +247,15 @@ def _download(url: str, path: Path) -> None:
         return
     with _fetching(url):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=os.isatty(0))
-        with open(path, "rb") as content:
-            problem = foreign_format(path.name, content)
-        if problem:  # kept, it would be taken for the weights for ever
-            path.unlink()
-            raise CheckpointError(problem)
+        # What is kept is taken for the weights for ever.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder, path.name)
+            fetch(url, file, show_progress=True)
+            with open(file, "rb") as content:
+                problem = foreign_format(path.name, content)
+            if problem:
+                raise CheckpointError(problem)
+            file.replace(path)
 
 
 @contextlib.contextmanager

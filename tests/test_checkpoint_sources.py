@@ -13,6 +13,7 @@ import torch
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from mmyolo_vis_hooks import checkpoint
 from mmyolo_vis_hooks.checkpoint import (
     load_checkpoint_safely,
     register_checkpoint_loaders,
@@ -31,7 +32,7 @@ def test_downloads_are_kept_by_their_whole_address(
 ) -> None:
     fetched: list[str] = []
 
-    def download(url: str, path: str, progress: bool = True) -> None:
+    def download(url: str, path: Path, show_progress: bool = False) -> None:
         fetched.append(url)
         torch.save({"state_dict": {"w": torch.tensor(float(len(fetched)))}}, path)
 
@@ -39,7 +40,7 @@ def test_downloads_are_kept_by_their_whole_address(
         return float(CheckpointLoader.load_checkpoint(url)["state_dict"]["w"])
 
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(checkpoint, "fetch", download)
     one, two = "https://host/exp1/best.pth", "https://host/exp2/best.pth?a=1"
     assert [loaded(url) for url in (one, two, one, two)] == [1, 2, 1, 2]
     assert fetched == [one, two]
@@ -70,11 +71,11 @@ def test_what_is_wrong_with_an_address_is_said_in_one_line(
         WHOLE,
     ]
 
-    def download(url: str, path: str, progress: bool = True) -> None:
+    def download(url: str, path: Path, show_progress: bool = False) -> None:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        Path(path).write_bytes(answer)
+        path.write_bytes(answer)
 
     def mistake(source: str) -> str:
         with pytest.raises(CheckpointError) as caught:
@@ -83,7 +84,7 @@ def test_what_is_wrong_with_an_address_is_said_in_one_line(
         return str(caught.value)
 
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(checkpoint, "fetch", download)
     url = "https://host/best.pth"
     for reason in ("web page", "truncated zip", "no route", "a space", "not in range"):
         message = mistake(url)

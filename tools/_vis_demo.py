@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -66,7 +65,6 @@ from mmyolo_vis_hooks.publish.window import why_no_window
 from mmyolo_vis_hooks.samples import SampleMaker, make_sample_maker
 
 OUT_DIR = "./output"
-_TIMEOUT = 60.0
 
 logger = logging.getLogger("mmyolo_vis_hooks")
 
@@ -110,9 +108,7 @@ def make_demo_parser(description: str, kind: type[Options]) -> argparse.Argument
 
 
 def run_demo(main: Callable[[], None]) -> None:
-    """Run a tool as :func:`run_tool` does, with less waiting and fewer words."""
-    # An address that never answers would hang for ever.
-    socket.setdefaulttimeout(_TIMEOUT)
+    """Run a tool as :func:`run_tool` does, with fewer words."""
     # What is loaded from where, as the log of a training says it.
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     run_tool(main)

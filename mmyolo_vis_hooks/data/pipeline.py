@@ -21,9 +21,9 @@ from urllib.parse import urlparse
 import cv2
 import numpy as np
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
-from mmengine.fileio import get_file_backend
 
 from ..errors import UnsupportedPipelineError, VisConfigError, VisError
+from ..fetch import fetch
 from .decoded import array_bgr, as_decoded, num_channels
 from .pictures import picture_of
 from .proof import compare_places
@@ -375,16 +375,13 @@ def _reading_here(step: Any) -> Any:
 @contextlib.contextmanager
 def _fetched(address: str) -> Iterator[str]:
     """A file, for a while, of what lies at an address."""
-    # Not mmengine's get(), which fails for an address in the query of another.
-    backend = get_file_backend("http://")
-    try:
-        content = backend.get(address)
-    except (OSError, HTTPException, ValueError) as error:
-        raise VisError(f"cannot read {address}: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
         # Some loaders look at the suffix.
         file = Path(folder, f"image{PurePath(urlparse(address).path).suffix}")
-        file.write_bytes(content)
+        try:
+            fetch(address, file)
+        except (OSError, HTTPException, ValueError) as error:
+            raise VisError(f"cannot read {address}: {error}") from error
         yield str(file)
 
 
