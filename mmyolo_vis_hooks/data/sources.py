@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-import mmcv
+import cv2
 import numpy as np
 
 from ..errors import VisError
@@ -80,7 +82,8 @@ class ImageSource:
                 if is_video:
                     try:
                         with _open_video(location) as video:
-                            count = max(1, len(video))
+                            frames = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+                            count = max(1, frames)  # of a broken one below zero
                     except ImageReadError:
                         # In a folder one bad file must not stop the others; it is
                         # met again, and reported, when its turn comes.
@@ -156,24 +159,42 @@ def _walk(folder: str, exclude: str | None) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def _open_video(location: str) -> mmcv.VideoReader:
-    video = mmcv.VideoReader(location, cache_capacity=1)
-    if not video.opened:
-        raise ImageReadError(f"{_printable(location)} is no video that OpenCV can open")
-    return video
+@contextlib.contextmanager
+def _open_video(location: str) -> Iterator[cv2.VideoCapture]:
+    path = _printable(location)  # a name that is no UTF-8 makes OpenCV crash
+    video = cv2.VideoCapture(path)
+    try:
+        if not video.isOpened():
+            raise ImageReadError(f"{path} is no video that OpenCV can open")
+        yield video
+    finally:
+        video.release()
 
 
 def _frames(entry: _Entry) -> Iterator[SourceImage]:
-    number = 0
-    reason = ImageReadError(f"{entry.title} holds no frame that can be decoded")
+    title, number, seconds = entry.title, 0, 0.0
     try:
         with _open_video(entry.location) as video:
-            for frame_bgr in video:
-                name = f"{entry.name}_{number:06d}"
-                title = f"{entry.title} frame {number}"
-                yield SourceImage(name, title, mmcv.bgr2rgb(frame_bgr))
+            # Not mmcv.VideoReader: it seeks at first, and loses the start of MPEG-1.
+            while (frame_bgr := video.read()[1]) is not None:
+                seconds = video.get(cv2.CAP_PROP_POS_MSEC) / 1000
+                yield SourceImage(
+                    f"{entry.name}_{number:06d}",
+                    f"{title} frame {number}",
+                    cv2.cvtColor(frame_bgr, cv2.COLOR_BGR2RGB),
+                )
                 number += 1
+            if not number:
+                raise ImageReadError(f"{title} holds no frame that can be decoded")
+            # In time, not in frames: their number is a guess where the rate varies.
+            rate = video.get(cv2.CAP_PROP_FPS) or math.inf
+            seconds = seconds or (number - 1) / rate  # not all frames have a time
+            promised = video.get(cv2.CAP_PROP_FRAME_COUNT) / rate
+            # A longer sound track promises a little too much.
+            if promised - seconds - 3 / rate > min(2, promised / 10):
+                raise ImageReadError(
+                    f"{title} ends with frame {number - 1}, after {seconds:.1f} of the "
+                    f"{promised:.1f} s that its header promises: it was cut short"
+                )
     except ImageReadError as error:
-        reason = error
-    if not number:
-        yield SourceImage(entry.name, entry.title, None, reason)
+        yield SourceImage(entry.name, title, None, error)

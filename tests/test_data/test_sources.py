@@ -148,17 +148,25 @@ def test_addresses():
     assert [image.content for image in images] == urls  # loaders read them
 
 
-CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
+CODECS = {".mp4": "mp4v", ".avi": "MJPG", ".mpg": "MPG2", ".wmv": "WMV2"}
 
 
-def write_video(path: Path, num_frames: int = NUM_FRAMES) -> Path:
+def write_video(
+    path: Path,
+    num_frames: int = NUM_FRAMES,
+    noise: int = 0,
+    size_hw: tuple[int, int] = (48, 64),
+) -> Path:
+    """Write frames that get brighter, and are harder to pack with noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     codec = cv2.VideoWriter_fourcc(*CODECS[path.suffix.lower()])
-    video = cv2.VideoWriter(str(path), codec, 10, (64, 48))
+    video = cv2.VideoWriter(str(path), codec, 10, size_hw[::-1])
     if not video.isOpened():
         pytest.skip(f"this OpenCV writes no {path.suffix}")
+    rng = np.random.default_rng(0)
     for i in range(num_frames):
-        video.write(picture(240 // num_frames * i, (48, 64)))
+        frame = picture((240 - noise) // num_frames * i, size_hw)
+        video.write(frame + rng.integers(0, noise + 1, frame.shape, np.uint8))
     video.release()
     return path
 
@@ -176,6 +184,13 @@ def test_frames_come_in_their_order(tmp_path, suffix):
     assert images[3].title == f"{path} frame 3"
     assert np.abs([level(im) - 20 * i for i, im in enumerate(images)]).max() <= 6
     assert images[0].content.shape == (48, 64, 3)
+
+
+def test_the_first_frames_of_mpeg_come_too(tmp_path):
+    """A seek to frame 0 leaves them out."""
+    path = write_video(tmp_path / "clip.mpg", 24, noise=120, size_hw=(96, 128))
+    levels = [level(image) - 60 for image in ImageSource([str(path)])]
+    assert levels == pytest.approx([5 * i for i in range(24)], abs=6)
 
 
 def test_videos_and_images_together(tmp_path):
@@ -200,6 +215,36 @@ def test_videos_and_images_together(tmp_path):
     assert not ImageSource([str(tmp_path / "a?b.mp4&c.png")]).has_videos
     with pytest.raises(ImageReadError, match=r"none\.mp4 is no video"):
         ImageSource([str(tmp_path / "none.mp4")])
+
+
+def cut(path: Path, share: float = 0.6) -> Path:
+    """Leave the first part of a file only, as an interrupted copy does."""
+    content = path.read_bytes()
+    path.write_bytes(content[: round(len(content) * share)])
+    return path
+
+
+def test_a_video_that_was_cut_short_says_where_it_ends(tmp_path):
+    path = cut(write_video(tmp_path / "clip.avi", noise=120))
+    *frames, last = ImageSource([str(path)])
+    assert 4 <= len(frames) < NUM_FRAMES
+    assert all(frame.content is not None for frame in frames)
+    assert last.content is None
+    until = f"ends with frame {len(frames) - 1}, after 0.{len(frames) - 1} of the 1.2 s"
+    assert str(last.error).startswith(f"{path} {until}")
+
+
+def test_the_header_of_a_cut_video_may_hold_nonsense(tmp_path):
+    path = cut(write_video(tmp_path / "clip.wmv", noise=120))
+    source = ImageSource([str(path)])
+    assert len(source) == 1  # the number in the header is far below zero
+    assert len(list(source)) > 1
+
+
+def test_a_video_whose_name_is_no_unicode_is_refused(tmp_path):
+    path = write_video(tmp_path / "clip.avi").rename(tmp_path / "cl\udcffip.avi")
+    with pytest.raises(ImageReadError, match=r"cl.ip\.avi is no video"):
+        ImageSource([str(path)])
 
 
 def test_frames_are_not_kept_alive(tmp_path):
