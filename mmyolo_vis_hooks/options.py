@@ -294,7 +294,9 @@ class DiagnosisOptions(_Shown):
         0.3, number("use 0 to 1"), "detections with a higher score count"
     )
     iou_thr: float = option(
-        0.5, number("use 0 to 1"), "from which IoU on an object of its class is hit"
+        0.5,
+        number("use more than 0 and at most 1", above_0=True),
+        "from which IoU on an object of its class is hit",
     )
     topk: int = option(
         10,

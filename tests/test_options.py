@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmyolo_vis_hooks import BoxAMVisHook, FeatMapVisHook
+from mmyolo_vis_hooks import BoxAMVisHook, ErrorVisHook, FeatMapVisHook
 from mmyolo_vis_hooks.declare import add_arguments, fields_of, options_from
 from mmyolo_vis_hooks.errors import VisConfigError
 from mmyolo_vis_hooks.options import (
@@ -94,10 +94,15 @@ BOXAM: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+# What hits any object of its class, wherever, says nothing.
+ERRORS: list[tuple[dict[str, Any], str]] = [(dict(iou_thr=0), "iou_thr=0.*more than 0")]
+
+
 @pytest.mark.parametrize(
     ("hook", "options", "message"),
     [(FeatMapVisHook, *case) for case in BOTH + FEATMAP]
-    + [(BoxAMVisHook, *case) for case in BOTH + BOXAM],
+    + [(BoxAMVisHook, *case) for case in BOTH + BOXAM]
+    + [(ErrorVisHook, *case) for case in ERRORS],
 )
 def test_a_value_that_cannot_work_is_refused(hook, options, message) -> None:
     with pytest.raises(VisConfigError, match=message):

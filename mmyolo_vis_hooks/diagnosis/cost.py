@@ -93,16 +93,18 @@ class ErrorCost:
             for label, box in zip(truth.labels, truth.boxes_xyxy)
         ]
         self._objects.update(groups[i] for i in np.flatnonzero(~truth.ignored))
-        for hit in matches.hits:
-            _, size = groups[hit.truth]
-            self._add(detections, hit.detection, size=size, correct=True)
         lost = set(matches.missed)
         best = _best_chances(matches, detections, lost)
+        became: dict[int, dict[str, Any]] = {}
+        for hit in matches.hits:
+            became[hit.detection] = dict(size=groups[hit.truth][1], correct=True)
         for alarm in matches.false_alarms:
             mended = None
             if alarm.truth is not None and best.get(alarm.truth) == alarm.detection:
                 mended = groups[alarm.truth]
-            self._add(detections, alarm.detection, kind=alarm.kind, mended=mended)
+            became[alarm.detection] = dict(kind=alarm.kind, mended=mended)
+        for index in sorted(became):  # AP depends on the order of equal scores
+            self._add(detections, index, **became[index])
         kinds = {own.truth: f"{MISSED}: {own.mechanism}" for own in missed}
         hopeless = lost - best.keys()
         self._hopeless.update((*groups[i], kinds.get(i, "")) for i in hopeless)

@@ -269,7 +269,7 @@ def _lies_on(
     )
     # CrowdHuman labels such regions -1.
     fits = same[:, ignored] | (truth.labels[ignored] < 0)
-    return ((share > iou_thr) & fits).any(axis=1)
+    return ((share >= iou_thr) & fits).any(axis=1)
 
 
 def _kind_of(

@@ -54,6 +54,8 @@ def test_on_a_crowd_of_its_class_a_detection_is_excused():
     assert found.excused == (0,)
     assert [alarm.kind for alarm in found.false_alarms] == ["background"]
     assert found.missed == ()
+    half = truth(((10, 10, 30, 50), 0, "ignored"))
+    assert match(detections((SQUARE, 0.9, 0)), half).excused == (0,)
 
 
 def test_on_an_ignored_region_of_no_class_all_are_excused():
@@ -125,6 +127,17 @@ def test_average_precision_by_hand():
     assert average_precision(points, 2) == pytest.approx((51 + 50 * 2 / 3) / 101)
     assert average_precision([], 1) == 0
     assert average_precision([(0.5, False)], 0) == 0
+
+
+def test_of_equal_scores_the_first_detection_counts_first():
+    """As COCO's evaluation has it; a hit is no better for being one."""
+    far = (60, 60, 90, 90)
+    objects = truth((SQUARE, 0))
+    for boxes, ap in (((SQUARE, far), 1.0), ((far, SQUARE), 0.5)):
+        found = detections(*((box, 0.5, 0) for box in boxes))
+        cost = ErrorCost()
+        cost.update(match(found, objects), found, objects)
+        assert cost.total().ap == pytest.approx(ap)
 
 
 def random_scenes(seed: int, share: float) -> list[tuple[Detections, GroundTruth]]:
