@@ -17,7 +17,9 @@ from ..network.settings import other_settings
 from ..records import Detections
 
 FLOOR = 0.05
-"""Candidates with a lower score count as none."""
+"""Candidates with a lower score count as none, where the threshold is no lower."""
+LEAST_FLOOR = 0.001
+"""Nor do any with a lower score than this: each cell of a head has some."""
 MOST_CANDIDATES = 3000
 
 

@@ -20,7 +20,7 @@ from ..options import DiagnosisOptions
 from ..records import Detections
 from ..render.panel import joined
 from ..samples import SampleMaker
-from .candidates import opened
+from .candidates import FLOOR, LEAST_FLOOR, opened
 from .contrast import ClassComparer, ClassContrast, Pair
 from .look import Look
 from .maps import ErrorMap, ErrorMapper
@@ -101,8 +101,11 @@ class Diagnoser(SampleMaker):
         self, final: Detections, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> Detections:
         """Boxes of all classes before threshold and NMS; else the final ones."""
-        with opened(self._detector) as was_closed:
-            return self._predict(inputs, metainfo) if was_closed else final
+        floor = min(FLOOR, max(LEAST_FLOOR, self._options.score_thr))
+        with opened(self._detector, floor=floor) as was_closed:
+            found = self._predict(inputs, metainfo) if was_closed else final
+        # Some heads compare before they multiply, by centerness or the like.
+        return found.take(found.scores > floor) if was_closed else final
 
     def explain(self, diagnosis: Diagnosis, look: Look) -> Diagnosis:
         """Add what speaks for each box; what cannot be explained is said in a note.

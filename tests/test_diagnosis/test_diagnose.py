@@ -24,7 +24,7 @@ from torch import nn
 from mmyolo_vis_hooks import diagnose, load
 from mmyolo_vis_hooks.data.alignment import PlacedImage
 from mmyolo_vis_hooks.data.detections import detections_of
-from mmyolo_vis_hooks.diagnosis.candidates import Closing, opened
+from mmyolo_vis_hooks.diagnosis.candidates import FLOOR, Closing, opened
 from mmyolo_vis_hooks.diagnosis.diagnose import Diagnoser
 from mmyolo_vis_hooks.diagnosis.result import Diagnosis
 from mmyolo_vis_hooks.errors import VisConfigError, VisError
@@ -149,6 +149,16 @@ def test_the_mechanism_follows_the_threshold():
     assert repr(found) == "Diagnosis(image: 1 found, 0 missed, 0 false)"
 
 
+def test_above_a_low_threshold_there_are_candidates_too():
+    behind, dim = (10, 22, 50, 62), (70, 70, 90, 90)
+    rows = (SQUARE, 0.04, 0.0), (behind, 0.03, 0.0), (dim, 0.0005, 0.0)
+    objects = (SQUARE, 0), (behind, 0)
+    found = look(Scripted(*rows, nms=0.5, score_thr=0.0), *objects, score_thr=0.01)
+    assert found.missed[0].why == "0.03 for 'dog', suppressed by 'dog' 0.04, IoU 0.54"
+    found = look(Scripted(*rows, score_thr=0.0), *objects, score_thr=0.0)
+    assert len(found.candidates) == 2  # each cell of a head has some score
+
+
 def test_false_positives_say_what_they_should_have_found():
     rows = (
         (SQUARE, 0.9, 0.0),
@@ -210,6 +220,16 @@ def test_an_opened_detector_tells_more_and_closes_again(name):
         _, own = closing.keep(candidates, iou_thr=0.3)
         # Heads cut boxes off at the image's edge after NMS: one may differ.
         assert len(rows_of(own, closing.score_thr) ^ fewer) <= 2
+
+
+def test_a_head_that_multiplies_after_its_threshold_gives_no_weaker_candidates():
+    family = build_family("fcos")
+    options, logger = DiagnosisOptions(topk=0), logging.getLogger("test")
+    diagnoser = Diagnoser(family.detector, options, (), logger)
+    metainfo = family.data_samples[0].metainfo
+    found = diagnoser.candidates(Detections(), family.inputs, metainfo)
+    assert len(found) > 1000
+    assert found.scores.min() > FLOOR
 
 
 def set_nms(iou_thr: float, settings: ConfigDict) -> None:
