@@ -195,7 +195,7 @@ def make_image_id(img_id: Any, img_path: Any, index: int) -> str:
         for part in (img_id, img_path and PurePath(img_path).stem)
         if part not in (None, "")
     ]
-    name = "_".join(parts) or str(index)
+    name = "_".join(dict.fromkeys(parts)) or str(index)
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:_MAX_ID_LENGTH]
     if safe != name:
         safe += "-" + hashlib.sha1(name.encode()).hexdigest()[:8]

@@ -91,6 +91,8 @@ def test_wrappers_lead_to_the_dataset_that_loads_the_image(root, tmp_path_factor
 def test_image_ids_are_safe_and_unique():
     assert make_image_id(139, "a/000000000139.jpg", 0) == "139_000000000139"
     assert make_image_id(None, None, 7) == "7"
+    # As VOC, OpenImages and CrowdHuman name theirs.
+    assert make_image_id("000139", "a/000139.jpg", 0) == "000139"
     strange = [
         make_image_id(0, f"a/{name}.jpg", 0) for name in ("ü/ö", "x y", "x?y", "x.y")
     ]
