@@ -173,7 +173,14 @@ class BaseVisHook(Hook):
 
     def _prepare_loop(self, runner: Runner, mode: str, loop: BaseLoop) -> VisLoop:
         dataset = dataset_of(loop)
-        names, palette = classes_and_palette(getattr(dataset, "metainfo", None) or {})
+        metainfo = getattr(dataset, "metainfo", None) or {}
+        if isinstance(metainfo, list):
+            runner.logger.warning(
+                f"{self.name}: the data sets of the {mode} loop have different "
+                "classes, so numbers stand for their names"
+            )
+            metainfo = {}
+        names, palette = classes_and_palette(metainfo)
         state = VisLoop(
             mode,
             loop,
@@ -250,6 +257,11 @@ class BaseVisHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Note that validations are the training's from now on."""
         self._training = True
+        if self.run_options.draw and "val" not in self._loops:
+            runner.logger.warning(
+                f"{self.name}: nothing is drawn in this training, since it has no "
+                "validation; set val_dataloader, val_evaluator and val_cfg"
+            )
 
     def _before_epoch(self, runner: Runner, mode: str = "train") -> None:
         state = self._loops.get(mode)

@@ -174,6 +174,27 @@ def test_repeated_and_concatenated_datasets(tmp_path, toy_data, hook, alignment)
     assert len(pictures(tmp_path)) == 6
 
 
+@both_hooks
+def test_data_sets_of_different_classes(tmp_path, toy_data, hook):
+    cfg = CONFIGS[hook](tmp_path, [hook(num_images=-1)], data_root=toy_data)
+    inner = dict(cfg.val_dataloader.dataset, indices=[1, 2])
+    other = dict(inner, indices=[0], metainfo=dict(classes=("lamp",)))
+    joined = dict(type="mmdet.ConcatDataset", datasets=[inner, other])
+    cfg.test_dataloader.dataset, cfg.test_evaluator = joined, []
+    after_test(cfg)
+    assert len(pictures(tmp_path)) == 3
+    assert "have different classes, so numbers stand" in log_of(tmp_path)
+
+
+def test_a_training_without_validation_says_that_nothing_is_drawn(tmp_path, toy_data):
+    none = dict(val_dataloader=None, val_cfg=None, val_evaluator=None)
+    hooks = [spy(), spy(draw=False, name="off")]
+    cfg = toy_config(tmp_path, hooks, data_root=toy_data, max_epochs=1, **none)
+    Runner.from_cfg(cfg).train()
+    assert "featmap: nothing is drawn in this training" in log_of(tmp_path)
+    assert "off: nothing" not in log_of(tmp_path)
+
+
 def test_override_runs_the_loop_on_the_resize_only_pipeline(tmp_path, toy_data):
     hook = spy(override_loop_pipeline=True, target_layers=["brightness"])
     runner = after_test(toy_config(tmp_path, [hook], data_root=toy_data, batch_size=1))
