@@ -114,7 +114,10 @@ _Options = TypeVar("_Options", bound=Options)
 
 
 def read_options(
-    owner: str, given: Mapping[str, Any], *kinds: type[_Options]
+    owner: str,
+    given: Mapping[str, Any],
+    *kinds: type[_Options],
+    offered: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """Check options that a user gave by keyword; give one of each kind.
 
@@ -122,6 +125,8 @@ def read_options(
         owner (str): Who takes them, for the messages: ``'BoxAMVisHook'``.
         given (Mapping): Names and values.
         *kinds (type): Kinds of options that the owner has.
+        offered (Sequence[str]): Those that the message of an unknown one offers.
+            Defaults to all of the kinds.
 
     Raises:
         UnknownOptionError: If none of the kinds has an option of a name.
@@ -135,7 +140,8 @@ def read_options(
                 f"{owner} has no option {name!r} any more: {ENDED[name]}"
             )
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1) or known
+            shown = offered or known
+            near = difflib.get_close_matches(name, shown, n=1) or shown
             raise UnknownOptionError(
                 f"{owner} has no option {name!r}; use {', '.join(near)}"
             )

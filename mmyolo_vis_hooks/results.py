@@ -169,7 +169,8 @@ class _Result(Sequence):
         Raises:
             VisConfigError: If an option cannot work, or would need another look.
         """
-        read_options(f"{type(self).__name__}.draw", options, type(self.options))
+        owner, kind = f"{type(self).__name__}.draw", type(self.options)
+        read_options(owner, options, kind, offered=self._drawing)
         other = sorted(set(options) - set(self._drawing))
         if other:
             raise VisConfigError(

@@ -153,6 +153,10 @@ def test_a_result_is_drawn_again_in_another_way(detector, photo) -> None:
         result.draw(method="odam")
     with pytest.raises(VisConfigError, match="no option 'scop'; use scope"):
         result.draw(scop="box")
+    with pytest.raises(VisConfigError, match="no option 'foo'") as unknown:
+        result.draw(foo=1)
+    assert "scope" in str(unknown.value)
+    assert "method" not in str(unknown.value)
     with pytest.raises(VisConfigError, match="scope='boxes'"):
         result.draw(scope="boxes")
     maps = feature_maps(detector, photo, layers=LAYER)
