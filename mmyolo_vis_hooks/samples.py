@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from logging import Logger
 from typing import Any
 
@@ -27,6 +28,8 @@ from .network.state import frozen, is_compiled, preserve_rng_state
 from .options import BoxAMOptions, FeatMapOptions
 from .records import BoxSample, Detections, Look, VisSample
 
+_SAME_PX = 0.1
+
 
 class SampleMaker:
     """Turns images into records of feature maps.
@@ -34,6 +37,7 @@ class SampleMaker:
     Args:
         detector (nn.Module): The detector, without wrappers.
         layers (Mapping[str, nn.Module]): Path and module of each layer.
+        logger (Logger): Told what a user should know.
         channels (Sequence[int], optional): Which channels a picture of the network's
             input shows.
     """
@@ -43,11 +47,14 @@ class SampleMaker:
         detector: nn.Module,
         layers: Mapping[str, nn.Module],
         *,
+        logger: Logger,
         channels: Sequence[int] | None = None,
     ) -> None:
         self._recorder = LayerRecorder(detector, layers)
         self._detector = detector
+        self._logger = logger
         self._channels = channels
+        self._keeps_padding: bool | None = None
 
     @property
     def recorder(self) -> LayerRecorder:
@@ -98,14 +105,14 @@ class SampleMaker:
             VisError: If the recording failed.
         """
         inputs, metainfo = record.given(position)
-        asked = _asked(image.placement, metainfo)
+        asked = self._asked(image.placement, inputs, metainfo)
         if is_compiled(self._detector):
             record, position = self._again(inputs, metainfo)[0], 0
         if asked is not metainfo:
             output = self._again(inputs, asked)[1]
         activations = record.activations(position)
         image_rgb, note, frame = self._picture(image, inputs, metainfo)
-        found = on_picture(detections_of(output), image.placement, metainfo)
+        found = on_picture(detections_of(output), image.placement, asked)
         return VisSample(
             image.image_id, image_rgb, frame, found, activations, note=note
         )
@@ -119,6 +126,40 @@ class SampleMaker:
         ):
             (output,) = prediction_of(self._detector, inputs, metainfo)()
         return record, output
+
+    def _asked(
+        self, placement: Placement, inputs: torch.Tensor, metainfo: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Metainfo that says where the detector's boxes lie in its input."""
+        if placement.alignment == "network" and not leads_there(placement, metainfo):
+            return _in_input(metainfo)
+        padding = metainfo.get("pad_param")
+        if placement.alignment == "resize" or padding is None or not np.any(padding):
+            return metainfo
+        if self._keeps_padding is None:
+            frame = FrameTransform.from_metainfo(metainfo)
+            own, in_input = (
+                detections_of(self._again(inputs, given)[1]).boxes_xyxy
+                for given in (metainfo, _in_input(metainfo))
+            )
+            if not len(own):
+                return metainfo
+            shown = replace(frame, offset_xy=(0.0, 0.0)).boxes_to_network(own)
+            self._keeps_padding = shown.shape == in_input.shape and np.allclose(
+                shown, in_input, atol=_SAME_PX
+            )
+            if self._keeps_padding:
+                left, top = frame.offset_xy
+                self._logger.warning(
+                    f"the boxes of {type(self._detector).__name__} count from the edge "
+                    f"of the padding: where they are evaluated, and in pictures of the "
+                    f"image, they lie beside the objects, here by {left:g}, {top:g} "
+                    "pixels of the network's input; use mmdet.Resize and mmdet.Pad in "
+                    "the test pipeline, not mmyolo.LetterResize"
+                )
+        if not self._keeps_padding:
+            return metainfo
+        return {**metainfo, "pad_param": np.zeros_like(np.asarray(padding))}
 
     def _picture(
         self, image: PlacedImage, inputs: torch.Tensor, metainfo: Mapping[str, Any]
@@ -147,7 +188,7 @@ class BoxSampleMaker(SampleMaker):
     Args:
         detector (nn.Module): The detector, without wrappers.
         attributor (BoxAttributor): Explains the detections.
-        channels (Sequence[int], optional): As of :class:`SampleMaker`.
+        logger, channels: As of :class:`SampleMaker`.
     """
 
     def __init__(
@@ -155,9 +196,10 @@ class BoxSampleMaker(SampleMaker):
         detector: nn.Module,
         attributor: BoxAttributor,
         *,
+        logger: Logger,
         channels: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(detector, {}, channels=channels)
+        super().__init__(detector, {}, logger=logger, channels=channels)
         self._attributor = attributor
 
     def prepare(self, image: PlacedImage) -> None:
@@ -183,11 +225,11 @@ class BoxSampleMaker(SampleMaker):
     def _explained(
         self, image: PlacedImage, inputs: torch.Tensor, metainfo: Mapping[str, Any]
     ) -> BoxSample:
-        asked = _asked(image.placement, metainfo)
+        asked = self._asked(image.placement, inputs, metainfo)
         # Autocast of the loop would round gradients away.
         with torch.autocast(inputs.device.type, enabled=False):
             predictions, explanations = self._attributor.explain(inputs, asked)
-        found = on_picture(detections_of(predictions), image.placement, metainfo)
+        found = on_picture(detections_of(predictions), image.placement, asked)
         image_rgb, note, frame = self._picture(image, inputs, metainfo)
         look = Look(inputs, asked, predictions, in_original=asked is metainfo)
         return BoxSample(
@@ -209,19 +251,16 @@ def leads_there(placement: Placement, metainfo: Mapping[str, Any]) -> bool:
 def on_picture(
     detections: Detections, placement: Placement, metainfo: Mapping[str, Any]
 ) -> Detections:
-    """Detections of the original frame, or of the input's where nothing leads there."""
-    on_image = placement.alignment != "network" or not leads_there(placement, metainfo)
-    if on_image or not len(detections):
+    """What lies in the original frame, of metainfo, in that of the picture."""
+    if placement.alignment != "network" or not len(detections):
         return detections
     frame = FrameTransform.from_metainfo(metainfo)
     boxes = frame.boxes_to_network(detections.boxes_xyxy)
     return Detections(boxes, detections.scores, detections.labels)
 
 
-def _asked(placement: Placement, metainfo: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Metainfo with which a detector leaves boxes where they can be drawn."""
-    if placement.alignment != "network" or leads_there(placement, metainfo):
-        return metainfo
+def _in_input(metainfo: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Metainfo with which a detector leaves boxes in its input."""
     # ``img_shape`` stays, which says how much of the input is image.
     changed = {
         **metainfo,
@@ -257,7 +296,7 @@ def make_sample_maker(
     channels = options.image_channels
     if isinstance(options, FeatMapOptions):
         layers = resolve_layers(detector, options.target_layers)
-        return SampleMaker(detector, layers, channels=channels)
+        return SampleMaker(detector, layers, logger=logger, channels=channels)
     attributor = BoxAttributor(
         detector,
         options,
@@ -265,7 +304,7 @@ def make_sample_maker(
         logger=logger,
         show_progress=show_progress,
     )
-    return BoxSampleMaker(detector, attributor, channels=channels)
+    return BoxSampleMaker(detector, attributor, logger=logger, channels=channels)
 
 
 @contextlib.contextmanager

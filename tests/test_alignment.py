@@ -7,6 +7,7 @@ bright square that was painted into the image.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -102,23 +103,28 @@ class Levels(nn.Module):
 
 
 class Brightness(BaseModel):
-    """Finds the box that it is told, in the frame of the original image."""
+    """Finds the square in what it sees, and takes padding off its place or does not."""
+
+    takes_off = True
 
     def __init__(self, data_preprocessor: nn.Module, strides: tuple[int, ...]) -> None:
         super().__init__(data_preprocessor=data_preprocessor)
         self.backbone = nn.Identity()
         self.neck = Levels(strides)
-        self.box_xyxy: tuple[int, ...] = (0, 0, 0, 0)
 
     def forward(self, inputs: Any, data_samples: Any = None, mode: str = "tensor"):
         assert mode == "predict"
         self.neck(self.backbone(inputs))
-        for sample in data_samples:
-            sample.pred_instances = InstanceData(
-                bboxes=torch.tensor([self.box_xyxy], dtype=torch.float32),
-                scores=torch.tensor([0.9]),
-                labels=torch.tensor([0]),
-            )
+        (image,), (sample,) = inputs.numpy().transpose(0, 2, 3, 1), data_samples
+        box_xyxy = bright_box(255 * (image - image.min()) / np.ptp(image))
+        if self.takes_off and "pad_param" in sample:
+            box_xyxy -= np.tile(sample.pad_param[[2, 0]], 2)
+        box_xyxy /= np.array(sample.scale_factor * 2)
+        sample.pred_instances = InstanceData(
+            bboxes=torch.tensor(box_xyxy[None], dtype=torch.float32),
+            scores=torch.tensor([0.9]),
+            labels=torch.tensor([0]),
+        )
         return data_samples
 
 
@@ -153,8 +159,9 @@ class Drawn:
 def draw(config: Config, scene: Scene, alignment: str) -> Drawn:
     """Run the network on a scene as the programs do."""
     detector = make_detector(config)
-    detector.box_xyxy = scene.box_xyxy
-    maker = SampleMaker(detector, resolve_layers(detector, ["neck"]))
+    maker = SampleMaker(
+        detector, resolve_layers(detector, ["neck"]), logger=logging.getLogger()
+    )
     dataset = read_dataset(config)
     pipeline = build_pipeline(config, dataset)
     loaded = pipeline.load(scene.image_bgr()[..., ::-1], img_path="x.png")
@@ -328,6 +335,21 @@ def test_a_picture_of_another_size_than_was_packed_is_refused():
     loaded.results["ori_shape"] = (640, 800)
     with pytest.raises(VisConfigError, match="'ori_shape' says 640x800"):
         choose_alignment("letterbox", pipeline, [loaded], make_detector(config))
+
+
+@pytest.mark.parametrize("takes_off", [True, False])
+def test_boxes_lie_on_the_square_whatever_a_head_does_about_padding(
+    takes_off, caplog, monkeypatch
+):
+    """Heads of MMDetection know nothing of MMYOLO's ``pad_param``."""
+    monkeypatch.setattr(Brightness, "takes_off", takes_off)
+    for scene in SCENES:
+        caplog.clear()
+        drawn = draw(family_config("yolov8"), scene, "network")
+        (box_xyxy,) = drawn.sample.detections.boxes_xyxy
+        assert np.abs(box_xyxy - drawn.box_xyxy).max() <= 0.1
+        said = "boxes of Brightness count from the edge of the padding" in caplog.text
+        assert said is not takes_off
 
 
 def test_an_image_that_cannot_be_read_is_no_trouble_of_the_alignment():
