@@ -210,12 +210,14 @@ def cells_per_pixel(
 ) -> tuple[float, float]:
     """Size of a network pixel in cells of a feature map, per axis.
 
-    Strided convolutions round up: 1333 pixels at stride 32 give 42 cells, which
-    cover 1344 pixels. Where both axes fit one power-of-two stride, that stride
-    is the truth; elsewhere the map is taken to cover the input exactly.
+    Padded convolutions round up: 1333 pixels at stride 32 give 42 cells, which
+    cover 1344 pixels. Those without padding round down, and leave the last pixels
+    out. Where both axes fit one power-of-two stride, that stride is the truth;
+    elsewhere the map is taken to cover the input exactly.
     """
     stride = 2 ** max(0, round(math.log2(network_hw[1] / map_hw[1])))
-    if all(math.ceil(n / stride) == m for n, m in zip(network_hw, map_hw)):
+    sizes = zip(network_hw, map_hw)
+    if all(n // stride <= m <= math.ceil(n / stride) for n, m in sizes):
         return 1.0 / stride, 1.0 / stride
     return map_hw[0] / network_hw[0], map_hw[1] / network_hw[1]
 

@@ -24,6 +24,7 @@ def random_maps(*shape: int, seed: int = 0) -> torch.Tensor:
     [
         ((25, 42), (800, 1333), (1 / 32, 1 / 32)),
         ((13, 13), (100, 100), (1 / 8, 1 / 8)),
+        ((41, 62), (333, 500), (1 / 8, 1 / 8)),
         # No power of two gives 10 cells from 100 pixels: they divide it evenly.
         ((10, 10), (100, 100), (0.1, 0.1)),
         ((100, 100), (50, 50), (2.0, 2.0)),
@@ -36,7 +37,7 @@ def test_cells_per_pixel(map_hw, network_hw, expected):
 class TestResample:
     @pytest.mark.parametrize(
         ("map_hw", "network_hw", "image_hw"),
-        [((13, 17), (13, 17), (33, 50)), ((12, 16), (100, 133), (7, 9))],
+        [((13, 17), (13, 17), (33, 50)), ((10, 16), (100, 133), (7, 9))],
     )
     def test_stretched_equals_interpolate(self, map_hw, network_hw, image_hw):
         maps = random_maps(2, *map_hw)
@@ -53,6 +54,18 @@ class TestResample:
         frame = FrameTransform((32, 64), (64, 64), (1.0, 1.0), (0.0, 16.0))
         expected = upsampled(maps, (64, 64))[:, 16:48]
         torch.testing.assert_close(frame.resample(maps), expected)
+
+    def test_a_map_that_leaves_the_last_pixels_out(self):
+        image = torch.zeros(1, 1, 93, 125)
+        image[..., 56:64, 104:112] = 1
+        maps = F.avg_pool2d(image, 8)[0]
+        found = FrameTransform.identity((93, 125)).resample(maps)[0]
+        assert found.shape == (93, 125)
+        rows, columns = (found == found.max()).nonzero(as_tuple=True)
+        assert (float(rows.float().mean()), float(columns.float().mean())) == (
+            59.5,
+            107.5,
+        )
 
     def test_input_that_is_no_multiple_of_the_stride(self):
         # 100 pixels at stride 8 give 13 cells, which cover 104 pixels.

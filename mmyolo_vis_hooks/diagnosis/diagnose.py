@@ -46,7 +46,7 @@ class Diagnoser(SampleMaker):
         class_names: Sequence[str],
         logger: Logger,
     ) -> None:
-        super().__init__(detector, {})
+        super().__init__(detector, {}, logger=logger)
         self._options = options
         self._names = tuple(class_names)
         if options.topk:
