@@ -355,7 +355,7 @@ def test_train_then_test_in_one_runner(tmp_path, toy_data):
     runner.train()
     runner.test()
     runner.val()
-    trials = 2  # of the validation's data, and the test's
+    trials = 2 * 3  # of the validation's data, and the test's, with their padding
     assert runner.model.num_forwards == trials + 2 * (3 + 3) + 3 + 3
     # The validation after the training does not overwrite that of its second epoch.
     assert sorted(pictures(tmp_path)) == names_of(
