@@ -185,20 +185,24 @@ def test_a_layer_without_influence_says_where_the_box_was_made(
     assert len(set(lines)) == len(blank)
 
 
+@pytest.mark.parametrize("layers", [None, "neck"])
 @pytest.mark.parametrize("target", ["score", "logit"])
 def test_a_saturated_box_says_so_and_the_others_have_maps(
-    tmp_path, toy_data, photo, target
+    tmp_path, toy_data, photo, target, layers
 ) -> None:
     own = box_detector(tmp_path, toy_data)
     # Only bright places are certain to the last digit of a float32.
     nn.init.constant_(own.bbox_head.cls[0].bias, 15.0)
     own.bbox_head.test_cfg["max_per_img"] = 40
-    result = explain(own, photo, target=target, topk=-1, score_thr=0.2)
+    how = dict(target=target, layers=layers, score_thr=0.2)
+    result = explain(own, photo, topk=-1, **how)
     saturated = [box for box in result if box.score == 1]
     assert 0 < len(saturated) < len(result)
     for box in result:
         assert ("saturated" in box.note) == (box.score == 1)
     assert any(box.raw_maps for box in result)
+    (best,) = explain(own, photo, topk=1, **how)
+    assert "saturated" in best.note
 
 
 @pytest.mark.parametrize(

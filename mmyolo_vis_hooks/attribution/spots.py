@@ -32,6 +32,16 @@ _WINDOWS_AT_ONCE = 32
 # TF32 keeps ten bits. A head that looks at something else than windows is far off.
 _WINDOW_TOLERANCE = 1e-2
 
+_NO_SLOPE = {
+    **dict.fromkeys(BOX_SIDES, "the box is cut off there, at the border of the image"),
+    **dict.fromkeys(
+        ("score", "logit", "objectness"),
+        "the score is saturated, 1 or 0 to the last digit",
+    ),
+    "mask": "its mask is empty",
+}
+"""Why a target has no gradient."""
+
 
 def tapped_views(graph: PredictionGraph, taps: Iterable[OutputKey]) -> list[View]:
     """All maps in tapped tensors.
@@ -283,14 +293,9 @@ def why_blank(
             f"nothing at {silent} speaks for this {target}: all weighted "
             "activations are negative or zero"
         )
-    if not case.scalars.requires_grad:
-        return f"the {target} does not depend on what the network computes"
-    if not named:
-        reason = "the score is saturated, 1 or 0 to the last digit"
-        if target in BOX_SIDES:
-            reason = "the box is cut off there, at the border of the image"
-        elif target == "mask":
-            reason = "its mask is empty"
+    nowhere = case.anchors is not None and not case.anchors[k].entries
+    if nowhere or not named or not case.scalars.requires_grad:
+        reason = _NO_SLOPE.get(target, "it depends on nothing that the network gives")
         return f"the {target} cannot be differentiated here: {reason}"
     made_at = [s.view.title for s in influences(case, k, list(case.graph.taps))]
     where = f"; it was made at {', '.join(made_at)}" if made_at else ""

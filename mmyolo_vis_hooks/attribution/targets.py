@@ -159,7 +159,13 @@ def logit(boxes: ChosenBoxes) -> torch.Tensor:
     "objectness", summary="the raw objectness or centerness there", compares=True
 )
 def objectness(boxes: ChosenBoxes) -> torch.Tensor:
-    return boxes.raw_means(list(map(objectness_logits, boxes.anchors)))
+    places = list(map(objectness_logits, boxes.anchors))
+    if not any(places) and any(anchor.entries for anchor in boxes.anchors):
+        raise VisConfigError(
+            "target='objectness' cannot work: the scores of this detector depend on "
+            "class scores only, or it is saturated; use target='score' or 'logit'"
+        )
+    return boxes.raw_means(places)
 
 
 def _side(column: int, boxes: ChosenBoxes) -> torch.Tensor:
@@ -215,19 +221,13 @@ def class_logits(anchor: Anchor, label: int | None = None) -> list[RawPlace]:
 
 
 def objectness_logits(anchor: Anchor) -> list[RawPlace]:
-    """Places of the raw objectness or centerness of a detection."""
+    """Places of the raw objectness or centerness of a detection; none if saturated."""
     own = {entries.key for entries in _class_entries(anchor)}
-    places = [
+    return [
         (entries.key, tuple(entries.places[0].tolist()))
         for entries in anchor.entries
         if entries.key not in own and len(entries.places) == 1
     ]
-    if not places and anchor.entries:
-        raise VisConfigError(
-            "target='objectness' cannot work: the scores of this detector depend on "
-            "class scores only; use target='score' or 'logit'"
-        )
-    return places
 
 
 def _class_entries(anchor: Anchor) -> Sequence[RawEntries]:

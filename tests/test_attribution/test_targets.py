@@ -13,6 +13,7 @@ from mmyolo_vis_hooks.attribution.scoring import score_link
 from mmyolo_vis_hooks.attribution.targets import (
     ChosenBoxes,
     class_logits,
+    objectness,
     objectness_logits,
 )
 from mmyolo_vis_hooks.errors import VisError
@@ -73,6 +74,20 @@ def test_a_saturated_score_has_an_anchor_without_entries(raw):
     assert all(anchor.entries for anchor in anchors[:-1])
     assert class_logits(anchors[-1]) == []
     assert objectness_logits(anchors[-1]) == []
+
+
+def test_a_saturated_objectness_leaves_the_others_theirs(raw):
+    with torch.no_grad():
+        raw[OBJ][0, 0, 1, 3] = 200
+    predictions = InstanceData(
+        scores=scores_at(raw, PLACES), labels=torch.tensor([2, 0, 1, 2])
+    )
+    graph = PredictionGraph(
+        torch.zeros(1, 3, 32, 40), head_outputs=raw, predictions=predictions
+    )
+    found = objectness(ChosenBoxes(graph, [0, 1, 2, 3], "Detector"))
+    own = [raw[OBJ][0, 0, row, column] for _, row, column in PLACES[1:]]
+    assert torch.equal(found, torch.stack([torch.tensor(0.0), *own]))
 
 
 def softmax_anchor(num_stages: int) -> tuple[dict, Anchor, float]:
