@@ -6,7 +6,7 @@ if [ $# -lt 2 ]; then
     echo "usage: $0 CONFIG GPUS [options of train.py]" >&2
     exit 2
 fi
-here="$(cd "$(dirname "$0")" && pwd)"
+here="$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)"
 config="$1" gpus="$2"
 PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" \
     -m torch.distributed.run \

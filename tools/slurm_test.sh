@@ -7,6 +7,6 @@ if [ $# -lt 4 ]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]" >&2
     exit 2
 fi
-here="$(cd "$(dirname "$0")" && pwd)"
+here="$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)"
 . "$here/_slurm.sh"
 run_in_slurm "$1" "$2" "$here/test.py" "$3" "$4" "${@:5}"

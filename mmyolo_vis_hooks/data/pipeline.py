@@ -381,7 +381,8 @@ def _fetched(address: str) -> Iterator[str]:
         try:
             fetch(address, file)
         except (OSError, HTTPException, ValueError) as error:
-            raise VisError(f"cannot read {address}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise VisError(f"cannot read {address}: {reason}") from error
         yield str(file)
 
 

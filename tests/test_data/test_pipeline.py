@@ -263,6 +263,11 @@ def test_local_files_do_not_come_from_the_storage_of_the_data_set(tmp_path):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlparse(self.path).path
+        if path == "/loop.png":
+            self.send_response(302)
+            self.send_header("Location", path)
+            self.end_headers()
+            return
         if path == "/gone.png":
             self.send_error(404)
             return
@@ -304,6 +309,7 @@ def test_addresses_are_read_as_files_are(address, storage):
             assert results["img_path"] == image
     for url, message in {
         f"{address}/gone.png": "cannot read .*404",
+        f"{address}/loop.png": "^cannot read .*redirect.* Found$",
         f"{address}/page.png": "is no image that LoadImageFromFile can read",
         "http://127.0.0.1:1/a.png": "cannot read .*refused",
         "http://example.org/a b.png": "cannot read .*control characters",

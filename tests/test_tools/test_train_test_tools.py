@@ -309,6 +309,16 @@ def test_shell_scripts_start_a_process_per_gpu():
         assert "usage:" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["dist_train.sh", "slurm_test.sh"])
+def test_shell_scripts_find_their_folder_where_cd_prints_it(script, srun):
+    """As it does of a relative folder that it found through CDPATH."""
+    env = {**os.environ, "CDPATH": ".", "PYTHON": "echo", "GPUS": "1"}
+    command = ["bash", f"{TOOLS.name}/{script}", "a", "b", "c", "d"]
+    run = partial(subprocess.run, capture_output=True, text=True, cwd=TOOLS.parent)
+    words = run(command, env=env).stdout.split()
+    assert {str(TOOLS / "train.py"), str(TOOLS / "test.py")} & {*words}
+
+
 SRUN = """#!{python}
 import os, subprocess, sys
 print(*sys.argv[1:])
