@@ -349,7 +349,8 @@ def _draw(
     boxes = _boxes(look, diagnosis, spot, own)
     picture = draw_boxes(picture, resized_labels(boxes, image_hw, size_hw))
     if spot.point_xy is not None:
-        x, y = (round(v * size_hw[0] / image_hw[0]) for v in spot.point_xy)
+        x, y = spot.point_xy
+        x, y = round(x * size_hw[1] / image_hw[1]), round(y * size_hw[0] / image_hw[0])
         for radius, ink in ((9, (0, 0, 0)), (7, COLORS["candidate"])):
             cv2.circle(picture, (x, y), radius, ink, 2, cv2.LINE_AA)
     return picture

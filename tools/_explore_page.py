@@ -232,9 +232,10 @@ class Page:
 
     def click(self, event: gr.SelectData, spot: Spot, *controls: Any) -> list[Any]:
         image_hw = self._views[0].look(spot.image).image_rgb.shape[:2]
-        scale = image_hw[0] / drawn_hw(image_hw)[0]
+        drawn_h, drawn_w = drawn_hw(image_hw)
         x, y = event.index
-        spot = replace(spot, point_xy=(x * scale, y * scale))
+        point = x * image_hw[1] / drawn_w, y * image_hw[0] / drawn_h
+        spot = replace(spot, point_xy=point)
         return self.choose_again(spot, *controls)
 
     def choose(self, which: int) -> Any:

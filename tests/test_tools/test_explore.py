@@ -18,7 +18,13 @@ from mmdet.models import CSPDarknet
 
 import explore
 from tests.test_publish.browser import Browser
-from tests.test_tools.helpers import NAMES, PHOTO, WEIGHTS, photo_settings
+from tests.test_tools.helpers import (
+    NAMES,
+    PHOTO,
+    WEIGHTS,
+    photo_settings,
+    write_small,
+)
 from tests.test_tools.helpers import NANO as CONFIG
 
 CAT, TABLE, CUP, SPOON = (250, 200), (640, 380), (850, 100), (1000, 290)
@@ -326,6 +332,21 @@ def test_of_files_no_box_is_right_or_wrong(gradio, chromium, tmp_path):
     assert live.browser.texts(".key") == ["detection", "chosen candidate"]
     check(live)
     live.page.close()
+
+
+def test_a_click_on_a_panorama_is_where_it_was_clicked(gradio, tmp_path, monkeypatch):
+    """Its sides are scaled by 3.636 and 3.623, since a picture has whole pixels."""
+    from _explore import Spot
+    from _explore_page import DECIDED, Page
+
+    write_small(tmp_path / "wide.png", hw=(500, 4000))
+    line = ["explore", CONFIG, WEIGHTS, tmp_path / "wide.png", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*map(str, line)])
+    args = explore.parse_args()
+    page = Page(args, *explore.open_views(args))
+    controls = 0.3, 0.65, "boxam", "score", DECIDED, -1
+    spot, *_ = page.click(SimpleNamespace(index=(1000, 100)), Spot(), *controls)
+    assert spot.point_xy == pytest.approx((1000 * 4000 / 1100, 100 * 500 / 138))
 
 
 def test_a_picture_that_is_shown_again_stays_whole(gradio):
