@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
+from mmengine.fileio import load
 from mmengine.registry import DATASETS, DefaultScope
 
 from _common import ToolError
@@ -21,8 +24,9 @@ from mmyolo_vis_hooks.data.alignment import (
     first_loaded,
     own_placement,
 )
+from mmyolo_vis_hooks.data.detections import class_names_of
 from mmyolo_vis_hooks.data.pipeline import ImagePipeline
-from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage
+from mmyolo_vis_hooks.data.selector import ImageSelector, SelectedImage, leaf_datasets
 from mmyolo_vis_hooks.detector import (
     build_detector,
     check_device,
@@ -30,6 +34,8 @@ from mmyolo_vis_hooks.detector import (
     load_weights,
 )
 from mmyolo_vis_hooks.diagnosis.matching import GroundTruth
+
+logger = logging.getLogger("mmyolo_vis_hooks")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +80,29 @@ def build_dataset(config: Config, split: str, option: str = "--split") -> Any:
         return DATASETS.build(loader.dataset)
 
 
+def warn_of_classes(dataset: Any, names: Sequence[str]) -> None:
+    """Say which label is one class in the data set and another for the detector.
+
+    MMDetection numbers the categories of a COCO file in the file's order, without those
+    that it lacks, whatever ``metainfo`` says.
+    """
+    for leaf in leaf_datasets(dataset):
+        meant = class_names_of(leaf.metainfo)
+        if isinstance(leaf, CocoDataset):
+            content = load(leaf.ann_file, backend_args=leaf.backend_args)
+            by_id = {own["id"]: own["name"] for own in content["categories"]}
+            meant = tuple(by_id[own] for own in leaf.cat_ids)
+        for label, (own, name) in enumerate(zip(meant, names)):
+            if own != name:
+                logger.warning(
+                    f"label {label} is {own!r} in the data set and {name!r} for the "
+                    "detector, whose names are shown: errors may be of other classes. "
+                    "A data set must have the detector's classes in their order; of a "
+                    "COCO file that is the order of its categories"
+                )
+                break
+
+
 def objects_of(image: SelectedImage) -> GroundTruth:
     """The objects of an image of a data set that must have some."""
     if "instances" not in image.info:
@@ -103,6 +132,7 @@ class DetectorOnDataset:
         self.images = {image.image_id: image for image in images}
         metainfo = load_weights(self.detector, checkpoint)
         self.names, _ = classes_and_palette(metainfo, dataset.metainfo)
+        warn_of_classes(dataset, self.names)
         self.truths = {name: objects_of(own) for name, own in self.images.items()}
         self._placements: dict[int, Placement] = {}
 

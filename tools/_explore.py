@@ -91,8 +91,8 @@ def photos_of_files(
 
 def photos_of_dataset(
     config: Config, split: str, channels: Sequence[int] | None
-) -> tuple[list[Photo], dict[str, Any]]:
-    """Images of a config's data set with their objects, and its metainfo."""
+) -> tuple[list[Photo], Any]:
+    """Images of a config's data set with their objects, and the data set."""
     dataset = build_dataset(config, split, "--dataset")
     pipelines: dict[int, ImagePipeline] = {}
 
@@ -106,7 +106,7 @@ def photos_of_dataset(
         return Photo(image.image_id, load, pipeline, truth)
 
     images = ImageSelector(dataset, -1, None).images
-    return [photo(image) for image in images], dataset.metainfo
+    return [photo(image) for image in images], dataset
 
 
 class View:

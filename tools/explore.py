@@ -28,7 +28,7 @@ from _common import (
     read_merged,
     run_tool,
 )
-from _dataset import add_config, add_device
+from _dataset import add_config, add_device, warn_of_classes
 from _errors import check_classes
 from _explore import View, photos_of_dataset, photos_of_files
 from mmyolo_vis_hooks.declare import add_arguments
@@ -108,14 +108,18 @@ def open_view(args: argparse.Namespace, name: str, checkpoint: str) -> View:
     """One detector on its images."""
     config = read_merged(name, args)
     with config_mistakes(name):
-        known = read_dataset(config).metainfo
         if args.images:
+            dataset = read_dataset(config)
             photos = photos_of_files(args.images, config, args.image_channels)
         else:
-            photos, known = photos_of_dataset(config, args.dataset, args.image_channels)
+            photos, dataset = photos_of_dataset(
+                config, args.dataset, args.image_channels
+            )
         detector = build_detector(config, check_device(args.device))
         metainfo = load_weights(detector, checkpoint)
-        names, _ = classes_and_palette(metainfo, known)
+        names, _ = classes_and_palette(metainfo, dataset.metainfo)
+        if not args.images:
+            warn_of_classes(dataset, names)
     return View(photos, detector, names)
 
 

@@ -185,6 +185,16 @@ def test_what_cannot_work_ends_in_one_line(call, capsys):
     assert "not of an earlier call" in error()
 
 
+def test_classes_in_another_order_are_noticed(call, tmp_path, monkeypatch, caplog):
+    """The file has the cat before the cup, and so it is numbered, whoever asks."""
+    classes = "val_dataloader.dataset.metainfo.classes=cup,cat"
+    settings = [*photo_settings(tmp_path), classes]
+    monkeypatch.setattr(sys.modules[__name__], "photo_settings", lambda _: settings)
+    call("--num-pictures", 0)
+    [warning] = caplog.messages
+    assert warning.startswith("label 0 is 'cat' in the data set and 'person' for the")
+
+
 def test_other_weights_under_the_same_name_are_noticed(call, tmp_path, capsys):
     """A best.pth that was trained on since must not show the errors of the old one."""
     weights = torch.load(WEIGHTS, weights_only=True)
