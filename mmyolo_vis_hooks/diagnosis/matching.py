@@ -240,7 +240,7 @@ def match(
 def box_iou(
     boxes_xyxy: np.ndarray, others_xyxy: np.ndarray, crowd: Sequence[bool] | None = None
 ) -> np.ndarray:
-    """``(N, M)`` intersection over union, as COCO computes it.
+    """``(N, M)`` intersection over union, as COCO computes it; of no numbers 0.
 
     Args:
         boxes_xyxy (np.ndarray): ``(N, 4)``.
@@ -251,7 +251,8 @@ def box_iou(
     if not len(boxes_xyxy) or not len(others_xyxy):
         return np.zeros((len(boxes_xyxy), len(others_xyxy)))
     marks = [0] * len(others_xyxy) if crowd is None else [int(c) for c in crowd]
-    return np.asarray(coco_mask.iou(_xywh(boxes_xyxy), _xywh(others_xyxy), marks))
+    iou = coco_mask.iou(_xywh(boxes_xyxy), _xywh(others_xyxy), marks)
+    return np.nan_to_num(np.asarray(iou))
 
 
 def _xywh(boxes_xyxy: np.ndarray) -> np.ndarray:

@@ -189,7 +189,8 @@ def write_errors_page(
 
 def _window(boxes: Sequence[Sequence[float]], image_hw: tuple[int, int]) -> np.ndarray:
     """``(4,)`` x1, y1, x2, y2 of a part, 4 by 3 if it can be, that shows boxes."""
-    corners = np.array(boxes, float).reshape(-1, 2)
+    # Of weights that diverged, numbers may be none.
+    corners = np.nan_to_num(np.array(boxes, float)).reshape(-1, 2)
     image_wh = np.array(image_hw[::-1], float)
     low, high = np.clip([corners.min(axis=0), corners.max(axis=0)], 0, image_wh)
     box_w, box_h = high - low

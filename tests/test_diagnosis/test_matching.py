@@ -67,6 +67,16 @@ def test_on_an_ignored_region_of_no_class_all_are_excused():
     assert found.false_alarms == found.missed == ()
 
 
+def test_boxes_without_numbers_lie_on_nothing():
+    nowhere = (np.nan,) * 4
+    found = match(
+        detections((nowhere, 0.9, 0), (SQUARE, 0.8, 0)),
+        truth((nowhere, 0), (SQUARE, 0)),
+    )
+    assert [(hit.detection, hit.truth) for hit in found.hits] == [(1, 1)]
+    assert [(own.kind, own.iou) for own in found.false_alarms] == [("background", 0)]
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -74,6 +74,14 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("mixed"), errors, title=HOSTILE)
 
 
+def test_a_box_without_numbers_leaves_the_page_whole(browser, tmp_path):
+    nowhere, endless = (np.nan,) * 4, (-np.inf, 0, np.inf, 9)
+    errors = [error("one", boxes=(("object", nowhere),))]
+    errors += [error("two", boxes=(("object", nowhere), ("object", endless)))]
+    browser.open(write(tmp_path, errors))
+    assert browser.run(TITLES) == ["one", "two"]
+
+
 def test_filters_and_order(browser, mixed):
     browser.open(mixed)
     assert browser.run(TITLES) == ["two", "three", "one", "four"]
