@@ -19,7 +19,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 from torchvision.ops import batched_nms
 
-from tests.toy import ToyNeck, toy_config
+from tests.toy import CountsForwards, ToyNeck, toy_config
 
 STRIDES = (8, 16)
 
@@ -57,7 +57,7 @@ class _Neck(nn.Module):
         return tuple(torch.cat([0.1 * own, one], dim=1) for own, one in maps)
 
 
-class _Head(nn.Module):
+class _Head(CountsForwards):
     """Convolutions for the classes, and a shared one for the distances to the sides."""
 
     def __init__(self, num_classes: int) -> None:
@@ -67,7 +67,7 @@ class _Head(nn.Module):
         )
         self.reg = nn.Conv2d(9, 4, 3, padding=1)
         self.test_cfg = dict(score_thr=0.2, iou_thr=0.3, max_per_img=6)
-        self.num_calls = 0
+        self.num_forwards = 0
         self.fail_at: int | None = None
         self.fail_with: BaseException = RuntimeError("the head failed")
         for conv, bias in zip(self.cls, (-3.0, -2.0)):
@@ -80,8 +80,8 @@ class _Head(nn.Module):
                     row[-1, 1, 1] = 0.5 - 0.1 * label
 
     def forward(self, maps: tuple) -> tuple[list, list]:
-        self.num_calls += 1
-        if self.num_calls == self.fail_at:
+        self.num_forwards += 1
+        if self.num_forwards == self.fail_at:
             raise self.fail_with
         scores = [conv(level) for conv, level in zip(self.cls, maps)]
         return scores, [self.reg(level) for level in maps]

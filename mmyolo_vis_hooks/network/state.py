@@ -39,12 +39,13 @@ def preserve_rng_state() -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """A block whose forwards leave no trace: eval mode, parameters in no graph.
 
-    Modes, buffers, ``requires_grad`` and random states are afterwards as they were.
-    Gradients of activations can be computed inside, also where the surroundings forbid
-    gradients. Modules of MMDetection and MMEngine that throw their activations away
-    and compute them again for the gradients keep them meanwhile, since torch allows no
-    gradients but those of the parameters otherwise. What is under ``torch.compile``
-    runs as it was written: compiled code calls no hooks.
+    Modes, buffers, ``requires_grad``, random states, and the attributes of modules that
+    are not torch's own, are afterwards as they were. Gradients of activations can be
+    computed inside, also where the surroundings forbid gradients. Modules of
+    MMDetection and MMEngine that throw their activations away and compute them again
+    for the gradients keep them meanwhile, since torch allows no gradients but those of
+    the parameters otherwise. What is under ``torch.compile`` runs as it was written:
+    compiled code calls no hooks.
 
     Args:
         model (nn.Module): The detector, without wrappers.
@@ -53,8 +54,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in modules]
     plain = () if any(training for _, training in modes) else _PLAIN_NORMS
     # `model.parameters()` takes several times as long.
-    own = (p for module in modules for p in module._parameters.values())
-    learned = [p for p in own if p is not None and p.requires_grad]
+    parameters = (p for module in modules for p in module._parameters.values())
+    learned = [p for p in parameters if p is not None and p.requires_grad]
     with torch.inference_mode(False), preserve_rng_state(), _plain_forwards(modules):
         buffers = [
             (buffer, buffer.clone())
@@ -62,6 +63,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
             if type(module) not in plain
             for buffer in module._buffers.values()
             if buffer is not None
+        ]
+        # MMYOLO's heads keep the points of a size, in the dtype of its first forward.
+        attributes = [
+            (vars(module), vars(module).copy())
+            for module in modules
+            if not type(module).__module__.startswith("torch.nn")
         ]
         try:
             if not plain:
@@ -75,6 +82,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
                     module.training = training
             for parameter in learned:
                 parameter.requires_grad = True
+            for own, before in attributes:
+                own.update(before)
+                if len(own) > len(before):
+                    for name in own.keys() - before.keys():
+                        del own[name]
             with torch.no_grad():
                 for buffer, value in buffers:
                     # Writing equal values too would break graphs that hold the buffer.

@@ -95,7 +95,7 @@ def test_the_explained_detections_are_those_of_the_loop(tmp_path, toy_data, alig
     assert len(samples) == len(kept) == 6
     # The trial, the loop's own, one for each image, and once whether padding counts.
     padding = 0 if alignment == "resize" else 2
-    assert runner.model.bbox_head.num_calls == 1 + 3 + 6 + padding
+    assert runner.model.bbox_head.num_forwards == 1 + 3 + 6 + padding
     for sample in samples if alignment != "resize" else ():
         own = kept[int(sample.image_id.split("_")[0])]
         boxes = own.pred_instances.bboxes.numpy()

@@ -289,14 +289,14 @@ def test_an_explanation_that_is_cut_off_anywhere_leaves_nothing(
     runner = explaining_runner(tmp_path, toy_data, method=method)
     head = runner.model.bbox_head
     runner.test()  # with the trial before the run
-    head.num_calls = 0
+    head.num_forwards = 0
     (vis_hook,) = vis_hooks(runner)
     after_iter, counts = vis_hook.after_test_iter, []
 
     def count_calls(*args, **kwargs):
-        counts.append(head.num_calls)
+        counts.append(head.num_forwards)
         after_iter(*args, **kwargs)
-        counts.append(head.num_calls)
+        counts.append(head.num_forwards)
 
     with monkeypatch.context() as patch:
         patch.setattr(vis_hook, "after_test_iter", count_calls)
@@ -309,12 +309,12 @@ def test_an_explanation_that_is_cut_off_anywhere_leaves_nothing(
     errors = (RuntimeError("a layer failed"), KeyboardInterrupt())
     for call in sorted({*calls[:3], calls[len(calls) // 2], calls[-1]}):
         for error in errors:
-            head.num_calls, head.fail_at, head.fail_with = 0, call, error
+            head.num_forwards, head.fail_at, head.fail_with = 0, call, error
             try:
                 runner.test()
             except KeyboardInterrupt:
                 assert error is errors[1]
-            assert head.num_calls >= call
+            assert head.num_forwards >= call
             assert hooks_left(runner.model) == []
             assert state_of(runner.model) == state
             assert all(bool((p.grad == 1).all()) for p in runner.model.parameters())

@@ -38,6 +38,29 @@ def test_a_frozen_model_is_as_it_was():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+class KeepsPoints(nn.Module):
+    """As heads of MMYOLO do, in the dtype of the first forward of a size."""
+
+    size = None
+
+    def forward(self, x):
+        if self.size != x.shape:
+            self.size, self.points = x.shape, torch.full((), 1e-4, dtype=x.dtype)
+        return x + self.points
+
+
+def test_what_a_module_keeps_of_a_frozen_forward_is_forgotten():
+    model = nn.Sequential(KeepsPoints())
+    half = torch.zeros(2, dtype=torch.bfloat16)
+    with frozen(model):
+        assert model(half.float()).dtype == torch.float32
+    assert model(half).dtype == torch.bfloat16
+    with frozen(model):
+        model(torch.zeros(3))
+    assert model[0].size == half.shape
+    assert model[0].points.dtype == torch.bfloat16
+
+
 class Pair(nn.Module):
     def __init__(self, wrap):
         super().__init__()
