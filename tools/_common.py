@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -303,9 +304,10 @@ def table_of(
 
 def print_table(table: RenderableType) -> None:
     """Print a table as wide as it is: a terminal folds long lines and cuts nothing."""
-    wide = Console(width=1000)
+    plain = partial(Console, markup=False, emoji=False)  # names may look like markup
+    wide = plain(width=1000)
     width = Measurement.get(wide, wide.options, table).maximum
-    Console(width=max(Console().width, width)).print(table)
+    plain(width=max(Console().width, width)).print(table)
 
 
 @OPTIM_WRAPPERS.register_module()

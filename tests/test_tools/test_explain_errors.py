@@ -17,7 +17,8 @@ import torch
 
 import explain_errors
 from mmyolo_vis_hooks.diagnosis.contrast import ClassContrast
-from mmyolo_vis_hooks.diagnosis.matching import FalseAlarm
+from mmyolo_vis_hooks.diagnosis.matching import FalseAlarm, GroundTruth
+from mmyolo_vis_hooks.diagnosis.report import ErrorReport, ImageErrors
 from mmyolo_vis_hooks.diagnosis.result import FalsePositive
 from tests.test_publish.pages import data_of
 from tests.test_tools.helpers import CONFIG as COCO128
@@ -193,6 +194,17 @@ def test_classes_in_another_order_are_noticed(call, tmp_path, monkeypatch, caplo
     call("--num-pictures", 0)
     [warning] = caplog.messages
     assert warning.startswith("label 0 is 'cat' in the data set and 'person' for the")
+
+
+def test_class_names_that_look_like_markup_are_printed_as_they_are(capsys):
+    odd = "bolt[steel]", "[/red]", ":cat:"
+    report = ErrorReport(odd, dict.fromkeys(range(3), 1), score_thr=0.3, iou_thr=0.5)
+    boxes = [(0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9)]
+    objects = GroundTruth.of(dict(boxes_xyxy=boxes, labels=range(3)))
+    report.add(ImageErrors("a", (60, 60), (), ()), objects)
+    explain_errors.print_report(report)
+    printed = capsys.readouterr().out
+    assert all(f"\n {name} " in printed for name in odd)
 
 
 def test_other_weights_under_the_same_name_are_noticed(call, tmp_path, capsys):
