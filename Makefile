@@ -63,5 +63,5 @@ hooks: install ## run lint and type before each commit
 	@$(RUN) -m pre_commit install
 
 clean: ## caches and build leftovers; the environment and the results stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage
+	rm -rf build dist tools/*.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

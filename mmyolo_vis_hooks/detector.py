@@ -145,7 +145,7 @@ def check_device(device: torch.device | str) -> torch.device:
             )
     else:
         try:
-            torch.empty(0, device=found)
+            torch.empty(1, device=found).cpu()  # 'meta' has no values
         except (RuntimeError, AssertionError, ImportError) as error:
             raise VisConfigError(
                 f"device={device!r} is not there: this torch has none; use 'cpu'"

@@ -135,6 +135,7 @@ YOLOV8 = "mmyolo::yolov8/yolov8_n_syncbn_fast_8xb16-500e_coco.py"
         (2, "cuda:2", "this machine has cuda:0, cuda:1; use one of them"),
         (2, "cuda:x", "is no device; use 'cpu'"),
         (0, "nonsense", "is no device; use 'cpu'"),
+        (0, "meta", "this torch has none"),
         (0, "xpu", "is not there: this torch has none; use 'cpu'"),
         (2, "cuda:1", ""),
     ],

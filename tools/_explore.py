@@ -80,10 +80,8 @@ def photos_of_files(
         raise ToolError("IMAGES: a video cannot be browsed; give images")
 
     def photo(number: int, image: Any) -> Photo:
-        if image.error is not None:
-            raise image.error
         path = dict(img_id=number, img_path=image.title)
-        load = partial(pipeline.load, image.content, **path)
+        load = partial(pipeline.load, image.read(), **path)
         return Photo(image.name, load, pipeline)
 
     return [photo(number, image) for number, image in enumerate(source)]

@@ -369,9 +369,7 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
 
 def load_image(pipeline: ImagePipeline, number: int, image: SourceImage) -> Loaded:
     """Load an image of a source through the steps that load."""
-    if image.content is None:
-        raise image.error or VisError(f"there is no image {image.title}")
-    return pipeline.load(image.content, img_id=number, img_path=image.title)
+    return pipeline.load(image.read(), img_id=number, img_path=image.title)
 
 
 def _check_out_file(file: str, source: ImageSource) -> None:

@@ -72,7 +72,7 @@ def main() -> None:
     if image is None:
         image = np.full((height, width, 3), 114, np.uint8)
     else:
-        image = next(iter(ImageSource([image]))).content
+        image = next(iter(ImageSource([image]))).read()
     config = read_merged(args.config, args)
     with config_mistakes(args.config):
         dataset = read_dataset(config)

@@ -50,6 +50,16 @@ class SourceImage:
     content: str | np.ndarray | None
     error: ImageReadError | None = None
 
+    def read(self) -> str | np.ndarray:
+        """The content.
+
+        Raises:
+            ImageReadError: If it could not be read.
+        """
+        if self.content is None:
+            raise self.error or ImageReadError(f"there is no image {self.title}")
+        return self.content
+
 
 @dataclass(frozen=True)
 class _Entry:

@@ -71,7 +71,8 @@ def test_list_layers(run, capsys, tmp_path):
     assert rows["backbone.stage1[0].depthwise_conv"] == [(16, 48, 16, 4)]
 
 
-def test_mistakes_of_list_layers(run, mistake, capsys, monkeypatch):
+def test_mistakes_of_list_layers(run, mistake, capsys, monkeypatch, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     for words, part in (
         ("none.py", "no config file none.py"),
         (f"{CONFIG} --size 0 5", "--size"),
@@ -79,6 +80,7 @@ def test_mistakes_of_list_layers(run, mistake, capsys, monkeypatch):
         ("nope::yolov8/a.py", "after '::' comes a path"),
         (f"{CONFIG} --cfg-options test_pipeline.99.scale=1", "does not fit the config"),
         (f"{CONFIG} --cfg-options model.type=Nope", "model='Nope' cannot be built"),
+        (f"{CONFIG} --img {tmp_path}", "broken.mp4 is no video"),
     ):
         assert part in mistake(list_layers, *words.split())
     monkeypatch.setenv("MMYOLO_VIS_TRACEBACK", "1")
