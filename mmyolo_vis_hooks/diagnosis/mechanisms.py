@@ -129,17 +129,18 @@ def winner(
 ) -> tuple[int | None, float]:
     """The detection with at least its score that lies most on a candidate, and its IoU.
 
-    One of the candidate's class comes first; None and 0 where no detection does.
+    One of the candidate's class comes first; None and 0 where no detection does. One
+    that hardly overlaps it has suppressed nothing.
     """
-    overlap = box_iou(candidates.boxes_xyxy[index : index + 1], detections.boxes_xyxy)
-    if not overlap.size or not overlap.max():
-        return None, 0.0
+    [overlap] = box_iou(candidates.boxes_xyxy[[index]], detections.boxes_xyxy)
+    rivals = (detections.scores >= candidates.scores[index]) & (
+        overlap > BACKGROUND_IOU
+    )
     same = detections.labels == candidates.labels[index]
-    better = detections.scores >= candidates.scores[index]
-    for wanted in (same & better, better):
-        if (overlap[0] * wanted).max() > 0:
-            best = int((overlap[0] * wanted).argmax())
-            return best, float(overlap[0, best])
+    for wanted in (same & rivals, rivals):
+        if wanted.any():
+            best = int(np.where(wanted, overlap, 0).argmax())
+            return best, float(overlap[best])
     return None, 0.0
 
 

@@ -127,12 +127,25 @@ def test_an_object_whose_box_was_suppressed():
     assert look(Scripted(*rows, nms=0.6), (SQUARE, 0), (behind, 0)).missed == ()
 
 
-def test_an_object_beyond_the_limit():
-    far = (60, 60, 90, 90)
-    rows = (SQUARE, 0.9, 0.0), (far, 0.7, 0.0)
-    (missed,) = look(Scripted(*rows, max_per_img=1), (SQUARE, 0), (far, 0)).missed
+BESIDE = (45, 10, 85, 50)  # IoU 5/75 with SQUARE
+
+
+@pytest.mark.parametrize("other", [(60, 60, 90, 90), BESIDE])
+def test_an_object_beyond_the_limit(other):
+    rows = (SQUARE, 0.9, 0.0), (other, 0.7, 0.0)
+    (missed,) = look(Scripted(*rows, max_per_img=1), (SQUARE, 0), (other, 0)).missed
     assert missed.mechanism == "suppressed"
     assert missed.why == "0.70 for 'dog', beyond the limit"
+
+
+def test_what_hardly_overlaps_a_box_did_not_suppress_it():
+    """NMS that knows no classes: the cat did, and not the dog beside it."""
+    nms = dict(type="nms", iou_threshold=0.6, class_agnostic=True)
+    rows = (CLOSE, 0.7, 0.0), (SQUARE, 0.0, 0.9), (BESIDE, 0.95, 0.0)
+    detector = Scripted(*rows)
+    detector.bbox_head.test_cfg.nms = ConfigDict(nms)
+    (missed,) = look(detector, (CLOSE, 0), (BESIDE, 0)).missed
+    assert missed.why == "0.70 for 'dog', suppressed by 'cat' 0.90, IoU 0.82"
 
 
 def test_a_candidate_that_found_another_object_is_no_candidate():
