@@ -54,8 +54,7 @@ class Export:
 
     def coco_results(self) -> str:
         """The detections in COCO's results format, as its evaluation takes them."""
-        found = (own for own in self._records if own.kind != MISSED)
-        return json.dumps([self._coco_box(own) for own in found])
+        return json.dumps([self._coco_box(*own) for own in self._report.detections])
 
     def coco(self) -> str:
         """A data set in COCO's format; an annotation has also ``error`` and ``why``.
@@ -70,7 +69,7 @@ class Export:
         annotations = [
             {
                 "id": number,
-                **self._coco_box(own),
+                **self._coco_box(own.image, own.class_name, own.score, own.box_xyxy),
                 "area": (own.box_xyxy[2] - own.box_xyxy[0])
                 * (own.box_xyxy[3] - own.box_xyxy[1]),
                 "iscrowd": 0,
@@ -150,13 +149,15 @@ class Export:
         ):
             write_whole(folder / f"{file}.json", json.dumps(content).encode())
 
-    def _coco_box(self, own: ErrorRecord) -> dict[str, Any]:
-        x1, y1, x2, y2 = own.box_xyxy
+    def _coco_box(
+        self, image: str, class_name: str, score: float, box_xyxy: Sequence[float]
+    ) -> dict[str, Any]:
+        x1, y1, x2, y2 = box_xyxy
         return {
-            "image_id": self._images[own.image].id,
-            "category_id": self._category_ids.get(own.class_name, 0),
-            "bbox": [x1, y1, round(x2 - x1, 1), round(y2 - y1, 1)],
-            "score": own.score,
+            "image_id": self._images[image].id,
+            "category_id": self._category_ids.get(class_name, 0),
+            "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
+            "score": score,
         }
 
     def _detection(

@@ -185,6 +185,8 @@ class ErrorReport:
         cost (ErrorCost): Counts, and what mending gains.
         records (list[ErrorRecord]): All errors: of each image missed objects first.
         hits (list[ErrorRecord]): Detections that found an object, and cost nothing.
+        detections (list): Image, class, score and corners of each detection, those on
+            ignored objects, too.
         sizes (dict): Height and width of the images.
     """
 
@@ -202,6 +204,7 @@ class ErrorReport:
         self.cost = ErrorCost(mechanisms=True)
         self.records: list[ErrorRecord] = []
         self.hits: list[ErrorRecord] = []
+        self.detections: list[tuple[str, str, float, tuple[float, ...]]] = []
         self.sizes: dict[str, tuple[int, int]] = {}
 
     def add(self, errors: ImageErrors, truth: GroundTruth) -> None:
@@ -210,6 +213,10 @@ class ErrorReport:
         own = errors.diagnosis(truth, self._names, **self._thresholds)
         missed = [error.record for error in own.missed]
         self.cost.update(own.matches, own.detections, truth, missed)
+        for *box, score, label in errors.detections:
+            name = name_of(int(label), self._names)
+            corners = tuple(round(v, 2) for v in box)  # a tenth moves AP
+            self.detections.append((errors.image, name, round(score, 5), corners))
         for record, _, _ in records_of(own, self._num_objects):
             (self.hits if record.kind == FOUND else self.records).append(record)
 

@@ -22,17 +22,22 @@ HIT, OBJECT, MISSED, FALSE = (
     (100, 100, 140, 150),
     (200, 10, 280, 90),
 )
+PACK = (300.0, 100.0, 390.0, 190.0)
 WHY = "no candidate for 'dog'"
 
 
 @pytest.fixture
 def export(tmp_path: Path) -> Export:
-    """One image: a cat is found, a dog is not, and another cat is not there."""
+    """One image: a cat is found, a dog is not, and another cat is not there.
+
+    A dog is found among a pack of dogs.
+    """
     report = ErrorReport(["dog", "cat"], {0: 1, 1: 1}, score_thr=0.3, iou_thr=0.5)
     missed = {"truth": 1, "mechanism": "not seen"}
-    rows = ((*map(float, HIT), 0.9, 1), (*map(float, FALSE), 0.5, 1))
+    rows = ((*map(float, HIT), 0.9, 1), (*map(float, FALSE), 0.5, 1), (*PACK, 0.4, 0))
     found = ImageErrors("7_a", (200, 400), rows, (missed,))
-    truth = {"boxes_xyxy": [OBJECT, MISSED], "labels": [1, 0]}
+    truth = {"boxes_xyxy": [OBJECT, MISSED, PACK], "labels": [1, 0, 0]}
+    truth["ignored"] = [False, False, True]
     report.add(found, GroundTruth.of(truth))
     images = {"7_a": ImageFile(7, str(tmp_path / "a.jpg"))}
     return Export(report, images, {"dog": 18, "cat": 17})
@@ -58,6 +63,7 @@ def test_coco_reads_what_is_written(export, tmp_path, capsys):
     assert [(own["score"], own["category_id"]) for own in found] == [
         (0.9, 17),
         (0.5, 17),
+        (0.4, 18),
     ]
 
 
