@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..network.replay import ReplayEngine
@@ -58,9 +59,16 @@ class MapMaker:
         Raises:
             VisError: If the method cannot work here.
         """
-        method, eigen_smooth = self._method, self._options.eigen_smooth
-        if method.kind == "pixels":
+        if self._method.kind == "pixels":
             return self._pixel_maps(case, spot)
+        maps, map_hw = self._layer_maps(case, spot), spot.view.activations.shape[-2:]
+        if maps.shape[-2:] == map_hw:
+            return maps
+        # Where cells lie is told by the layer's grid, not by one that was reduced.
+        return F.interpolate(maps[None], map_hw, mode="bilinear")[0]
+
+    def _layer_maps(self, case: Case, spot: Spot) -> torch.Tensor:
+        method, eigen_smooth = self._method, self._options.eigen_smooth
         limit = partial(limited, limits=self._options.max_shape)
         activations = limit(spot.view.activations)
         if method.kind in ("ablation", "masking"):

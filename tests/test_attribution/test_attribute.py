@@ -13,6 +13,7 @@ import torch
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import nn
 
+from mmyolo_vis_hooks.attribution.methods import weigh
 from mmyolo_vis_hooks.errors import FeatureShapeError, VisConfigError, VisError
 from mmyolo_vis_hooks.network.layer_path import resolve_layer
 from tests.families import (
@@ -376,11 +377,28 @@ def test_a_map_is_named_as_captions_print_it():
         explain(family, ["neck[3]"])
 
 
-def test_shape_and_smoothing_of_the_maps():
+@pytest.mark.parametrize(("limit", "size_hw"), [(4, (4, 4)), ((2, 3), (2, 3))])
+def test_reduced_maps_cover_what_the_layer_covers(limit, size_hw):
+    """A grid of 2x3 cells would pass for one of stride 64, which covers more."""
     family = build_family("yolox")
-    for limit, shapes in ((4, {(4, 4)}), ((3, 5), {(3, 5)})):
-        _, found = explain(family, max_shape=limit, method="eigencam")
-        assert {m.saliency.shape for e in found for m in e.maps} == shapes
+    kept: list = []
+    with family.detector.neck.register_forward_hook(lambda m, a, out: kept.extend(out)):
+        plain_predict(family)
+    _, found = explain(family, max_shape=limit, method="eigencam", topk=10)
+    assert len({e.layer for e in found}) > 1
+    for explanation in found:
+        (own,) = explanation.maps
+        maps = kept[int(own.layer[-2])]
+        assert own.saliency.shape == maps.shape[-2:]
+        small = torch.nn.functional.interpolate(maps, size_hw, mode="bilinear")
+        expected = torch.nn.functional.interpolate(
+            weigh("eigencam", small)[None], maps.shape[-2:], mode="bilinear"
+        )
+        assert agrees(own.saliency, expected[0, 0].numpy())
+
+
+def test_smoothing_of_the_maps():
+    family = build_family("yolox")
     _, (plain,) = explain(family, method="layercam", topk=1, max_shape=-1)
     _, (smooth,) = explain(family, method="layercam", topk=1, eigen_smooth=True)
     assert max(plain.maps[0].saliency.shape) > 5
