@@ -88,7 +88,8 @@ def warn_of_classes(dataset: Any, names: Sequence[str]) -> None:
     """
     for leaf in leaf_datasets(dataset):
         meant = class_names_of(leaf.metainfo)
-        if isinstance(leaf, CocoDataset):
+        # One that reads another format need not have numbers of categories.
+        if isinstance(leaf, CocoDataset) and hasattr(leaf, "cat_ids"):
             content = load(leaf.ann_file, backend_args=leaf.backend_args)
             by_id = {own["id"]: own["name"] for own in content["categories"]}
             meant = tuple(by_id[own] for own in leaf.cat_ids)

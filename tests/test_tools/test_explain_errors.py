@@ -14,8 +14,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmdet.datasets import CocoDataset
 
 import explain_errors
+from _dataset import warn_of_classes
 from mmyolo_vis_hooks.diagnosis.contrast import ClassContrast
 from mmyolo_vis_hooks.diagnosis.matching import FalseAlarm, GroundTruth
 from mmyolo_vis_hooks.diagnosis.report import ErrorReport, ImageErrors
@@ -194,6 +196,18 @@ def test_classes_in_another_order_are_noticed(call, tmp_path, monkeypatch, caplo
     call("--num-pictures", 0)
     [warning] = caplog.messages
     assert warning.startswith("label 0 is 'cat' in the data set and 'person' for the")
+
+
+def test_a_data_set_of_another_format_is_taken_by_its_word(caplog):
+    class Own(CocoDataset):
+        def load_data_list(self) -> list[dict]:
+            return [dict(img_id=1, img_path="a.jpg", instances=[])]
+
+    own = Own(ann_file="objects.csv", metainfo=dict(classes=("cat", "dog")))
+    warn_of_classes(own, ("cat", "dog"))
+    warn_of_classes(own, ("cat", "cow"))
+    [warning] = caplog.messages
+    assert warning.startswith("label 1 is 'dog' in the data set and 'cow' for the")
 
 
 def test_class_names_that_look_like_markup_are_printed_as_they_are(capsys):
