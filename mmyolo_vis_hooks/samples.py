@@ -142,12 +142,15 @@ class SampleMaker:
                 detections_of(self._again(inputs, given)[1]).boxes_xyxy
                 for given in (metainfo, _in_input(metainfo))
             )
-            if not len(own):
-                return metainfo
-            shown = replace(frame, offset_xy=(0.0, 0.0)).boxes_to_network(own)
-            self._keeps_padding = shown.shape == in_input.shape and np.allclose(
-                shown, in_input, atol=_SAME_PX
-            )
+            if own.shape == in_input.shape:
+                # Those that are cut off at the border of the image fit in neither way.
+                unpadded, padded = (
+                    np.abs(given.boxes_to_network(own) - in_input).max(axis=1)
+                    < _SAME_PX
+                    for given in (frame, replace(frame, offset_xy=(0.0, 0.0)))
+                )
+                if padded.any() != unpadded.any():
+                    self._keeps_padding = bool(padded.any())
             if self._keeps_padding:
                 left, top = frame.offset_xy
                 self._logger.warning(
@@ -157,6 +160,8 @@ class SampleMaker:
                     "pixels of the network's input; use mmdet.Resize and mmdet.Pad in "
                     "the test pipeline, not mmyolo.LetterResize"
                 )
+        if self._keeps_padding is not False and placement.alignment == "network":
+            return _in_input(metainfo)
         if not self._keeps_padding:
             return metainfo
         return {**metainfo, "pad_param": np.zeros_like(np.asarray(padding))}
