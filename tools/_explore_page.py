@@ -106,8 +106,10 @@ class Page:
                 on_event(control.input, self.show)
             on_event(controls[-1].input, self.choose_again)
             on_event(image.input, self.go_to, image)
-            on_event(back.click, self.step(-1))
-            on_event(on.click, self.step(1))
+            # Each click counts, one after another, also before the answer is there.
+            each = dict(trigger_mode="multiple", concurrency_id="step")
+            on_event(back.click, self.step(-1), **each)
+            on_event(on.click, self.step(1), **each)
             on_event(seek.click, self.seek, kind, show_progress="full")
             for which, (picture, _, here) in enumerate(sides):
                 on_event(picture.select, self.click)

@@ -125,6 +125,15 @@ class Live:
             value,
         )
 
+    def settled(self, script: str) -> Any:
+        """What a script gives once it has given the same for a second."""
+        value, since = self.browser.run(script), time.monotonic()
+        while time.monotonic() < since + 1:
+            time.sleep(0.1)
+            if (now := self.browser.run(script)) != value:
+                value, since = now, time.monotonic()
+        return value
+
     def says(self, *lines: str, which: int = 0) -> None:
         """Wait until the lines are these; each may go on."""
 
@@ -330,6 +339,19 @@ def test_of_files_no_box_is_right_or_wrong(gradio, chromium, tmp_path):
     live.says("cat 0.84: a detection", "Map: ")
     assert not live.browser.run("return document.querySelector('#next-error')")
     assert live.browser.texts(".key") == ["detection", "chosen candidate"]
+    check(live)
+    live.page.close()
+
+
+def test_each_of_many_quick_clicks_counts(gradio, chromium, tmp_path):
+    for number in range(9):
+        write_small(tmp_path / f"{number}.png", number)
+    live = Live(chromium, tmp_path, *sorted(tmp_path.glob("*.png")))
+    live.open()
+    for button in ("#next",) * 6 + ("#previous", "#next") * 2 + ("#next",):
+        live.browser.click(button)
+    image = "return document.querySelector('#image input').value"
+    assert live.settled(image).endswith("7")
     check(live)
     live.page.close()
 
