@@ -96,8 +96,15 @@ class Page:
             outputs = [spot, image, *(part for side in sides for part in side)]
 
             def on_event(listen: Any, function: Any, *inputs: Any, **more: Any) -> None:
-                more = dict(show_progress="hidden", api_visibility="private") | more
-                listen(function, [spot, *controls, *inputs], outputs, **more)
+                usual = dict(
+                    # One after another, or else an early answer could come last.
+                    concurrency_id="page",
+                    # What is used before an answer is there counts, too.
+                    trigger_mode="multiple",
+                    show_progress="hidden",
+                    api_visibility="private",
+                )
+                listen(function, [spot, *controls, *inputs], outputs, **(usual | more))
 
             on_event(page.load, self.show)
             for control in controls[:2]:
@@ -106,11 +113,11 @@ class Page:
                 on_event(control.input, self.show)
             on_event(controls[-1].input, self.choose_again)
             on_event(image.input, self.go_to, image)
-            # Each click counts, one after another, also before the answer is there.
-            each = dict(trigger_mode="multiple", concurrency_id="step")
-            on_event(back.click, self.step(-1), **each)
-            on_event(on.click, self.step(1), **each)
-            on_event(seek.click, self.seek, kind, show_progress="full")
+            on_event(back.click, self.step(-1))
+            on_event(on.click, self.step(1))
+            # It may take minutes, in which the rest goes on.
+            own = dict(concurrency_id="seek", trigger_mode="once")
+            on_event(seek.click, self.seek, kind, show_progress="full", **own)
             for which, (picture, _, here) in enumerate(sides):
                 on_event(picture.select, self.click)
                 on_event(here.input, self.choose(which), here)

@@ -86,6 +86,11 @@ class Live:
     def click(self, x: int, y: int, which: int = 0) -> None:
         """Click a pixel of the image, and wait for the answer."""
         before = self.sources()
+        self.press(x, y, which)
+        self.wait(lambda: self.sources() != before and self.drawn())
+
+    def press(self, x: int, y: int, which: int = 0) -> None:
+        """Click a pixel of the image."""
         left, top, width, height = self.browser.run(
             "const b = document.querySelectorAll('.picture img')[arguments[0]]"
             ".getBoundingClientRect(); return [b.left, b.top, b.width, b.height]",
@@ -95,7 +100,6 @@ class Live:
         for kind in ("mousePressed", "mouseReleased"):
             event = dict(type=kind, button="left", clickCount=1, **where)
             self.browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
-        self.wait(lambda: self.sources() != before and self.drawn())
 
     def sources(self) -> list[str]:
         return self.browser.run(
@@ -110,10 +114,19 @@ class Live:
 
     def choose(self, label: str, value: str) -> None:
         """Choose what starts so from a list."""
-        self.browser.click(f'input[aria-label="{label}"]')
+        field = f'input[aria-label="{label}"]'
         option = f'li[role=option][aria-label^="{value}"]'
-        self.wait(lambda: self.browser.texts(option))
-        self.browser.click(option)
+        shown = f"return document.querySelector('{field}').value"
+
+        def chosen() -> bool:
+            if self.browser.run(shown).startswith(value):
+                return True
+            self.browser.click(field)
+            self.wait(lambda: self.browser.texts(option))
+            self.browser.click(option)
+            return False  # a late answer may have moved the list away
+
+        self.wait(chosen)
 
     def slide(self, label: str, value: float) -> None:
         self.browser.run(
@@ -269,6 +282,37 @@ def test_what_the_controls_change(live):
     live.says("1 found, 2 missed, 4 false")
     live.slide("NMS", 0.65)  # the detector's own
     live.says("1 found, 2 missed, 1 false")
+
+
+def test_what_was_used_last_counts(live, monkeypatch):
+    import _explore_page
+
+    seconds, answered = iter([1.0]), []
+
+    def late(*inputs: Any) -> Any:
+        side = side_of(*inputs)
+        time.sleep(next(seconds, 0))  # the first answer only
+        answered.append(None)
+        return side
+
+    def wait(count: int) -> None:
+        live.wait(lambda: len(answered) == count)
+        time.sleep(0.3)  # no answer is on its way then
+
+    side_of = _explore_page.side_of
+    live.open()
+    live.click(*TABLE)
+    live.says(TABLE_MISSED, TABLE_LOW, "Map: ")
+    monkeypatch.setattr(_explore_page, "side_of", late)
+    live.choose("Map by", "layercam")
+    live.slide("Score", 0.5)
+    wait(2)
+    live.says("dining table 0.69: found, IoU 0.94", "Map: layercam")
+    seconds = iter([1.0])
+    live.press(*CAT)
+    live.press(*CUP)
+    wait(4)
+    live.says("cup 0.77: false positive", "Map: layercam")
 
 
 def test_the_next_error(live):
