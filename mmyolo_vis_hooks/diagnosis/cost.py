@@ -59,6 +59,7 @@ class ErrorCost:
     a missed object, or badly placed on it, becomes a hit, and the others go, as do
     duplicates and boxes on background; a missed object that no detection could hit is
     taken out of the objects, and a class of which nothing is left out of the mean.
+    Where no class is left, mending gives what AP lacks of 1, not of 0 as in TIDE.
 
     Args:
         mechanisms (bool): Whether ``update`` is told why objects were missed. Their
@@ -159,12 +160,15 @@ class ErrorCost:
 
     def total(self, size: str = "") -> Cost:
         """The same over all classes that have objects, or have some of one size."""
-        ap = _mean(self._aps("", size))
+        ap, objects = _mean(self._aps("", size)), self._objects_of(size).total()
+        # Where no class is left, all that was lacking is.
+        best = float(objects > 0)
+        mended = {kind: _mean(self._aps(kind, size), best) for kind in _MENDED}
         return Cost(
-            self._objects_of(size).total(),
+            objects,
             self._hits_of(size).total(),
             ap,
-            {k: max(_mean(self._aps(k, size)) - ap, 0.0) for k in _MENDED},
+            {kind: max(own - ap, 0.0) for kind, own in mended.items()},
         )
 
     def _objects_of(self, size: str) -> Counter[int]:
@@ -239,8 +243,8 @@ def share_lost(label: int, num_objects: Mapping[int, int], score: float = 1.0) -
     return float(score) / max(1, num_objects.get(int(label), 0))
 
 
-def _mean(aps: dict[int, float]) -> float:
-    return float(np.mean(list(aps.values()))) if aps else 0.0
+def _mean(aps: dict[int, float], of_none: float = 0.0) -> float:
+    return float(np.mean(list(aps.values()))) if aps else of_none
 
 
 def _best_chances(

@@ -274,6 +274,14 @@ def mended(
     return detections(*filter(None, rows)), things
 
 
+def test_where_nothing_is_found_all_was_lost_by_missing():
+    cost = ErrorCost()
+    assert cost.total().dap["missed"] == 0.0
+    things = truth((SQUARE, 0), (SQUARE, 1))
+    cost.update(match(detections(), things), detections(), things)
+    assert cost.total().dap == {**cost.by_class()[1].dap, "missed": 1.0}
+
+
 def test_costs_by_size_are_what_coco_says_of_mended_detections():
     scenes = []
     for own, things in random_scenes(5, 0.0):
