@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,24 +39,25 @@ def preserve_rng_state() -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """A block whose forwards leave no trace: eval mode, parameters in no graph.
 
-    Modes, buffers, ``requires_grad``, random states, and the attributes of modules that
-    are not torch's own, are afterwards as they were. Gradients of activations can be
-    computed inside, also where the surroundings forbid gradients. Modules of
-    MMDetection and MMEngine that throw their activations away and compute them again
-    for the gradients keep them meanwhile, since torch allows no gradients but those of
-    the parameters otherwise. What is under ``torch.compile`` runs as it was written:
-    compiled code calls no hooks.
+    Modes, buffers, ``requires_grad``, random states and attributes of modules are
+    afterwards as they were. Gradients of activations can be computed inside, also where
+    the surroundings forbid gradients. Modules of MMDetection and MMEngine that throw
+    their activations away and compute them again for the gradients keep them meanwhile,
+    since torch allows no gradients but those of the parameters otherwise. What is under
+    ``torch.compile`` runs as it was written: compiled code calls no hooks.
 
     Args:
         model (nn.Module): The detector, without wrappers.
     """
     modules = list(model.modules())
-    modes = [(module, module.training) for module in modules]
-    plain = () if any(training for _, training in modes) else _PLAIN_NORMS
+    training = [module for module in modules if module.training]
+    plain = () if training else _PLAIN_NORMS
     # `model.parameters()` takes several times as long.
     parameters = (p for module in modules for p in module._parameters.values())
     learned = [p for p in parameters if p is not None and p.requires_grad]
-    with torch.inference_mode(False), preserve_rng_state(), _plain_forwards(modules):
+    # MMYOLO's heads keep the points of a size, in the dtype of its first forward.
+    attributes = [(own, own.copy()) for own in map(vars, modules)]
+    with torch.inference_mode(False), preserve_rng_state():
         buffers = [
             (buffer, buffer.clone())
             for module in modules
@@ -64,22 +65,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
             for buffer in module._buffers.values()
             if buffer is not None
         ]
-        # MMYOLO's heads keep the points of a size, in the dtype of its first forward.
-        attributes = [
-            (vars(module), vars(module).copy())
-            for module in modules
-            if not type(module).__module__.startswith("torch.nn")
-        ]
         try:
-            if not plain:
+            for own, _ in attributes:
+                _run_plainly(own)
+            if training:
                 model.eval()
             for parameter in learned:
                 parameter.requires_grad = False
             yield
         finally:
-            for module, training in modes:
-                if module.training != training:
-                    module.training = training
+            for module in training:
+                module.training = True
             for parameter in learned:
                 parameter.requires_grad = True
             for own, before in attributes:
@@ -94,30 +90,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(value)
 
 
-@contextlib.contextmanager
-def _plain_forwards(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Run modules without activation checkpointing and without compiled code."""
-    changed: list[tuple[dict[str, Any], str, Any]] = []
-
-    def change(own: dict[str, Any], name: str, value: Any) -> None:
-        changed.append((own, name, own[name]))
-        own[name] = value
-
-    try:
-        for own in map(vars, modules):
-            if own.get("with_cp") is True:
-                change(own, "with_cp", False)
-            if own.get("_compiled_call_impl") is not None:
-                change(own, "_compiled_call_impl", None)
-            forward: Any = own.get("forward")
-            if getattr(forward, "__globals__", {}).get("__name__") == _CHECKPOINTING:
-                change(own, "forward", forward.__wrapped__)
-            elif hasattr(forward, "_torchdynamo_orig_callable"):
-                change(own, "forward", forward._torchdynamo_orig_callable)
-        yield
-    finally:
-        for own, name, value in reversed(changed):
-            own[name] = value
+def _run_plainly(own: dict[str, Any]) -> None:
+    """Take activation checkpointing and compiled code out of a module's attributes."""
+    if own.get("with_cp") is True:
+        own["with_cp"] = False
+    if own.get("_compiled_call_impl") is not None:
+        own["_compiled_call_impl"] = None
+    forward: Any = own.get("forward")
+    if getattr(forward, "__globals__", {}).get("__name__") == _CHECKPOINTING:
+        own["forward"] = forward.__wrapped__
+    elif hasattr(forward, "_torchdynamo_orig_callable"):
+        own["forward"] = forward._torchdynamo_orig_callable
 
 
 def is_compiled(model: nn.Module) -> bool:
